@@ -1,0 +1,34 @@
+# Every target sets up what it needs: `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: install demo test slow check quick docs bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One worker per core; tests that start many processes carry their own limits.
+test: install
+	$(PYTEST) -n 2 --dist loadgroup -m "not gpu and not slow"
+
+# The tests left out of `make test` because they take minutes; CI runs them.
+slow: install
+	$(PYTEST) -n 2 --dist loadgroup -m "slow and not gpu"
+
+quick: install
+	$(PYTEST) -n 2 --dist loadgroup -m "not gpu and not slow and not net" -x -q tests/unit tests/meta
+
+clean:
+	rm -rf build dist $(VENV) runs

@@ -1,0 +1,9 @@
+// One function per binding unit; module.cpp calls them all.
+#pragma once
+#include <nanobind/nanobind.h>
+
+namespace paceline::bind {
+
+void bind_crc32c(nanobind::module_& m);
+
+}  // namespace paceline::bind

@@ -1,0 +1,6 @@
+#include "bind/bind.h"
+
+NB_MODULE(_core, m) {
+  m.doc() = "Paceline's C++ core: raw pointers in, no coupling to torch.";
+  paceline::bind::bind_crc32c(m);
+}

@@ -1,0 +1,38 @@
+"""Train one PyTorch model on many workers, by any data-parallel method, over whatever network there is."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Lazy (PEP 562): `import paceline` and `paceline schedule …` must not pay for torch.
+_EXPORTS = {
+    "init": "paceline.train.job",
+    "Job": "paceline.train.job",
+    "launch": "paceline.launchers.local",
+    "Task": "paceline.tasks.task",
+    "ReduceOp": "paceline.types",
+    "PacelineError": "paceline.errors",
+    "ConfigError": "paceline.errors",
+    "ScheduleError": "paceline.errors",
+    "CheckpointError": "paceline.errors",
+    "CommError": "paceline.errors",
+    "PeerLost": "paceline.errors",
+    "Timeout": "paceline.errors",
+    "Mismatch": "paceline.errors",
+    "ProtocolError": "paceline.errors",
+}
+
+__all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'paceline' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

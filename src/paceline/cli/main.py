@@ -1,0 +1,50 @@
+"""Entry point of the `paceline` command."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from paceline import __version__, registry
+from paceline.errors import PacelineError
+
+app = typer.Typer(
+    name="paceline",
+    help="Train one PyTorch model on many workers, by any data-parallel method.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"paceline {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
+    ),
+) -> None:
+    """Train one PyTorch model on many workers, by any data-parallel method."""
+
+
+for _verb in registry.discover("paceline.cli").values():
+    _verb.register(app)
+
+
+def main() -> None:
+    """Run the command; a PacelineError becomes one clear line and exit code 2."""
+    try:
+        app()
+    except PacelineError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

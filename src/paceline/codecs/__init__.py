@@ -1,0 +1,1 @@
+"""Fewer bytes for a tensor, one file per codec."""

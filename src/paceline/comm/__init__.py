@@ -1,0 +1,1 @@
+"""How bytes really move: the Communicator and its fabrics."""

@@ -1,0 +1,1 @@
+"""Turn a job description into processes on an engine that exists."""

@@ -1,0 +1,53 @@
+"""What a launcher tells its workers: one JSON value in the environment variable PACELINE_JOB.
+
+One variable, written only by launchers and read only by `init()`, so that nothing else in the environment
+can change a job. A script started without a launcher gets the defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+from collections.abc import Mapping
+
+from paceline.errors import ConfigError
+
+VARIABLE = "PACELINE_JOB"
+
+
+@dataclasses.dataclass(frozen=True)
+class JobOptions:
+    """Options that the command line gives to every worker; None means "as the script says"."""
+
+    strategy: str | None = None
+    """Overrides the strategy given to `prepare`."""
+    fabric: str | None = None
+    """"native" or "torch"."""
+    checkpoint: str | None = None
+    """Where to save on SIGTERM, and to resume from if a checkpoint is there."""
+    progress: bool = True
+    secret: str = ""
+    """Hex; authenticates the workers' own connections. Empty: made by rank 0 and shared through the store."""
+
+    def to_environment(self) -> dict[str, str]:
+        """The variable to add to a worker's environment."""
+        return {VARIABLE: json.dumps(dataclasses.asdict(self))}
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> JobOptions:
+        """Read what the launcher wrote; the defaults where there is none."""
+        text = environment.get(VARIABLE)
+        if not text:
+            return cls()
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{VARIABLE} is written by `paceline run` and cannot be read here: {error}; unset it"
+            ) from error
+
+
+def new_secret() -> str:
+    """A fresh per-job secret: 32 random bytes as hex."""
+    return secrets.token_hex(32)

@@ -1,0 +1,1 @@
+"""Turn JSON into tables, plots and pages."""

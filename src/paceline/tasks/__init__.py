@@ -1,0 +1,1 @@
+"""The built-in tasks, and the contract of a user's own."""

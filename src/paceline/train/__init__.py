@@ -1,0 +1,1 @@
+"""The user's side: prepare, replica, data, evaluation, checkpoints."""
