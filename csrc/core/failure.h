@@ -1,0 +1,18 @@
+// Why an operation failed; the bindings turn it into the exception of the same name in paceline.errors.
+#pragma once
+#include <cstdint>
+#include <string>
+
+namespace paceline {
+
+enum class FailureKind : std::uint8_t { none, peer_lost, timeout, mismatch, protocol, config, aborted };
+
+struct Failure {
+  FailureKind kind = FailureKind::none;
+  int rank = -1;       // the culprit, in the numbering of whoever holds this Failure; -1 if nobody is
+  std::string detail;  // one sentence: what was expected, what was got
+
+  explicit operator bool() const { return kind != FailureKind::none; }
+};
+
+}  // namespace paceline
