@@ -1,1 +1,73 @@
-"""Collective algorithms, one file each; a file's name is the algorithm's name."""
+"""Collective algorithms, one file each; a file's name is the algorithm's name.
+
+A file exports (adding one is all it takes; a folder on `paceline.collectives.__path__` works too):
+
+    build(operation, num_ranks, *, root=0, channels=1, instances=1, …) -> Program
+    supports(operation, num_ranks, …) -> True, or a false `No` that says why
+    cost(operation, num_ranks, *, root=0, channels=1, instances=1, …) -> Cost, the claim that tests count
+    OPERATIONS    the operations it is meant for
+    ALIASES       other names of the same algorithm (optional)
+
+`channels` × `instances` copies of the program work side by side on parts of each chunk, on channels of their
+own. Algorithms that know hosts also take `hosts`, a host's name or number for every rank.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from paceline import registry
+from paceline.errors import ConfigError
+from paceline.schedule.cost import Cost, No
+from paceline.schedule.program import Program
+
+
+def algorithms() -> dict[str, ModuleType]:
+    """Every algorithm by its own name."""
+    return registry.discover(__name__)
+
+
+def aliases() -> dict[str, str]:
+    """Other names: alias → name."""
+    return {a: name for name, module in algorithms().items() for a in getattr(module, "ALIASES", ())}
+
+
+def find(name: str) -> ModuleType:
+    """Return the algorithm called `name`, which may be an alias; ConfigError names the nearest."""
+    others = aliases()
+    if name not in others and name not in registry.names(__name__):
+        raise ConfigError(registry.unknown("algorithm", name, [*registry.names(__name__), *others]))
+    return registry.load(__name__, others.get(name, name), kind="algorithm")
+
+
+def supports(name: str, operation: str, num_ranks: int, **options: Any) -> bool | No:
+    """True, or a false value that says why algorithm `name` cannot do it."""
+    if num_ranks < 1:
+        return No(f"at least one rank expected, got {num_ranks}")
+    answer: bool | No = find(name).supports(operation, num_ranks, **options)
+    return answer
+
+
+def build(name: str, operation: str, num_ranks: int, *, root: int = 0, **options: Any) -> Program:
+    """Program of algorithm `name`; ConfigError if it does not support this.
+
+    `options`: `channels`, `instances`, and the algorithm's own (`segments`, `base`, `hosts` …).
+    """
+    answer = supports(name, operation, num_ranks, **_without_copies(options))
+    if not answer:
+        raise ConfigError(f"{name} cannot do {operation} on {num_ranks} ranks: {answer}")
+    if not 0 <= root < num_ranks:
+        raise ConfigError(f"{name} {operation}: root {root} is not one of the ranks 0 … {num_ranks - 1}")
+    program: Program = find(name).build(operation, num_ranks, root=root, **options)
+    return program
+
+
+def cost(name: str, operation: str, num_ranks: int, *, root: int = 0, **options: Any) -> Cost:
+    """Claimed cost of algorithm `name`."""
+    claim: Cost = find(name).cost(operation, num_ranks, root=root, **options)
+    return claim
+
+
+def _without_copies(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if k not in ("channels", "instances")}

@@ -1,0 +1,56 @@
+"""What an algorithm claims to cost, and what a program really does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from paceline.schedule.program import REDUCE, Program
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an algorithm claims and tests count.
+
+    `steps`: communication steps, each dependent on the one before. `messages`: the most messages that one
+    rank sends (its steps on a single port). `sent`, `reduced`: the most that one rank sends and combines, as
+    a share of S, the full buffer.
+    """
+
+    steps: int
+    messages: int
+    sent: Fraction
+    reduced: Fraction = Fraction(0)
+
+
+def count(program: Program) -> Cost:
+    """Count what a program really does, by walking its steps."""
+    p = program.num_ranks
+    steps = 0
+    messages, sent, reduced = (np.zeros(p, dtype=np.int64) for _ in range(3))
+    for step in program.steps():
+        away = step.src_rank != step.dst_rank
+        if not away.any():
+            continue
+        steps += 1
+        src, dst, n = step.src_rank[away], step.dst_rank[away], step.count[away]
+        sent += np.bincount(src, weights=n, minlength=p).astype(np.int64)
+        pairs = np.unique((src * p + dst) * program.num_channels + step.channel[away])
+        messages += np.bincount(pairs // (p * program.num_channels), minlength=p)
+        adds = step.kind[away] == REDUCE
+        reduced += np.bincount(dst[adds], weights=n[adds], minlength=p).astype(np.int64)
+    share = max(program.num_chunks, 1)
+    return Cost(
+        steps, int(messages.max()), Fraction(int(sent.max()), share), Fraction(int(reduced.max()), share)
+    )
+
+
+class No(str):
+    """What `supports` returns instead of True: a reason, false in a condition."""
+
+    __slots__ = ()
+
+    def __bool__(self) -> bool:
+        return False
