@@ -1,0 +1,347 @@
+"""What the fabrics share: arguments are checked, bytes are counted, then the fabric's own method runs.
+
+A fabric subclasses `FabricCommunicator` and implements the underscored methods; it receives arguments that
+are valid, so it checks nothing again. Per call the shared part costs a few attribute reads.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+
+from paceline.comm.ledger import Ledger
+from paceline.errors import CommError, ConfigError
+from paceline.types import Handler, Message, Rank, ReduceOp, Reply, Work
+
+_BITWISE = (ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR)
+
+
+class FabricCommunicator(abc.ABC):
+    """P ranks that exchange tensors; see `paceline.types.Communicator` for the contract.
+
+    Raises ConfigError for arguments that are wrong on this rank alone (not contiguous, a root outside the
+    job, counts that do not fit); what ranks disagree about is found by the fabric.
+    """
+
+    fabric: str
+
+    def __init__(self, rank: Rank, size: int, hosts: Sequence[str]) -> None:
+        if not 0 <= rank < size or len(hosts) != size:
+            raise ConfigError(f"rank {rank} of {size} with {len(hosts)} hosts: expected one host per rank")
+        self.rank = rank
+        self.size = size
+        self.hosts: tuple[str, ...] = tuple(hosts)
+        self.ledger = Ledger()
+        self.unusable: str | None = None
+        """Why no further operation may start: closed, or an operation failed. None while all is well."""
+        counts = self.ledger.operations
+        self._n_all_reduce, self._n_reduce = counts["all_reduce"], counts["reduce"]
+        self._n_broadcast, self._n_barrier = counts["broadcast"], counts["barrier"]
+        self._n_all_gather, self._n_all_gather_v = counts["all_gather"], counts["all_gather_v"]
+        self._n_reduce_scatter = counts["reduce_scatter"]
+        self._n_reduce_scatter_v = counts["reduce_scatter_v"]
+        self._n_gather, self._n_scatter = counts["gather"], counts["scatter"]
+        self._n_all_to_all, self._n_all_to_all_v = counts["all_to_all"], counts["all_to_all_v"]
+        self._n_send, self._n_recv = counts["send"], counts["recv"]
+        self._n_call, self._n_post = counts["call"], counts["post"]
+
+    # Collectives. Every rank calls them in the same order.
+
+    def all_reduce(self, tensor: torch.Tensor, *, op: ReduceOp = ReduceOp.SUM) -> Work:
+        """Replace `tensor` on every rank by the reduction over ranks."""
+        if self.unusable is not None or not tensor.is_contiguous():
+            self._refuse("all_reduce", tensor)
+        if op is not ReduceOp.SUM:
+            self._check_op("all_reduce", tensor, op)
+        entry = self._n_all_reduce
+        entry.calls += 1
+        entry.payload_bytes += tensor.nbytes
+        return self._all_reduce(tensor, op)
+
+    def reduce(self, tensor: torch.Tensor, *, root: Rank = 0, op: ReduceOp = ReduceOp.SUM) -> Work:
+        """Replace `tensor` on `root` by the reduction; elsewhere its content is unspecified afterwards."""
+        self._check("reduce", tensor, root=root)
+        self._check_op("reduce", tensor, op)
+        self._n_reduce.calls += 1
+        self._n_reduce.payload_bytes += tensor.nbytes
+        return self._reduce(tensor, root, op)
+
+    def broadcast(self, tensor: torch.Tensor, *, root: Rank = 0) -> Work:
+        """Replace `tensor` on every rank by the root's."""
+        self._check("broadcast", tensor, root=root)
+        self._n_broadcast.calls += 1
+        if self.rank == root:
+            self._n_broadcast.payload_bytes += tensor.nbytes
+        return self._broadcast(tensor, root)
+
+    def all_gather(self, output: torch.Tensor, source: torch.Tensor) -> Work:
+        """`output` (P times as many elements) becomes every rank's `source`, in rank order."""
+        self._check("all_gather", source, output)
+        self._check_numel("all_gather", "output", output, source.numel() * self.size)
+        self._n_all_gather.calls += 1
+        self._n_all_gather.payload_bytes += source.nbytes
+        return self._all_gather(output, source)
+
+    def all_gather_v(self, output: torch.Tensor, source: torch.Tensor, *, counts: Sequence[int]) -> Work:
+        """As all_gather with `counts[r]` elements from rank r."""
+        self._check("all_gather_v", source, output)
+        self._check_counts("all_gather_v", "counts", counts)
+        self._check_numel("all_gather_v", "source", source, counts[self.rank])
+        self._check_numel("all_gather_v", "output", output, sum(counts))
+        self._n_all_gather_v.calls += 1
+        self._n_all_gather_v.payload_bytes += source.nbytes
+        return self._all_gather_v(output, source, counts)
+
+    def reduce_scatter(
+        self, output: torch.Tensor, source: torch.Tensor, *, op: ReduceOp = ReduceOp.SUM
+    ) -> Work:
+        """`output` becomes this rank's share of the reduction of `source` (P times as many elements)."""
+        self._check("reduce_scatter", source, output)
+        self._check_op("reduce_scatter", source, op)
+        self._check_numel("reduce_scatter", "source", source, output.numel() * self.size)
+        self._n_reduce_scatter.calls += 1
+        self._n_reduce_scatter.payload_bytes += source.nbytes
+        return self._reduce_scatter(output, source, op)
+
+    def reduce_scatter_v(
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor,
+        *,
+        counts: Sequence[int],
+        op: ReduceOp = ReduceOp.SUM,
+    ) -> Work:
+        """As reduce_scatter with `counts[r]` elements for rank r."""
+        self._check("reduce_scatter_v", source, output)
+        self._check_op("reduce_scatter_v", source, op)
+        self._check_counts("reduce_scatter_v", "counts", counts)
+        self._check_numel("reduce_scatter_v", "output", output, counts[self.rank])
+        self._check_numel("reduce_scatter_v", "source", source, sum(counts))
+        self._n_reduce_scatter_v.calls += 1
+        self._n_reduce_scatter_v.payload_bytes += source.nbytes
+        return self._reduce_scatter_v(output, source, counts, op)
+
+    def gather(self, output: torch.Tensor | None, source: torch.Tensor, *, root: Rank = 0) -> Work:
+        """On `root`, `output` becomes every rank's `source`; None elsewhere."""
+        self._check("gather", source, output, root=root)
+        if self.rank == root:
+            self._check_numel("gather", "output", output, source.numel() * self.size)
+        self._n_gather.calls += 1
+        self._n_gather.payload_bytes += source.nbytes
+        return self._gather(output if self.rank == root else None, source, root)
+
+    def scatter(self, output: torch.Tensor, source: torch.Tensor | None, *, root: Rank = 0) -> Work:
+        """`output` becomes this rank's share of the root's `source`; None elsewhere."""
+        self._check("scatter", output, source, root=root)
+        self._n_scatter.calls += 1
+        if self.rank == root:
+            self._check_numel("scatter", "source", source, output.numel() * self.size)
+            assert source is not None
+            self._n_scatter.payload_bytes += source.nbytes
+        return self._scatter(output, source if self.rank == root else None, root)
+
+    def all_to_all(self, output: torch.Tensor, source: torch.Tensor) -> Work:
+        """Share r of `source` goes to rank r; `output` holds what every rank sent here, in rank order."""
+        self._check("all_to_all", source, output)
+        self._check_numel("all_to_all", "output", output, source.numel())
+        if source.numel() % self.size:
+            raise ConfigError(
+                f"{self._who()}: all_to_all: {source.numel()} elements over {self.size} ranks leave a rest;"
+                " use all_to_all_v"
+            )
+        self._n_all_to_all.calls += 1
+        self._n_all_to_all.payload_bytes += source.nbytes
+        return self._all_to_all(output, source)
+
+    def all_to_all_v(
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor,
+        *,
+        output_counts: Sequence[int],
+        source_counts: Sequence[int],
+    ) -> Work:
+        """As all_to_all with `source_counts[r]` elements to, and `output_counts[r]` from, rank r."""
+        self._check("all_to_all_v", source, output)
+        self._check_counts("all_to_all_v", "output_counts", output_counts)
+        self._check_counts("all_to_all_v", "source_counts", source_counts)
+        self._check_numel("all_to_all_v", "output", output, sum(output_counts))
+        self._check_numel("all_to_all_v", "source", source, sum(source_counts))
+        self._n_all_to_all_v.calls += 1
+        self._n_all_to_all_v.payload_bytes += source.nbytes
+        return self._all_to_all_v(output, source, output_counts, source_counts)
+
+    def barrier(self) -> Work:
+        """Done when every rank has called it."""
+        if self.unusable is not None:
+            self._refuse("barrier", None)
+        self._n_barrier.calls += 1
+        return self._barrier()
+
+    # Point to point and messages.
+
+    def send(self, tensor: torch.Tensor, dst: Rank, *, tag: int = 0) -> Work:
+        """Send `tensor` to `dst`; matches its recv with the same tag, in order."""
+        self._check("send", tensor, root=dst)
+        self._n_send.calls += 1
+        self._n_send.payload_bytes += tensor.nbytes
+        return self._send(tensor, dst, tag)
+
+    def recv(self, tensor: torch.Tensor, src: Rank | None = None, *, tag: int = 0) -> Work:
+        """Receive into `tensor` from `src`, or from any rank."""
+        self._check("recv", tensor, root=0 if src is None else src)
+        self._n_recv.calls += 1
+        return self._recv(tensor, src, tag)
+
+    def serve(self, channel: str, handler: Handler) -> None:
+        """Answer messages on `channel` with `handler`, which must not wait."""
+        self._serve(channel, handler)
+
+    def call(self, peer: Rank, channel: str, message: Message) -> Reply:
+        """Send a message whose handler's answer is wanted."""
+        self._count_message("call", peer, message)
+        return self._call(peer, channel, message)
+
+    def post(self, peer: Rank, channel: str, message: Message) -> None:
+        """Send a message without an answer."""
+        self._count_message("post", peer, message)
+        self._post(peer, channel, message)
+
+    @abc.abstractmethod
+    def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Zeroed 1-D tensor in the memory that this fabric reaches best."""
+
+    @abc.abstractmethod
+    def now(self) -> float:
+        """Seconds on this fabric's clock."""
+
+    def split(self, ranks: Sequence[Rank]) -> FabricCommunicator | None:
+        """A communicator of `ranks` (every rank of this one calls it); None where this rank is not named."""
+        chosen = list(ranks)
+        if len(set(chosen)) != len(chosen) or not all(0 <= r < self.size for r in chosen) or not chosen:
+            raise ConfigError(f"{self._who()}: split({chosen}): distinct ranks below {self.size} expected")
+        if self.unusable is not None:
+            self._refuse("split", None)
+        return self._split(chosen)
+
+    def close(self) -> None:
+        """Release what the fabric holds; idempotent. Later operations raise CommError."""
+        if self.unusable != "it was closed":
+            self.unusable = "it was closed"
+            self._close()
+
+    # What a fabric implements.
+
+    @abc.abstractmethod
+    def _all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> Work: ...
+    @abc.abstractmethod
+    def _reduce(self, tensor: torch.Tensor, root: Rank, op: ReduceOp) -> Work: ...
+    @abc.abstractmethod
+    def _broadcast(self, tensor: torch.Tensor, root: Rank) -> Work: ...
+    @abc.abstractmethod
+    def _all_gather(self, output: torch.Tensor, source: torch.Tensor) -> Work: ...
+    @abc.abstractmethod
+    def _all_gather_v(self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int]) -> Work: ...
+    @abc.abstractmethod
+    def _reduce_scatter(self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp) -> Work: ...
+    @abc.abstractmethod
+    def _reduce_scatter_v(
+        self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int], op: ReduceOp
+    ) -> Work: ...
+    @abc.abstractmethod
+    def _gather(self, output: torch.Tensor | None, source: torch.Tensor, root: Rank) -> Work: ...
+    @abc.abstractmethod
+    def _scatter(self, output: torch.Tensor, source: torch.Tensor | None, root: Rank) -> Work: ...
+    @abc.abstractmethod
+    def _all_to_all(self, output: torch.Tensor, source: torch.Tensor) -> Work: ...
+    @abc.abstractmethod
+    def _all_to_all_v(
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor,
+        output_counts: Sequence[int],
+        source_counts: Sequence[int],
+    ) -> Work: ...
+    @abc.abstractmethod
+    def _barrier(self) -> Work: ...
+    @abc.abstractmethod
+    def _send(self, tensor: torch.Tensor, dst: Rank, tag: int) -> Work: ...
+    @abc.abstractmethod
+    def _recv(self, tensor: torch.Tensor, src: Rank | None, tag: int) -> Work: ...
+    @abc.abstractmethod
+    def _split(self, ranks: list[Rank]) -> FabricCommunicator | None: ...
+    @abc.abstractmethod
+    def _close(self) -> None: ...
+
+    def _serve(self, channel: str, handler: Handler) -> None:
+        self._no_messages()
+
+    def _call(self, peer: Rank, channel: str, message: Message) -> Reply:
+        self._no_messages()
+
+    def _post(self, peer: Rank, channel: str, message: Message) -> None:
+        self._no_messages()
+
+    # Checks.
+
+    def _no_messages(self) -> NoReturn:
+        raise CommError(f"{self._who()}: the {self.fabric} fabric has no message service in this job")
+
+    def _who(self) -> str:
+        return f"rank {self.rank} (host {self.hosts[self.rank]})"
+
+    def _refuse(self, name: str, tensor: torch.Tensor | None) -> NoReturn:
+        if self.unusable is not None:
+            raise CommError(f"{self._who()}: {name}: this communicator cannot be used: {self.unusable}")
+        assert tensor is not None
+        raise ConfigError(
+            f"{self._who()}: {name}: a contiguous tensor expected, got shape {tuple(tensor.shape)}"
+            f" with strides {tensor.stride()}; pass tensor.contiguous()"
+        )
+
+    def _check(
+        self, name: str, tensor: torch.Tensor, other: torch.Tensor | None = None, *, root: Rank = 0
+    ) -> None:
+        if self.unusable is not None or not tensor.is_contiguous():
+            self._refuse(name, tensor)
+        if not 0 <= root < self.size:
+            raise ConfigError(f"{self._who()}: {name}: rank {root} named; the job has 0..{self.size - 1}")
+        if other is not None:
+            if not other.is_contiguous():
+                self._refuse(name, other)
+            if other.dtype != tensor.dtype or other.device != tensor.device:
+                raise ConfigError(
+                    f"{self._who()}: {name}: output and source must agree, got"
+                    f" {other.dtype} on {other.device} and {tensor.dtype} on {tensor.device}"
+                )
+
+    def _check_op(self, name: str, tensor: torch.Tensor, op: ReduceOp) -> None:
+        if op in _BITWISE and (tensor.is_floating_point() or tensor.is_complex()):
+            raise ConfigError(
+                f"{self._who()}: {name}: {op.name} needs an integer or bool, got {tensor.dtype}"
+            )
+        if op is ReduceOp.MEAN and tensor.dtype == torch.bool:
+            raise ConfigError(f"{self._who()}: {name}: MEAN of bool is not defined; use BOR, BAND or SUM")
+
+    def _check_counts(self, name: str, argument: str, counts: Sequence[int]) -> None:
+        if len(counts) != self.size or min(counts) < 0:
+            raise ConfigError(
+                f"{self._who()}: {name}: {argument} needs {self.size} numbers >= 0, got {list(counts)}"
+            )
+
+    def _check_numel(self, name: str, argument: str, tensor: torch.Tensor | None, numel: int) -> None:
+        if tensor is None or tensor.numel() != numel:
+            got = "None" if tensor is None else f"{tensor.numel()} elements"
+            raise ConfigError(f"{self._who()}: {name}: {argument} must have {numel} elements, got {got}")
+
+    def _count_message(self, name: str, peer: Rank, message: Message) -> None:
+        if self.unusable is not None:
+            self._refuse(name, None)
+        if not 0 <= peer < self.size:
+            raise ConfigError(f"{self._who()}: {name}: rank {peer} named; the job has 0..{self.size - 1}")
+        entry = self._n_call if name == "call" else self._n_post
+        entry.calls += 1
+        entry.payload_bytes += sum(t.nbytes for t in message.tensors)

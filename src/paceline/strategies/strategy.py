@@ -1,0 +1,100 @@
+"""The abstract base of every training method, and how a spec string becomes one."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar
+
+import torch
+
+from paceline import registry, spec
+from paceline.types import Bucket, Communicator
+
+PACKAGE = "paceline.strategies"
+
+
+class TrainingStrategy(abc.ABC):
+    """One training method. The training loop's hooks call it in this order, for every minibatch:
+
+        gradient_ready(bucket)*   during backward, buckets in the same order on every rank
+        backward_done()           at the end of the backward that closes the minibatch
+        before_update()           before the (first) optimizer steps
+        after_update()            after the last optimizer stepped
+        update_skipped()          instead of the two above, when a GradScaler skipped the step on this rank
+
+    A strategy reaches other ranks and the clock through `comm` alone, so that it also runs in virtual time.
+    With one rank nothing may be sent.
+    """
+
+    advice: ClassVar[str]
+    """One line for `paceline strategies`: when to choose this method."""
+    needs_gradients: ClassVar[bool] = False
+    """Whether gradients are laid out flat and `gradient_ready` is called. In `bucket.gradient` they are
+    already multiplied by `replica.weight`, this rank's share of the minibatch's samples: their *sum* over
+    ranks is the gradient of the mean loss. In the last bucket, flags follow that say which parameters were
+    used; they must be summed too."""
+    replicas_differ: ClassVar[bool] = False
+    """Whether ranks hold different parameters between updates (then every rank saves its own)."""
+    max_workers: ClassVar[int | None] = None
+    bucket_bytes: int = 25 << 20
+    """Gradient buckets are closed at this size (the first at 1 MiB, so that sending starts early)."""
+
+    def attach(self, replica: Any, comm: Communicator) -> None:
+        """Meet the model: `replica` as in `paceline.types.Replica`, all ranks with equal parameters."""
+        self.replica = replica
+        self.comm = comm
+
+    def gradient_ready(self, bucket: Bucket) -> None:  # noqa: B027  optional hooks have empty bodies
+        """`bucket.gradient` is complete on this rank."""
+
+    def backward_done(self) -> None:  # noqa: B027
+        """All gradients of this minibatch are complete on this rank; on return they are what step uses."""
+
+    def before_update(self) -> None:  # noqa: B027
+        """The optimizer is about to step."""
+
+    def after_update(self) -> None:  # noqa: B027
+        """The optimizer (the last one, if there are several) has stepped."""
+
+    def update_skipped(self) -> None:  # noqa: B027
+        """The minibatch ended without an optimizer step on this rank."""
+
+    def synchronize(self) -> None:  # noqa: B027
+        """Drain: afterwards every replica holds the final model, bit for bit. All ranks call it."""
+
+    def consensus(self) -> list[torch.Tensor] | None:
+        """The model to evaluate or save: flat tensors like `replica.parameters`, or None for those.
+
+        All ranks call it; the replica is not changed.
+        """
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a continued run needs on this rank: tensors and plain values only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Continue from `state_dict()`."""
+
+    @abc.abstractmethod
+    def traffic(self, model_bytes: int, size: int) -> float:
+        """Claim: payload bytes that a rank hands to its communicator per minibatch, mean over a long run.
+
+        `model_bytes` is the size of the flat parameter buffers (`job.stats()["model_bytes"]`); flags and
+        counters of a few bytes per parameter tensor are left out.
+        """
+
+
+def make(text: str | TrainingStrategy) -> TrainingStrategy:
+    """`local_sgd(period=16)` → the strategy; ConfigError lists what exists and what it takes."""
+    if isinstance(text, TrainingStrategy):
+        return text
+    parsed = spec.parse(text)
+    made: TrainingStrategy = spec.call(class_of(parsed.name), parsed, kind="strategy")
+    return made
+
+
+def class_of(name: str) -> type[TrainingStrategy]:
+    """The class that the plug-in file `name` defines."""
+    module = registry.load(PACKAGE, name, kind="strategy")
+    return registry.find_class(module, TrainingStrategy)  # type: ignore[type-abstract]
