@@ -1,0 +1,167 @@
+"""What goes wrong in a simulation, and when: a script, or drawn from a seed. Times are virtual seconds.
+
+    kill(rank=3, at_s=1.5)                        the worker's process is gone; peers notice after `detect_s`
+    pause(rank=1, at_s=2, for_s=3)                stopped, then continued: neither computes nor answers
+    slow(rank=0, at_s=0, for_s=10, factor=4)      its compute times are multiplied
+    drop_link(src=0, dst=1, at_s=1, for_s=2)      nothing passes between the two, either way
+    partition(ranks="0 1 2", at_s=1, for_s=2)     nothing passes between these and the others
+    join(rank=5, at_s=3)                          the worker starts late
+    random(kills=1, pauses=2, until_s=10)         drawn from the simulation's seed; rank 0 is never killed
+
+Joined by `+`: "kill(rank=3, at_s=1.5)+pause(rank=1, at_s=2, for_s=3)". Without `for_s` it lasts for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from paceline import spec as specs
+from paceline.errors import ConfigError
+from paceline.registry import unknown
+
+FOREVER = float("inf")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Something that holds for some ranks during [start_s, end_s)."""
+
+    ranks: tuple[int, ...]
+    start_s: float
+    end_s: float
+    factor: float = 1.0
+
+    def covers(self, time_s: float) -> bool:
+        """Whether it holds at `time_s`."""
+        return self.start_s <= time_s < self.end_s
+
+
+@dataclass
+class Faults:
+    """A script of faults, sorted by kind."""
+
+    kills: list[tuple[int, float]] = field(default_factory=list)
+    """rank, at_s"""
+    pauses: list[Interval] = field(default_factory=list)
+    slow: list[Interval] = field(default_factory=list)
+    cuts: list[Interval] = field(default_factory=list)
+    """Nothing passes between `ranks` and all others; a dropped link is kept in `links`."""
+    links: list[Interval] = field(default_factory=list)
+    joins: dict[int, float] = field(default_factory=dict)
+
+    def slowdown(self, rank: int, time_s: float) -> float:
+        """Product of the factors of all slow phases of `rank` at `time_s`."""
+        product = 1.0
+        for phase in self.slow:
+            if rank in phase.ranks and phase.covers(time_s):
+                product *= phase.factor
+        return product
+
+    def open_at(self, src: int, dst: int, time_s: float) -> float:
+        """Earliest time from `time_s` on at which src and dst can exchange bytes; infinite if never."""
+        changed = bool(self.cuts or self.links)
+        while changed:
+            changed = False
+            for cut in [*self.cuts, *self.links]:
+                if cut in self.links:
+                    hit = src in cut.ranks and dst in cut.ranks
+                else:
+                    hit = (src in cut.ranks) != (dst in cut.ranks)
+                if hit and cut.covers(time_s):
+                    time_s, changed = cut.end_s, True
+        return time_s
+
+
+def parse(text: str, *, num_workers: int, seed: int) -> Faults:
+    """Read a script (empty: nothing goes wrong). Raises ConfigError."""
+    faults = Faults()
+    if not text.strip():
+        return faults
+    rng = np.random.default_rng([seed, 0xFA])
+    for term in specs.parse_sum(text):
+        if term.name not in _KINDS:
+            raise ConfigError(unknown("fault", term.name, _KINDS))
+        add = specs.call(_KINDS[term.name], term, kind="fault")
+        add(faults, num_workers, rng)
+    return faults
+
+
+Add = Callable[[Faults, int, np.random.Generator], None]
+
+
+def _kill(*, rank: int, at_s: float) -> Add:
+    return lambda f, n, rng: f.kills.append((_rank(rank, n), _time(at_s)))
+
+
+def _pause(*, rank: int, at_s: float, for_s: float) -> Add:
+    return lambda f, n, rng: f.pauses.append(_interval([rank], n, at_s, for_s))
+
+
+def _slow(*, rank: int, factor: float, at_s: float = 0.0, for_s: float = FOREVER) -> Add:
+    return lambda f, n, rng: f.slow.append(_interval([rank], n, at_s, for_s, factor))
+
+
+def _drop_link(*, src: int, dst: int, at_s: float, for_s: float = FOREVER) -> Add:
+    return lambda f, n, rng: f.links.append(_interval([src, dst], n, at_s, for_s))
+
+
+def _partition(*, ranks: str, at_s: float, for_s: float = FOREVER) -> Add:
+    try:
+        members = [int(r) for r in str(ranks).replace(",", " ").split()]
+    except ValueError:
+        raise ConfigError(f'ranks="0 1 2" expected, got {ranks!r}') from None
+    return lambda f, n, rng: f.cuts.append(_interval(members, n, at_s, for_s))
+
+
+def _join(*, rank: int, at_s: float) -> Add:
+    return lambda f, n, rng: f.joins.__setitem__(_rank(rank, n), _time(at_s))
+
+
+def _random(*, kills: int = 0, pauses: int = 0, until_s: float = 1.0) -> Add:
+    def add(faults: Faults, num_workers: int, rng: np.random.Generator) -> None:
+        if kills > num_workers - 1:
+            raise ConfigError(
+                f"{kills} random kills among {num_workers} workers: rank 0 and one more must stay"
+            )
+        for rank in rng.permutation(np.arange(1, num_workers))[:kills]:
+            faults.kills.append((int(rank), float(rng.uniform(0, until_s))))
+        for _ in range(pauses):
+            start, length = float(rng.uniform(0, until_s)), float(rng.uniform(0, until_s / 4))
+            rank = int(rng.integers(num_workers))
+            faults.pauses.append(Interval((rank,), start, start + length))
+
+    return add
+
+
+_KINDS: dict[str, Callable[..., Add]] = {
+    "kill": _kill,
+    "pause": _pause,
+    "slow": _slow,
+    "drop_link": _drop_link,
+    "partition": _partition,
+    "join": _join,
+    "random": _random,
+}
+
+
+def _rank(rank: int, num_workers: int) -> int:
+    if not 0 <= rank < num_workers:
+        raise ConfigError(f"a fault names rank {rank}; there are {num_workers} workers")
+    return rank
+
+
+def _time(at_s: float) -> float:
+    if not at_s >= 0:
+        raise ConfigError(f"a fault at {at_s} s: at_s >= 0 expected")
+    return float(at_s)
+
+
+def _interval(
+    ranks: Sequence[int], num_workers: int, at_s: float, for_s: float, factor: float = 1.0
+) -> Interval:
+    if not for_s > 0 or not factor > 0:
+        raise ConfigError(f"a fault with for_s={for_s}, factor={factor}: both must be above 0")
+    return Interval(tuple(_rank(r, num_workers) for r in ranks), _time(at_s), at_s + for_s, factor)

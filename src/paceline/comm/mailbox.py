@@ -1,0 +1,297 @@
+"""Messages between processes: `serve`, `call` and `post` over this package's own authenticated sockets.
+
+One service thread per process owns the sockets and runs all handlers, one at a time, so a handler needs no
+lock and must not block: it does not wait, it answers with None, a Message, or a Deferred that it sets later.
+
+Back-pressure: a thread that posts waits while its outbox to that peer is full. The service thread never waits
+(handlers may post and answer beyond the limit), otherwise two full outboxes would stop each other for ever.
+
+Who dies is noticed: a connection that ends without a goodbye fails the calls that wait on it (PeerLost) and
+tells those who asked by `on_lost`.
+
+End of run: `flush` returns when every peer has handled all that was posted to it; then `close`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Protocol
+
+from paceline.comm import messages
+from paceline.comm.channels import Channels
+from paceline.comm.reply import Deferred
+from paceline.comm.service import Service
+from paceline.errors import CommError, ConfigError, PeerLost, Timeout
+from paceline.types import Handler, Message
+
+OUTBOX_BYTES = 64 << 20
+
+
+class Directory(Protocol):
+    """Where ranks publish the address of their mailbox: a TCPStore, or a dict in tests."""
+
+    def publish(self, rank: int, address: str) -> None:
+        """Tell everybody where `rank` listens."""
+
+    def lookup(self, rank: int) -> str | None:
+        """Return the address of `rank`, or None if it has not published one yet."""
+
+
+class Mailbox:
+    """This rank's end of all message channels."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        size: int,
+        secret: bytes,
+        directory: Directory,
+        host: str = "127.0.0.1",
+        timeout_s: float = 300.0,
+        outbox_bytes: int = OUTBOX_BYTES,
+        max_payload_bytes: int = messages.MAX_PAYLOAD_BYTES,
+    ) -> None:
+        if len(secret) < 16:
+            raise ConfigError(f"the job's secret has {len(secret)} bytes; at least 16 are needed")
+        self.rank, self.size = rank, size
+        self._timeout_s, self._outbox_limit = timeout_s, outbox_bytes
+        self._max_payload_bytes = max_payload_bytes
+        self._ids = itertools.count(1)
+        self._room = threading.Condition()
+        self._pending: dict[int, tuple[int, Deferred]] = {}
+        self._lost: dict[int, str] = {}
+        self._on_lost: list[Callable[[int], None]] = []
+        self._posted_to: set[int] = set()
+        self._is_closed = False
+        self._pid = os.getpid()
+        self._channels = Channels(rank)
+        self._service = Service(
+            rank=rank,
+            size=size,
+            secret=secret,
+            directory=directory,
+            host=host,
+            timeout_s=timeout_s,
+            max_payload_bytes=max_payload_bytes,
+            room=self._room,
+            on_frame=self._frame,
+            on_peer_lost=self._peer_lost,
+        )
+        self.address = self._service.address
+        directory.publish(rank, self.address)
+        self._service.start()
+        _close_at_exit(self)
+
+    def serve(self, channel: str, handler: Handler) -> None:
+        """Run `handler(src, message)` on the service thread for every message on `channel`.
+
+        Messages that came before are handed over first, in order. Serving again replaces the handler.
+        """
+        self._check_usable()
+        self._service.run(lambda: self._channels.serve(channel, handler))
+
+    def call(self, peer: int, channel: str, message: Message) -> Deferred:
+        """Send `message` and return the promise of its answer."""
+        self._check_peer(peer)
+        messages.check(message)
+        reply = Deferred(f"rank {self.rank}: call on channel {channel!r} to rank {peer}")
+        if peer == self.rank:
+            self._deliver_to_self(channel, message, reply)
+            return reply
+        id = next(self._ids)
+        with self._room:
+            self._pending[id] = (peer, reply)
+        try:
+            self._enqueue(peer, messages.encode(messages.REQUEST, id, channel, messages.owned(message)))
+        except CommError:
+            with self._room:
+                self._pending.pop(id, None)
+            raise
+        return reply
+
+    def post(self, peer: int, channel: str, message: Message) -> None:
+        """Send `message` and expect no answer. Waits only while the outbox to `peer` is full."""
+        self._check_peer(peer)
+        messages.check(message)
+        if peer == self.rank:
+            self._deliver_to_self(channel, message, None)
+            return
+        self._posted_to.add(peer)
+        self._enqueue(peer, messages.encode(messages.POST, 0, channel, messages.owned(message)))
+
+    def on_lost(self, callback: Callable[[int], None]) -> None:
+        """Call `callback(rank)` on the service thread when a peer's connection breaks."""
+        self._service.run(lambda: self._add_watcher(callback))
+
+    def flush(self, timeout_s: float | None = None) -> None:
+        """Return when every live peer has handled all messages posted to it so far."""
+        self._check_usable()
+        replies = []
+        for peer in sorted(self._posted_to - set(self._lost)):
+            id, reply = next(self._ids), Deferred(f"rank {self.rank}: flush of messages to rank {peer}")
+            with self._room:
+                self._pending[id] = (peer, reply)
+            self._enqueue(peer, messages.signal(messages.FLUSH, id))
+            replies.append(reply)
+        own = Deferred(f"rank {self.rank}: flush of its own messages")
+        self._service.run(lambda: own.set(Message()))
+        for reply in [*replies, own]:
+            try:
+                reply.wait(self._timeout_s if timeout_s is None else timeout_s)
+            except PeerLost:
+                continue
+
+    def raise_stored(self) -> None:
+        """Raise the error of a posted message's handler here, once; there is nobody else to tell."""
+        self._channels.raise_stored()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Say goodbye, send what is queued, stop and join the service thread. Idempotent."""
+        with self._room:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        if os.getpid() == self._pid and threading.current_thread() is not self._service.thread:
+            self._service.stop(timeout_s)
+        self._fail_pending(lambda peer: CommError(f"rank {self.rank}: the communicator was closed"))
+        _open_mailboxes.discard(self)
+
+    # -- sending, on the caller's thread -------------------------------------------------------------------
+
+    def _enqueue(self, peer: int, frame: list[memoryview]) -> None:
+        size = sum(len(b) for b in frame)
+        on_service = threading.current_thread() is self._service.thread
+        with self._room:
+            deadline = time.monotonic() + self._timeout_s
+            while True:
+                if peer in self._lost:
+                    raise PeerLost(f"rank {self.rank}: rank {peer} is lost: {self._lost[peer]}")
+                queued = self._service.queued_bytes(peer)
+                if on_service or queued == 0 or queued + size <= self._outbox_limit:
+                    break
+                if not self._room.wait(max(0.0, deadline - time.monotonic())):
+                    raise Timeout(
+                        f"rank {self.rank}: outbox to rank {peer} stayed full ({queued} bytes) for "
+                        f"{self._timeout_s:g} s. Is that rank alive, and do its handlers return?"
+                    )
+            self._service.append(peer, frame)
+        self._service.wake()
+
+    def _deliver_to_self(self, channel: str, message: Message, reply: Deferred | None) -> None:
+        copy = messages.owned(message)
+
+        def answer(outcome: Message | BaseException) -> None:
+            assert reply is not None
+            if isinstance(outcome, Message):
+                reply.set(messages.owned(outcome))
+            else:
+                reply.fail(_handler_error(self.rank, channel, str(outcome)))
+
+        self._service.run(
+            lambda: self._channels.deliver(self.rank, channel, copy, answer if reply is not None else None)
+        )
+
+    # -- receiving, on the service thread ------------------------------------------------------------------
+
+    def _frame(self, src: int, kind: int, id: int, channel: str, message: Message) -> None:
+        if kind == messages.POST:
+            self._channels.deliver(src, channel, message, None)
+        elif kind == messages.REQUEST:
+            self._channels.deliver(
+                src, channel, message, lambda outcome: self._answer(src, id, channel, outcome)
+            )
+        elif kind == messages.FLUSH:
+            self._service.reply(src, messages.signal(messages.FLUSHED, id))
+        else:
+            with self._room:
+                peer, reply = self._pending.get(id, (-1, None))
+                if reply is None or peer != src:
+                    return
+                del self._pending[id]
+            if kind == messages.ERROR:
+                reply.fail(_handler_error(src, channel, str(message.header.get("error", ""))))
+            else:
+                reply.set(message)
+
+    def _answer(self, src: int, id: int, channel: str, outcome: Message | BaseException) -> None:
+        """Send an outcome back; on whichever thread sets it."""
+        try:
+            if isinstance(outcome, Message):
+                messages.check(outcome)
+                frame = messages.encode(messages.ANSWER, id, channel, messages.owned(outcome))
+            else:
+                raise outcome
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"[:4000]
+            frame = messages.encode(messages.ERROR, id, channel, Message({"error": text}))
+        self._service.reply(src, frame)
+
+    def _peer_lost(self, peer: int, why: str) -> None:
+        with self._room:
+            if peer in self._lost or self._is_closed:
+                return
+            self._lost[peer] = why
+            self._room.notify_all()
+        self._fail_pending(
+            lambda p: PeerLost(f"rank {self.rank}: rank {p} is lost: {why}") if p == peer else None
+        )
+        for callback in list(self._on_lost):
+            callback(peer)
+
+    def _add_watcher(self, callback: Callable[[int], None]) -> None:
+        self._on_lost.append(callback)
+        for peer in sorted(self._lost):
+            callback(peer)
+
+    def _fail_pending(self, error_for: Callable[[int], CommError | None]) -> None:
+        with self._room:
+            doomed = [(i, r, e) for i, (p, r) in self._pending.items() if (e := error_for(p)) is not None]
+            for i, _, _ in doomed:
+                del self._pending[i]
+        for _, reply, error in doomed:
+            reply.fail(error)
+
+    def _check_usable(self) -> None:
+        if self._is_closed or os.getpid() != self._pid:
+            raise CommError(f"rank {self.rank}: the communicator was closed (or this is a forked child)")
+
+    def _check_peer(self, peer: int) -> None:
+        if not 0 <= peer < self.size:
+            raise ConfigError(f"rank {self.rank}: no rank {peer} in a communicator of {self.size}")
+        self._check_usable()
+        if threading.current_thread() is not self._service.thread:
+            self._channels.raise_stored()
+
+
+def _handler_error(peer: int, channel: str, text: str) -> CommError:
+    return CommError(f"rank {peer}: handler of channel {channel!r} failed: {text}")
+
+
+_open_mailboxes: weakref.WeakSet[Mailbox] = weakref.WeakSet()
+
+
+def _close_at_exit(mailbox: Mailbox) -> None:
+    _open_mailboxes.add(mailbox)
+
+
+@atexit.register
+def _close_all() -> None:
+    for mailbox in list(_open_mailboxes):
+        mailbox.close(timeout_s=2.0)
+
+
+def _forget_in_child() -> None:
+    # A forked child would keep the sockets open and hide its parent's death from the peers.
+    for mailbox in list(_open_mailboxes):
+        mailbox._service.abandon()
+    _open_mailboxes.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,175 @@
+"""Tensor messages as bytes: a small JSON header and raw tensors. Nothing is unpickled or evaluated.
+
+Frame (little-endian):
+
+    kind u8 · 3 zero bytes · header_bytes u32 · id u64 · payload_bytes u64 · header · payload
+
+    header   UTF-8 JSON {"c": channel, "h": {name: int | float | str | bool}, "t": [[dtype, [shape]], …]}
+    payload  the tensors' raw bytes in that order, without padding
+
+Lengths are checked before anything is allocated, and the tensors' sizes must add up to the payload.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from paceline.errors import ConfigError, ProtocolError
+from paceline.types import Message
+
+PREFIX = struct.Struct("<B3xIQQ")
+MAX_HEADER_BYTES = 1 << 18
+MAX_PAYLOAD_BYTES = 1 << 35
+MAX_TENSORS = 4096
+MAX_DIMENSIONS = 16
+
+REQUEST, POST, ANSWER, ERROR, FLUSH, FLUSHED, GOODBYE = range(1, 8)
+_KINDS = frozenset(range(1, 8))
+
+DTYPES: dict[str, torch.dtype] = {
+    str(d).removeprefix("torch."): d
+    for d in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+        torch.complex64,
+        torch.complex128,
+    )
+}
+_NAMES = {d: n for n, d in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The fixed first bytes of a frame."""
+
+    kind: int
+    header_bytes: int
+    id: int
+    payload_bytes: int
+
+
+def check(message: Message) -> None:
+    """Raise ConfigError for a message that cannot travel: wrong header values, tensors we do not carry."""
+    for name, value in message.header.items():
+        if not isinstance(name, str) or not isinstance(value, int | float | str | bool):
+            raise ConfigError(
+                f"message header {name!r}: int, float, str or bool expected, got {type(value).__name__}; "
+                "put arrays into tensors"
+            )
+    if len(message.tensors) > MAX_TENSORS:
+        raise ConfigError(
+            f"message of {len(message.tensors)} tensors; at most {MAX_TENSORS}: concatenate them"
+        )
+    for t in message.tensors:
+        if t.dtype not in _NAMES or t.layout != torch.strided or t.dim() > MAX_DIMENSIONS:
+            raise ConfigError(
+                f"message tensor of {t.dtype}, {t.layout}, {t.dim()} dimensions cannot travel; "
+                f"dense ones of {', '.join(DTYPES)} with up to {MAX_DIMENSIONS} dimensions can"
+            )
+
+
+def owned(message: Message) -> Message:
+    """Return a copy whose CPU tensors belong to the message, so the sender may go on writing its own."""
+    return Message(
+        dict(message.header),
+        [t.detach().to("cpu", copy=True).contiguous().resolve_conj().resolve_neg() for t in message.tensors],
+    )
+
+
+def num_bytes(message: Message) -> int:
+    """Payload bytes of a message's tensors."""
+    return sum(t.numel() * t.element_size() for t in message.tensors)
+
+
+def raw(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor, writable, sharing its memory."""
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array).cast("B")
+
+
+def encode(kind: int, id: int, channel: str, message: Message) -> list[memoryview]:
+    """Frame a message as buffers for `sendmsg`; the tensors' memory is shared, so pass an `owned` one."""
+    tensors = list(message.tensors)
+    header = json.dumps(
+        {
+            "c": channel,
+            "h": dict(message.header),
+            "t": [[_NAMES[t.dtype], list(t.shape)] for t in tensors],
+        },
+        separators=(",", ":"),
+    ).encode()
+    payload = num_bytes(message)
+    if len(header) > MAX_HEADER_BYTES or payload > MAX_PAYLOAD_BYTES:
+        raise ConfigError(
+            f"message on channel {channel!r}: header of {len(header)} and payload of {payload} bytes; "
+            f"at most {MAX_HEADER_BYTES} and {MAX_PAYLOAD_BYTES}: split it"
+        )
+    head = PREFIX.pack(kind, len(header), id, payload) + header
+    return [memoryview(head), *(raw(t) for t in tensors if t.numel())]
+
+
+def signal(kind: int, id: int = 0) -> list[memoryview]:
+    """Frame without header or payload (flush, goodbye)."""
+    return [memoryview(PREFIX.pack(kind, 0, id, 0))]
+
+
+def parse_prefix(data: bytes | bytearray | memoryview, *, max_payload_bytes: int) -> Prefix:
+    """Read and validate the fixed part. Raises ProtocolError."""
+    kind, header_bytes, id, payload_bytes = PREFIX.unpack(data)
+    if kind not in _KINDS:
+        raise ProtocolError(f"frame of unknown kind {kind}")
+    if header_bytes > MAX_HEADER_BYTES or payload_bytes > max_payload_bytes:
+        raise ProtocolError(
+            f"frame announces a header of {header_bytes} and a payload of {payload_bytes} bytes; "
+            f"at most {MAX_HEADER_BYTES} and {max_payload_bytes} are accepted"
+        )
+    return Prefix(kind, header_bytes, id, payload_bytes)
+
+
+def parse_header(
+    data: bytes | bytearray | memoryview, payload_bytes: int
+) -> tuple[str, dict[str, Any], list[torch.Tensor]]:
+    """Return channel, header values and empty tensors to receive into. Raises ProtocolError."""
+    try:
+        value = json.loads(bytes(data))
+        channel, header, shapes = value["c"], value["h"], value["t"]
+        ok = isinstance(channel, str) and isinstance(header, dict) and isinstance(shapes, list)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ProtocolError(f"frame header cannot be read: {type(error).__name__}: {error}") from None
+    if not ok or len(shapes) > MAX_TENSORS or not _is_plain(header):
+        raise ProtocolError("frame header has values of the wrong kind")
+    specs = [_tensor_spec(entry) for entry in shapes]
+    total = sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs)
+    if total != payload_bytes:
+        raise ProtocolError(f"tensors of {total} bytes announced in a payload of {payload_bytes} bytes")
+    return channel, header, [torch.empty(shape, dtype=dtype) for dtype, shape in specs]
+
+
+def _is_plain(header: Mapping[str, Any]) -> bool:
+    return all(isinstance(v, int | float | str | bool) for v in header.values())
+
+
+def _tensor_spec(entry: Any) -> tuple[torch.dtype, list[int]]:
+    if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
+        raise ProtocolError(f"tensor description {entry!r:.80} is not [dtype, shape]")
+    name, shape = entry
+    if name not in DTYPES or not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+        raise ProtocolError(f"tensor description {entry!r:.80} is not one we carry")
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 40 for n in shape):
+        raise ProtocolError(f"tensor shape {shape!r:.80} is not a list of sizes")
+    return DTYPES[name], shape

@@ -1,0 +1,61 @@
+"""Replies on real fabrics: promises that a thread can wait for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from paceline.errors import Timeout
+from paceline.types import Message
+
+Outcome = Message | BaseException
+
+
+class Deferred:
+    """A promise of a Message that is set once, from any thread."""
+
+    def __init__(self, waiting_for: str = "an answer") -> None:
+        self._waiting_for = waiting_for
+        self._lock = threading.Lock()
+        self._ready = threading.Event()
+        self._outcome: Outcome | None = None
+        self._callbacks: list[Callable[[Outcome], None]] = []
+
+    def wait(self, timeout_s: float | None = None) -> Message:
+        """Block until the answer is here. Raises Timeout, PeerLost, or the handler's error."""
+        if not self._ready.wait(timeout_s):
+            raise Timeout(f"{self._waiting_for}: nothing for {timeout_s:g} s. Is that rank alive?")
+        if isinstance(self._outcome, Message):
+            return self._outcome
+        assert self._outcome is not None
+        raise self._outcome
+
+    def is_done(self) -> bool:
+        """Whether `wait` would return (or raise) at once."""
+        return self._ready.is_set()
+
+    def set(self, message: Message) -> None:
+        """Answer. A second answer is ignored: the first one is on its way."""
+        self._finish(message)
+
+    def fail(self, error: BaseException) -> None:
+        """Answer with an error."""
+        self._finish(error)
+
+    def then(self, callback: Callable[[Outcome], None]) -> None:
+        """Call `callback(outcome)` once set; at once if it is."""
+        with self._lock:
+            if self._outcome is None:
+                self._callbacks.append(callback)
+                return
+        callback(self._outcome)
+
+    def _finish(self, outcome: Outcome) -> None:
+        with self._lock:
+            if self._outcome is not None:
+                return
+            self._outcome = outcome
+            callbacks, self._callbacks = self._callbacks, []
+        self._ready.set()
+        for callback in callbacks:
+            callback(outcome)

@@ -1,0 +1,275 @@
+"""The shared state of one simulation: clock, network, faults, compute times, messages, log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from paceline.comm import messages
+from paceline.comm.channels import Answer, Channels
+from paceline.comm.compute_time import Draw
+from paceline.comm.event_log import EventLog
+from paceline.comm.faults import FOREVER, Faults
+from paceline.comm.simulated_network import Network
+from paceline.comm.virtual_time import Signal, Worker, World
+from paceline.errors import CommError, PeerLost
+from paceline.types import Message
+
+OUTBOX_BYTES = 64 << 20
+
+Outcome = Message | BaseException
+
+
+class SimulatedReply:
+    """A promise of a Message in virtual time."""
+
+    def __init__(self, world: World, what: str = "a deferred reply") -> None:
+        self._signal = Signal(world)
+        self._what = what
+        self._outcome: Outcome | None = None
+        self._callbacks: list[Callable[[Outcome], None]] = []
+
+    def wait(self, timeout_s: float | None = None) -> Message:
+        """Block in virtual time until answered. Raises Timeout, PeerLost, or the handler's error."""
+        self._signal.wait(self._what, timeout_s)
+        if isinstance(self._outcome, Message):
+            return self._outcome
+        assert self._outcome is not None
+        raise self._outcome
+
+    def is_done(self) -> bool:
+        """Whether `wait` would return (or raise) at once."""
+        return self._outcome is not None
+
+    def set(self, message: Message) -> None:
+        """Answer. A second answer is ignored."""
+        self._finish(message)
+
+    def fail(self, error: BaseException) -> None:
+        """Answer with an error."""
+        self._finish(error)
+
+    def then(self, callback: Callable[[Outcome], None]) -> None:
+        """Call `callback(outcome)` once set; at once if it is."""
+        if self._outcome is None:
+            self._callbacks.append(callback)
+        else:
+            callback(self._outcome)
+
+    def _finish(self, outcome: Outcome) -> None:
+        if self._outcome is None:
+            self._outcome = outcome
+            self._signal.set()
+            callbacks, self._callbacks = self._callbacks, []
+            for callback in callbacks:
+                callback(outcome)
+
+
+class VirtualCluster:
+    """N workers, each on its own host, that exchange messages over a simulated network."""
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        num_workers: int,
+        network: Network,
+        compute: Draw,
+        speeds: list[float],
+        faults: Faults,
+        log: EventLog,
+        seed: int,
+        detect_s: float,
+    ) -> None:
+        self.world, self.network, self.faults, self.log = world, network, faults, log
+        self.num_workers = num_workers
+        self.lost: set[int] = set()
+        """Ranks whose death the others have noticed."""
+        self.on_kill: list[Callable[[int], None]] = []
+        self._compute, self._speeds, self._detect_s = compute, speeds, detect_s
+        self._draws = [np.random.default_rng([seed, r, 0xC0]) for r in range(num_workers)]
+        self._channels = [Channels(r) for r in range(num_workers)]
+        self._calls: dict[int, tuple[int, int, SimulatedReply]] = {}
+        self._num_calls = 0
+        self._in_flight = [0] * num_workers
+        self._quiet: list[list[Signal]] = [[] for _ in range(num_workers)]
+        self._watchers: list[list[Callable[[int], None]]] = [[] for _ in range(num_workers)]
+        for rank, at_s in faults.kills:
+            world.at(at_s, rank, partial(self._kill, rank))
+        for pause in faults.pauses:
+            for rank in pause.ranks:
+                world.at(pause.start_s, rank, partial(self._pause, rank, pause.end_s))
+
+    # -- compute -------------------------------------------------------------------------------------------
+
+    def compute(self, rank: int) -> None:
+        """Let one minibatch's compute time pass for the running worker."""
+        world = self.world
+        seconds = self._compute(self._draws[rank]) / self._speeds[rank]
+        seconds *= self.faults.slowdown(rank, world.now)
+        self.log.add("compute", "minibatch", rank, world.now, world.now + seconds)
+        world.sleep(seconds, "its own computation")
+
+    # -- messages ------------------------------------------------------------------------------------------
+
+    def serve(self, rank: int, channel: str, handler: Callable) -> None:
+        """Install a handler; runs in virtual time, instantaneously, on behalf of `rank`."""
+        with self._as_handler(rank):
+            self._channels[rank].serve(channel, handler)
+
+    def call(self, src: int, dst: int, channel: str, message: Message) -> SimulatedReply:
+        """Send a request; its answer arrives later."""
+        messages.check(message)
+        reply = SimulatedReply(self.world, f"the answer of rank {dst} on channel {channel!r}")
+        if dst in self.lost:
+            reply.fail(self._lost_error(src, dst))
+            return reply
+        self._num_calls += 1
+        id = self._num_calls
+        self._calls[id] = (src, dst, reply)
+
+        def answer(outcome: Outcome) -> None:
+            if id not in self._calls:
+                return
+            if isinstance(outcome, Message):
+                try:
+                    messages.check(outcome)
+                    outcome = messages.owned(outcome)
+                except Exception as error:
+                    outcome = error
+            size = messages.num_bytes(outcome) if isinstance(outcome, Message) else 0
+            result: Outcome = outcome
+            if not isinstance(outcome, Message):
+                text = f"{type(outcome).__name__}: {outcome}"
+                result = CommError(f"rank {dst}: handler of channel {channel!r} failed: {text}")
+            self._transfer(dst, src, f"{channel} answer", size, partial(self._answered, id, result))
+
+        self._send(src, dst, channel, messages.owned(message), answer)
+        return reply
+
+    def post(self, src: int, dst: int, channel: str, message: Message) -> None:
+        """Send a message without an answer; waits while the sender's port is far behind."""
+        messages.check(message)
+        if dst in self.lost:
+            raise self._lost_error(src, dst)
+        self._send(src, dst, channel, messages.owned(message), None)
+
+    def drain(self, rank: int) -> None:
+        """Return when all that `rank` sent has been handled."""
+        while self._in_flight[rank]:
+            signal = Signal(self.world)
+            self._quiet[rank].append(signal)
+            signal.wait("its own messages to be handled")
+
+    def raise_stored(self, rank: int) -> None:
+        """Raise the error of a posted message's handler, once."""
+        self._channels[rank].raise_stored()
+
+    def on_lost(self, rank: int, callback: Callable[[int], None]) -> None:
+        """Tell `rank` when a peer dies."""
+        self._watchers[rank].append(callback)
+        for peer in sorted(self.lost):
+            callback(peer)
+
+    def _send(self, src: int, dst: int, channel: str, message: Message, answer: Answer | None) -> None:
+        if self.world.in_handler < 0:
+            self._channels[src].raise_stored()
+            backlog, seconds_per_byte = self.network.backlog_bytes(src, dst, self.world.now)
+            if backlog > OUTBOX_BYTES:
+                self.world.sleep(
+                    (backlog - OUTBOX_BYTES) * seconds_per_byte, f"room in its outbox to rank {dst}"
+                )
+        deliver = partial(self._deliver, src, dst, channel, message, answer)
+        self._transfer(src, dst, channel, messages.num_bytes(message), deliver)
+
+    def _transfer(self, src: int, dst: int, name: str, size: int, action: Callable[[], None]) -> None:
+        """Move bytes from src to dst, then run `action` on behalf of dst (unless it is dead)."""
+        now = self.world.now
+        arrives = self.network.send(src, dst, size, now)
+        self.log.add("message", name, src, now, arrives, peer=dst, num_bytes=size)
+        if arrives == FOREVER:
+            return
+        self._in_flight[src] += 1
+
+        def arrive() -> None:
+            worker = self.world.workers[dst]
+            if worker.paused_until > self.world.now and not worker.is_killed:
+                self.world.at(worker.paused_until, dst, arrive)
+                return
+            if not worker.is_killed:
+                with self._as_handler(dst):
+                    action()
+            self._in_flight[src] -= 1
+            if not self._in_flight[src]:
+                waiting, self._quiet[src] = self._quiet[src], []
+                for signal in waiting:
+                    signal.set()
+
+        self.world.at(arrives, dst, arrive)
+
+    def _deliver(self, src: int, dst: int, channel: str, message: Message, answer: Answer | None) -> None:
+        self._channels[dst].deliver(src, channel, message, answer)
+
+    def _answered(self, id: int, outcome: Outcome) -> None:
+        _, _, reply = self._calls.pop(id, (0, 0, None))
+        if reply is None:
+            return
+        if isinstance(outcome, Message):
+            reply.set(outcome)
+        else:
+            reply.fail(outcome)
+
+    def _as_handler(self, rank: int) -> _HandlerScope:
+        return _HandlerScope(self.world, rank)
+
+    # -- faults --------------------------------------------------------------------------------------------
+
+    def _pause(self, rank: int, until_s: float) -> None:
+        world = self.world
+        world.workers[rank].paused_until = max(world.workers[rank].paused_until, until_s)
+        self.log.add("fault", "pause", rank, world.now, until_s)
+
+    def _kill(self, rank: int) -> Worker | None:
+        world = self.world
+        worker = world.workers[rank]
+        if worker.is_killed or worker.is_over:
+            return None
+        self.log.add("fault", "kill", rank, world.now, world.now)
+        noticed_s = world.now + self._detect_s + self.network.latency_s
+        world.at(noticed_s, rank, partial(self._noticed, rank))
+        return world.kill(rank)
+
+    def _noticed(self, rank: int) -> None:
+        """The others learn of a death: broken connections."""
+        self.lost.add(rank)
+        for id, (src, dst, reply) in sorted(self._calls.items()):
+            if dst == rank:
+                del self._calls[id]
+                reply.fail(self._lost_error(src, dst))
+            elif src == rank:
+                del self._calls[id]
+        for callback in list(self.on_kill):
+            callback(rank)
+        for worker in self.world.workers:
+            if not worker.is_killed:
+                for callback in list(self._watchers[worker.rank]):
+                    with self._as_handler(worker.rank):
+                        callback(rank)
+
+    def _lost_error(self, src: int, dst: int) -> PeerLost:
+        return PeerLost(f"rank {src}: rank {dst} is lost: its process ended")
+
+
+class _HandlerScope:
+    """While a handler runs, waiting is refused."""
+
+    def __init__(self, world: World, rank: int) -> None:
+        self._world, self._rank, self._before = world, rank, -1
+
+    def __enter__(self) -> None:
+        self._before, self._world.in_handler = self._world.in_handler, self._rank
+
+    def __exit__(self, *_: object) -> None:
+        self._world.in_handler = self._before
