@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
@@ -16,13 +16,33 @@ class Cost:
 
     `steps`: communication steps, each dependent on the one before. `messages`: the most messages that one
     rank sends (its steps on a single port). `sent`, `reduced`: the most that one rank sends and combines, as
-    a share of S, the full buffer.
+    a share of S, the full buffer. `path_sent`, `path_reduced`: the same along the longest chain of dependent
+    steps, which a closed form of the time needs where it is not one rank's own (trees, folding, pipelines).
     """
 
     steps: int
     messages: int
     sent: Fraction
     reduced: Fraction = Fraction(0)
+    path_sent: Fraction | None = field(default=None, compare=False)
+    path_reduced: Fraction | None = field(default=None, compare=False)
+
+    def time_s(
+        self,
+        num_bytes: float,
+        *,
+        latency_s: float,
+        seconds_per_byte: float,
+        reduce_seconds_per_byte: float = 0.0,
+    ) -> float:
+        """Closed form of the time where every rank has one full-duplex port and all pairs are alike.
+
+        steps · α + path_sent · S · β + path_reduced · S · γ.
+        """
+        sent = self.sent if self.path_sent is None else self.path_sent
+        reduced = self.reduced if self.path_reduced is None else self.path_reduced
+        per_byte = float(sent) * seconds_per_byte + float(reduced) * reduce_seconds_per_byte
+        return self.steps * latency_s + num_bytes * per_byte
 
 
 def count(program: Program) -> Cost:
