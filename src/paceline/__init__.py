@@ -17,6 +17,7 @@ _EXPORTS = {
     "PacelineError": "paceline.errors",
     "ConfigError": "paceline.errors",
     "ScheduleError": "paceline.errors",
+    "WorkerFailed": "paceline.errors",
     "CheckpointError": "paceline.errors",
     "CommError": "paceline.errors",
     "PeerLost": "paceline.errors",

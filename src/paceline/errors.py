@@ -3,6 +3,7 @@
     PacelineError
     ├── ConfigError        the user's input: a strategy string, an option, a task file, a data path
     ├── ScheduleError      a collective program that is not correct, with rank, op, chunk and reason
+    ├── WorkerFailed       a worker of `launch` raised or died; carries its rank and traceback
     ├── CheckpointError    a checkpoint that cannot be written, read, or does not fit the job
     └── CommError          communication
         ├── PeerLost       a rank died or its connection broke; names it
@@ -27,6 +28,10 @@ class ConfigError(PacelineError, ValueError):
 
 class ScheduleError(PacelineError):
     """A collective program is not correct or cannot be lowered."""
+
+
+class WorkerFailed(PacelineError):
+    """A worker started by `launch` raised an exception or died; the message has its rank and traceback."""
 
 
 class CheckpointError(PacelineError):

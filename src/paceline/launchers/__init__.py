@@ -1,1 +1,6 @@
-"""Turn a job description into processes on an engine that exists."""
+"""Turn a job description into processes on an engine that exists.
+
+A module that is listed by `registry.names` is an engine; the others are what engines share.
+"""
+
+NOT_PLUGINS = ("agent", "call", "console", "failure", "guard", "job", "output", "workers")

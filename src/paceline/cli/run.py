@@ -1,0 +1,170 @@
+"""`paceline run`: a script on many workers."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from paceline import registry
+from paceline.errors import ConfigError
+from paceline.spec import parse
+
+_FABRICS = ("native", "torch")
+_EPILOG = (
+    "Example: paceline run -n 4 --strategy 'local_sgd(period=16)' train.py --epochs 3. "
+    "On several hosts, run the same line on each: paceline run --nodes 2 --rendezvous 10.0.0.1:29400 "
+    "-n 4 train.py. Trust: whoever can reach the rendezvous port can join the job and learn its secret; keep "
+    "the port inside your network, or give every host the same --secret-file."
+)
+
+Launch = "Launch"
+Train = "Training"
+
+
+def run(
+    script: Annotated[
+        str, typer.Argument(help="A Python file, or a module's name with -m.", metavar="SCRIPT")
+    ],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="Given to the script as they are.", metavar="[ARGS]...")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option("-n", "--workers", help="Worker processes on this host.", rich_help_panel=Launch)
+    ] = 1,
+    module: Annotated[
+        bool, typer.Option("-m", "--module", help="SCRIPT is a module's name.", rich_help_panel=Launch)
+    ] = False,
+    nodes: Annotated[int, typer.Option(help="Hosts in this job.", rich_help_panel=Launch)] = 1,
+    rendezvous: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where the hosts meet: an address of one of them.",
+            rich_help_panel=Launch,
+        ),
+    ] = None,
+    secret_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="The job's secret, the same file on every host; by default the first host makes one "
+            "and shares it through the rendezvous.",
+            rich_help_panel=Launch,
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="Threads per worker (OMP_NUM_THREADS). Default: cores of this host / workers, at least 1.",
+            show_default=False,
+            rich_help_panel=Launch,
+        ),
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(help="Start all workers again after a failure, so often.", rich_help_panel=Launch)
+    ] = 0,
+    grace: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="From SIGTERM to SIGKILL when the job is stopped. Default: 30 with --checkpoint, else 5.",
+            show_default=False,
+            rich_help_panel=Launch,
+        ),
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="How to train, instead of what the script says; see `paceline strategies`.",
+            rich_help_panel=Train,
+        ),
+    ] = None,
+    fabric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="native|torch", help="What carries the workers' tensors.", rich_help_panel=Train
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Resume from here if it exists; save here on SIGTERM.",
+            rich_help_panel=Train,
+        ),
+    ] = None,
+    progress: Annotated[
+        bool, typer.Option("--progress/--no-progress", help="Show progress bars.", rich_help_panel=Train)
+    ] = True,
+) -> None:
+    """Run a training SCRIPT on several workers; everything after SCRIPT belongs to the script.
+
+    Each line of output starts with its worker's rank. If a worker fails, the others are stopped, its
+    traceback comes last, and the exit code is the worker's. Ctrl-C and SIGTERM stop all workers: they get
+    SIGTERM and the grace time, e.g. to save a checkpoint.
+    """
+    from paceline.launchers.job import JobSpec
+    from paceline.options import JobOptions
+
+    _check(script, module=module, strategy=strategy, fabric=fabric)
+    job = JobSpec(
+        command=(sys.executable, "-u", *(("-m",) if module else ()), script, *(arguments or [])),
+        num_workers=workers,
+        options=JobOptions(strategy=strategy, fabric=fabric, checkpoint=checkpoint, progress=progress),
+        nodes=nodes,
+        rendezvous=rendezvous,
+        secret_file=secret_file,
+        threads=threads,
+        max_restarts=max_restarts,
+        grace_s=grace,
+    )
+    raise typer.Exit(_run(job))
+
+
+def _run(job: Any) -> int:
+    from paceline.launchers.console import Console
+    from paceline.launchers.local import run as run_job
+
+    console = Console()
+    outcome = run_job(job, console=console)
+    if outcome.failure is not None:
+        outcome.failure.show(console)
+    elif outcome.signal is not None:
+        console.note(f"stopped by {outcome.signal.name}; no worker is left")
+    return outcome.exit_code
+
+
+def _check(script: str, *, module: bool, strategy: str | None, fabric: str | None) -> None:
+    """Find what is wrong before anything starts."""
+    if module:
+        sys.path.insert(0, "")
+        try:
+            found = importlib.util.find_spec(script)
+        except (ImportError, ValueError):
+            found = None
+        finally:
+            sys.path.remove("")
+        if found is None:
+            raise ConfigError(f"no module named {script!r} in {Path.cwd()} or on the Python path")
+    elif not Path(script).is_file():
+        what = "is a folder" if Path(script).is_dir() else "does not exist"
+        raise ConfigError(f"script {script!r} {what} (looked in {Path.cwd()}); for a module use -m")
+    if fabric is not None and fabric not in _FABRICS:
+        raise ConfigError(f"--fabric {fabric!r}: {' or '.join(_FABRICS)} expected")
+    if strategy is not None:
+        spec = parse(strategy)
+        registry.load("paceline.strategies", spec.name, kind="strategy")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command(
+        "run",
+        epilog=_EPILOG,
+        context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False},
+    )(run)

@@ -1,0 +1,240 @@
+"""Workers as processes on this host, or on several hosts that each run this launcher.
+
+Source of ranks, restarts and rendezvous: torch.distributed.elastic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from paceline.errors import CommError, ConfigError, PacelineError, Timeout, WorkerFailed
+from paceline.launchers.call import Call
+from paceline.launchers.console import Console
+from paceline.launchers.job import JobSpec, address_towards, is_local, parse_endpoint, resolve
+from paceline.options import JobOptions
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+
+    from paceline.launchers.failure import Failure
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_MONITOR_S = 0.05
+_RUN_ID = "paceline"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended on this host."""
+
+    exit_code: int
+    failure: Failure | None = None
+    signal: signal.Signals | None = None
+    """The signal that the launcher received, if that is why the job ended."""
+
+
+def launch(
+    fn: Callable[..., Any],
+    *,
+    num_workers: int,
+    args: Sequence[Any] = (),
+    strategy: str | None = None,
+    fabric: str | None = None,
+    checkpoint: str | None = None,
+    threads: int | None = None,
+    max_restarts: int = 0,
+    progress: bool = True,
+    grace_s: float | None = None,
+) -> list[Any]:
+    """Run `fn(*args)` in `num_workers` new processes and return their results, in order of rank.
+
+    `fn` must be importable by name (top level of a module or of the script), as for multiprocessing's spawn.
+    If it takes one argument more than `args` holds, its rank is passed first. In it, `paceline.init()` and
+    `torch.distributed.init_process_group()` find the other workers. Results and arguments are pickled.
+
+    Raises WorkerFailed, with rank and traceback, if a worker raises or dies; a PacelineError is raised again
+    as itself. The other workers are ended first.
+    """
+    options = JobOptions(strategy=strategy, fabric=fabric, checkpoint=checkpoint, progress=progress)
+    with Call(fn, args) as call:
+        job = JobSpec(
+            command=call.command,
+            num_workers=num_workers,
+            options=options,
+            threads=threads,
+            max_restarts=max_restarts,
+            grace_s=grace_s,
+        )
+        outcome = run(job)
+        if outcome.failure is not None:
+            raise _error(outcome.failure, call.exception(outcome.failure.rank))
+        if outcome.signal is not None:
+            _be_ended_by(outcome.signal)
+        return [call.result(rank) for rank in range(num_workers)]
+
+
+def run(job: JobSpec, *, console: Console | None = None) -> Outcome:
+    """Run `job` to its end; afterwards none of its processes is left. The failure is not printed."""
+    from paceline.launchers.agent import Agent
+
+    with _quiet_elastic_logs(), _signals_raise():
+        agent: Agent | None = None
+        handler = None
+        try:
+            spec = _worker_spec(job, console := console or Console())
+            handler = spec.rdzv_handler
+            agent = Agent(spec, job, console)
+            return _run_agent(agent, job, console)
+        except _signal_exception() as error:
+            return Outcome(128 + error.sigval, signal=error.sigval)
+        finally:
+            if agent is not None:
+                agent.close()
+            if handler is not None:
+                with contextlib.suppress(Exception):  # the other hosts may have gone already
+                    handler.shutdown()
+
+
+def _run_agent(agent: Any, job: JobSpec, console: Console) -> Outcome:
+    from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
+
+    agent._shutdown_timeout = job.stop_grace_s
+    try:
+        result = agent.run()
+    except RendezvousTimeoutError:
+        raise Timeout(
+            f"fewer than {job.nodes} hosts came to {job.rendezvous} within {job.join_timeout_s:g} s; "
+            "start `paceline run` on each of them with the same --nodes and --rendezvous"
+        ) from None
+    except RendezvousError as error:
+        raise CommError(f"the rendezvous of the hosts at {job.rendezvous} broke: {error}") from error
+    if agent.failure is not None and (result is None or result.is_failed()):
+        return Outcome(agent.failure.shell_code, failure=agent.failure)
+    return Outcome(0)
+
+
+def _worker_spec(job: JobSpec, console: Console) -> WorkerSpec:
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
+
+    host, port, local = "127.0.0.1", 0, "127.0.0.1"
+    if job.rendezvous is not None:
+        name, port = parse_endpoint(job.rendezvous)
+        host = resolve(name)
+        local = host if is_local(host) else address_towards(host, port)
+    hosts_store = job.rendezvous is None or local == host
+    if job.nodes > 1:
+        console.note(f"this host is {local}; waiting for {job.nodes - 1} more at {job.rendezvous}")
+    if not hosts_store:
+        _await_store(host, port, job.join_timeout_s)
+    parameters = RendezvousParameters(
+        backend="c10d",
+        endpoint=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+        run_id=_RUN_ID,
+        min_nodes=job.nodes,
+        max_nodes=job.nodes,
+        local_addr=local,
+        is_host=str(hosts_store).lower(),
+        join_timeout=int(job.join_timeout_s),
+        last_call_timeout=1,
+    )
+    try:
+        handler = registry.get_rendezvous_handler(parameters)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise ConfigError(f"cannot open the rendezvous at {host}:{port}: {cause}") from error
+    return WorkerSpec(
+        role="default",
+        local_world_size=job.num_workers,
+        entrypoint=job.command[0],
+        args=job.command[1:],
+        rdzv_handler=handler,
+        max_restarts=job.max_restarts,
+        monitor_interval=_MONITOR_S,
+        local_addr=local,
+    )
+
+
+def _await_store(host: str, port: int, timeout_s: float) -> None:
+    """Wait until somebody listens at the rendezvous. Interruptible, unlike torch's own waiting."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=2.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise Timeout(
+                    f"nobody listens at the rendezvous {host}:{port} after {timeout_s:g} s ({error}); "
+                    "the host with that address must run `paceline run` too"
+                ) from None
+            time.sleep(0.2)
+
+
+def _error(failure: Failure, original: BaseException | None) -> PacelineError:
+    text = "\n".join([failure.headline, *failure.traceback])
+    if isinstance(original, PacelineError):
+        error: PacelineError = type(original)(text)
+    else:
+        error = WorkerFailed(text)
+    error.__cause__ = original
+    return error
+
+
+def _be_ended_by(number: signal.Signals) -> None:
+    """What this process would have done on the signal, had `launch` not been running."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    signal.raise_signal(number)
+    raise SystemExit(128 + number)  # a handler of the caller's returned
+
+
+def _signal_exception() -> type[Any]:
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    return SignalException
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Turn the signals that end a job into exceptions; only a process's main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    exception = _signal_exception()
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        raise exception(f"received {signal.Signals(number).name}", signal.Signals(number))
+
+    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _quiet_elastic_logs() -> Iterator[None]:
+    """Failures are reported by us, once; torch's loggers would repeat them at length."""
+    import torch.distributed.elastic.agent.server.api
+    import torch.distributed.elastic.rendezvous.dynamic_rendezvous  # noqa: F401 - creates its logger
+
+    names = [n for n in logging.root.manager.loggerDict if n.startswith("torch.distributed.elastic")]
+    before = {n: logging.getLogger(n).level for n in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
