@@ -1,0 +1,1 @@
+"""Other projects' interfaces on top of Paceline, so that scripts written for them run unchanged."""

@@ -1,0 +1,274 @@
+"""Elastic training: commit, and go on from the last commit when workers are lost or join.
+
+`paceline run --max-restarts` restarts all workers when one is lost or a node joins, so a commit must
+outlive its
+process: rank 0 writes it to a file (`HOROVOD_ELASTIC_COMMIT`, else one per job in the temporary folder)
+and `run`
+reads it back before the function starts. Within a process, `HorovodInternalError` restores from memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import os
+import pickle
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from paceline.compat.horovod import functions as f
+from paceline.compat.horovod import world
+from paceline.compat.horovod.constants import HorovodInternalError, HostsUpdatedInterrupt
+
+
+def _commit_file() -> Path:
+    given = os.environ.get("HOROVOD_ELASTIC_COMMIT")
+    if given:
+        return Path(given)
+    job = os.environ.get("TORCHELASTIC_RUN_ID", f"pid{os.getpid()}")
+    return Path(tempfile.gettempdir()) / f"paceline-elastic-{os.getuid()}-{job}.commit"
+
+
+class State:
+    """What survives the loss of a worker: `commit` saves it, `restore` goes back to it, `sync` spreads
+    rank 0's."""
+
+    def __init__(self) -> None:
+        self._reset_callbacks: list[Callable[[], None]] = []
+
+    def register_reset_callbacks(self, callbacks: list[Callable[[], None]]) -> None:
+        """Functions to call after the set of workers changed, for instance to rescale the learning rate."""
+        self._reset_callbacks.extend(callbacks)
+
+    def on_reset(self) -> None:
+        """Call the reset callbacks."""
+        for callback in self._reset_callbacks:
+            callback()
+
+    def commit(self) -> None:
+        """Save in memory, and by rank 0 in the commit file."""
+        self.save()
+        if world.rank() == 0:
+            path = _commit_file()
+            beside = path.with_suffix(".writing")
+            with open(os.open(beside, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
+                torch.save(self.saved(), file)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+
+    def check_host_updates(self) -> None:
+        """Exist for compatibility: membership changes arrive as a restart of all workers."""
+
+    def save(self) -> None:
+        """Save in memory."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Go back to what was saved."""
+        raise NotImplementedError
+
+    def sync(self) -> None:
+        """Take over rank 0's state."""
+        raise NotImplementedError
+
+    def saved(self) -> dict[str, Any]:
+        """Return the saved state as plain values and tensors."""
+        raise NotImplementedError
+
+    def load_saved(self, saved: dict[str, Any]) -> None:
+        """Replace the saved state (then `restore`)."""
+        raise NotImplementedError
+
+
+class ObjectState(State):
+    """Attributes given as keyword arguments: `state.epoch`, `state.batch`."""
+
+    def __init__(self, bcast_object: Any = None, get_rank: Any = None, **kwargs: Any) -> None:
+        super().__init__()
+        self._values = list(kwargs)
+        self._saved: dict[str, Any] = {}
+        for name, value in kwargs.items():
+            setattr(self, name, value)
+        self.save()
+
+    def save(self) -> None:
+        """Save the attributes in memory."""
+        self._saved = {name: copy.deepcopy(getattr(self, name)) for name in self._values}
+
+    def restore(self) -> None:
+        """Set the attributes to what was saved."""
+        for name, value in self._saved.items():
+            setattr(self, name, copy.deepcopy(value))
+
+    def sync(self) -> None:
+        """Take over rank 0's attributes."""
+        if self._values:
+            self._saved = f.broadcast_object(
+                {n: getattr(self, n) for n in self._values}, name="elastic.state"
+            )
+            self.restore()
+
+    def saved(self) -> dict[str, Any]:
+        """Return the saved attributes."""
+        buffer = io.BytesIO()
+        pickle.dump(self._saved, buffer)
+        return {"values": torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)}
+
+    def load_saved(self, saved: dict[str, Any]) -> None:
+        """Replace the saved attributes."""
+        self._saved = pickle.loads(bytes(saved["values"].numpy()))
+
+
+_STATEFUL = (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+
+
+class TorchState(ObjectState):
+    """Models, optimizers, schedulers and samplers besides plain attributes."""
+
+    def __init__(self, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:
+        everything = {"model": model, "optimizer": optimizer, **kwargs}
+        stateful = {k: v for k, v in everything.items() if isinstance(v, (*_STATEFUL, ElasticSampler))}
+        self._stateful = list(stateful)
+        self._states: dict[str, Any] = {}
+        for name, value in stateful.items():
+            setattr(self, name, value)
+        super().__init__(**{k: v for k, v in everything.items() if k not in stateful and v is not None})
+
+    def save(self) -> None:
+        """Save everything in memory; samplers with what all ranks have processed."""
+        for name in self._stateful:
+            value = getattr(self, name)
+            state = copy.deepcopy(value.state_dict())
+            if isinstance(value, ElasticSampler) and world.is_initialized():
+                everyone = f.allgather_object(value.processed_indices, name=f"elastic.{name}")
+                state["processed_indices"] = sorted(set().union(*everyone))
+            self._states[name] = state
+        super().save()
+
+    def restore(self) -> None:
+        """Load what was saved."""
+        for name, state in self._states.items():
+            getattr(self, name).load_state_dict(copy.deepcopy(state))
+        super().restore()
+
+    def sync(self) -> None:
+        """Take over rank 0's models, optimizers and attributes."""
+        for name in self._stateful:
+            value = getattr(self, name)
+            if isinstance(value, torch.nn.Module):
+                f.broadcast_parameters(value.state_dict(), root_rank=0)
+            elif isinstance(value, torch.optim.Optimizer):
+                f.broadcast_optimizer_state(value, root_rank=0)
+            else:
+                value.load_state_dict(f.broadcast_object(value.state_dict(), name=f"elastic.{name}"))
+        super().sync()
+        self.save()
+
+    def saved(self) -> dict[str, Any]:
+        """Return everything saved."""
+        return {**super().saved(), "states": self._states}
+
+    def load_saved(self, saved: dict[str, Any]) -> None:
+        """Replace everything saved."""
+        super().load_saved(saved)
+        self._states = saved["states"]
+
+
+class ElasticSampler(Sampler[int]):
+    """Deals out the samples that no rank has processed in this epoch, over the ranks there are now."""
+
+    def __init__(self, dataset: Dataset[Any], shuffle: bool = True, seed: int = 0) -> None:
+        self.dataset, self.shuffle, self.seed = dataset, shuffle, seed
+        self.epoch = 0
+        self.processed_indices: set[int] = set()
+        self.remaining_indices: list[int] = []
+        self.reset()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start an epoch: forget what was processed."""
+        self.epoch = epoch
+        self.processed_indices = set()
+        self.reset()
+
+    def record_batch(self, batch_idx: int, batch_size: int) -> None:
+        """Note that this rank has processed its batch number `batch_idx`."""
+        self.record_indices(self.get_indices(batch_idx, batch_size))
+
+    def record_indices(self, indices: list[int] | set[int]) -> None:
+        """Note that these samples were processed."""
+        self.processed_indices.update(indices)
+
+    def get_indices(self, batch_idx: int, batch_size: int) -> list[int]:
+        """Return the samples of this rank's batch number `batch_idx`."""
+        return self.indices[batch_idx * batch_size : (batch_idx + 1) * batch_size]
+
+    def reset(self) -> None:
+        """Deal the remaining samples out anew."""
+        rank, size = (world.rank(), world.size()) if world.is_initialized() else (0, 1)
+        every = range(len(self.dataset))  # type: ignore[arg-type]
+        self.remaining_indices = [i for i in every if i not in self.processed_indices]
+        if self.shuffle:
+            random.Random(self.seed + self.epoch).shuffle(self.remaining_indices)
+        # Equal shares, as every rank takes part in every step; wrapping around repeats at most size − 1
+        # samples.
+        share = -(-len(self.remaining_indices) // size)
+        padded = (self.remaining_indices * 2)[: share * size] if self.remaining_indices else []
+        self.indices = padded[rank::size]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return epoch and processed samples."""
+        return {"epoch": self.epoch, "processed_indices": sorted(self.processed_indices)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load and deal out anew."""
+        self.epoch = state_dict["epoch"]
+        self.processed_indices = set(state_dict["processed_indices"])
+        self.reset()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def run(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate `train(state, …)`: it starts from rank 0's state and, after a failure, from the last
+    commit."""
+
+    @functools.wraps(func)
+    def wrapper(state: State, *args: Any, **kwargs: Any) -> Any:
+        os.environ["HOROVOD_ELASTIC"] = "1"
+        path = _commit_file()
+        if world.rank() == 0 and path.exists() and path.stat().st_uid == os.getuid():
+            # Written by this user's own earlier incarnation of the job, readable by nobody else.
+            state.load_saved(torch.load(path, weights_only=True))
+            state.restore()
+            state.on_reset()
+        while True:
+            state.sync()
+            try:
+                result = func(state, *args, **kwargs)
+            except HorovodInternalError:
+                if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0"):
+                    raise  # the launcher restarts everybody; the commit file carries the state
+                state.restore()
+            except HostsUpdatedInterrupt:
+                state.save()
+            else:
+                if world.rank() == 0:
+                    path.unlink(missing_ok=True)
+                return result
+            world.shutdown()
+            world.init()
+            state.on_reset()
+
+    return wrapper

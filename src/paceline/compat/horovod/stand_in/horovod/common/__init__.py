@@ -1,0 +1,1 @@
+"""Parts that Horovod shares between frameworks."""

@@ -1,0 +1,3 @@
+"""`horovod.torch.elastic` means `paceline.compat.horovod.elastic`."""
+
+from paceline.compat.horovod.elastic import *  # noqa: F403

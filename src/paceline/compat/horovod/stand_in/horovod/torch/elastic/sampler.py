@@ -1,0 +1,3 @@
+"""Where scripts import `ElasticSampler` from."""
+
+from paceline.compat.horovod.elastic import ElasticSampler  # noqa: F401
