@@ -71,12 +71,17 @@ class Communicator(Protocol):
     must be called by all ranks in the same order. All return a Work; none block beyond the hand-over.
     """
 
-    rank: Rank
-    size: int
-    hosts: Sequence[str]
-    """hosts[r] identifies the host of rank r; equal strings can share memory."""
-    fabric: str
-    """"native", "torch" or "simulated"."""
+    @property
+    def rank(self) -> Rank: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def hosts(self) -> Sequence[str]:
+        """hosts[r] identifies the host of rank r; equal strings can share memory."""
+
+    @property
+    def fabric(self) -> str:
+        """"native", "torch" or "simulated"."""
 
     def all_reduce(self, tensor: torch.Tensor, *, op: ReduceOp = ReduceOp.SUM) -> Work: ...
     def reduce(self, tensor: torch.Tensor, *, root: Rank = 0, op: ReduceOp = ReduceOp.SUM) -> Work: ...

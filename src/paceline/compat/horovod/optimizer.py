@@ -63,7 +63,7 @@ class _Reducer:
             lists = groups
         elif groups not in (None, 0):
             raise ValueError("groups should be a non-negative integer or a list of lists of parameters")
-        of = {p: (p,) for p in self.parameters}
+        of: dict[Tensor, tuple[Tensor, ...]] = {p: (p,) for p in self.parameters}
         for members in lists:
             group = tuple(p for p in members if p.requires_grad)
             of.update(dict.fromkeys(group, group))

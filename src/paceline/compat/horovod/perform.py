@@ -83,7 +83,7 @@ def _all_reduce(comm: Communicator, entries: Sequence[Entry]) -> None:
         comm.all_reduce(flat, op=op.reduce_op).wait()
         scale(flat, request.postscale / comm.size if op is Average else request.postscale)
         if not alone:
-            for target, part in zip(targets, flat.split([t.numel() for t in targets]), strict=True):
+            for target, part in zip(targets, torch.split(flat, [t.numel() for t in targets]), strict=True):
                 target.copy_(part.view(target.shape))
     for entry in entries:
         entry.results = list(entry.outputs)
@@ -103,7 +103,8 @@ def adasum(comm: Communicator, tensor: Tensor) -> Tensor:
     parts = list(gathered.double())
     while len(parts) > 1:
         parts = [_adasum_pair(parts[i], parts[i + 1]) for i in range(0, len(parts), 2)]
-    return parts[0].to(tensor.dtype).view(tensor.shape)
+    result: Tensor = parts[0].to(tensor.dtype).view(tensor.shape)
+    return result
 
 
 def _adasum_pair(a: Tensor, b: Tensor) -> Tensor:
