@@ -81,7 +81,7 @@ class Communicator(Protocol):
 
     @property
     def fabric(self) -> str:
-        """"native", "torch" or "simulated"."""
+        """One of "native", "torch" and "simulated"."""
 
     def all_reduce(self, tensor: torch.Tensor, *, op: ReduceOp = ReduceOp.SUM) -> Work: ...
     def reduce(self, tensor: torch.Tensor, *, root: Rank = 0, op: ReduceOp = ReduceOp.SUM) -> Work: ...

@@ -1,0 +1,166 @@
+"""`amp.initialize` and `amp.scale_loss`: mixed precision in Apex's words, done by torch.amp.
+
+O0 is fp32. O1 and O2 run the forward pass under autocast; parameters stay fp32, so O2's separate master
+weights are
+not needed. O3 casts the model itself. The low precision is float16 with loss scaling on GPUs, bfloat16
+without on CPUs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paceline.errors import ConfigError
+
+_LEVELS = ("O0", "O1", "O2", "O3")
+
+
+class _State:
+    """What `initialize` decided; one per process, as in Apex."""
+
+    def __init__(self) -> None:
+        self.is_enabled = False
+        self.scalers: list[torch.amp.GradScaler] = []
+        self.unscaled: dict[int, torch.amp.GradScaler] = {}
+
+
+_state = _State()
+
+
+def initialize(
+    models: Any,
+    optimizers: Any = None,
+    enabled: bool = True,
+    opt_level: str = "O1",
+    cast_model_type: torch.dtype | None = None,
+    patch_torch_functions: bool | None = None,
+    keep_batchnorm_fp32: bool | None = None,
+    master_weights: bool | None = None,
+    loss_scale: float | str | None = None,
+    cast_model_outputs: torch.dtype | None = None,
+    num_losses: int = 1,
+    verbosity: int = 1,
+    min_loss_scale: float | None = None,
+    max_loss_scale: float = 2.0**24,
+) -> Any:
+    """Prepare models and optimizers; returns them in the form they were given.
+
+    `loss_scale`: "dynamic" or a number that stays. Options without a meaning under torch.amp are accepted.
+    """
+    if opt_level not in _LEVELS:
+        raise ConfigError(f"amp.initialize(opt_level={opt_level!r}): one of {', '.join(_LEVELS)} expected")
+    model_list = list(models) if isinstance(models, Sequence) else [models]
+    for model in model_list:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"amp.initialize: a module expected, got {type(model).__name__}")
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ConfigError("amp.initialize: call it before wrapping the model in DistributedDataParallel")
+    _state.is_enabled = enabled and opt_level != "O0"
+    on_gpu = any(p.is_cuda for m in model_list for p in m.parameters())
+    dtype = cast_model_type or (torch.float16 if on_gpu else torch.bfloat16)
+    if _state.is_enabled:
+        for model in model_list:
+            _cast(model, "cuda" if on_gpu else "cpu", dtype, whole_model=opt_level == "O3")
+    needs_scaling = _state.is_enabled and dtype == torch.float16
+    _state.scalers = [_scaler(loss_scale, needs_scaling, on_gpu) for _ in range(num_losses)]
+    optimizer_list = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
+    for optimizer in optimizer_list:
+        if optimizer is not None:
+            _skip_steps_that_overflowed(optimizer)
+    return models if optimizers is None else (models, optimizers)
+
+
+def _scaler(loss_scale: float | str | None, enabled: bool, on_gpu: bool) -> torch.amp.GradScaler:
+    device = "cuda" if on_gpu else "cpu"
+    if loss_scale is None or loss_scale == "dynamic":
+        return torch.amp.GradScaler(device, enabled=enabled)
+    # A growth interval that is never reached and factors next to one keep the scale where it is.
+    never = 2**31 - 1
+    return torch.amp.GradScaler(
+        device, float(loss_scale), growth_factor=1.0 + 1e-9, growth_interval=never, enabled=enabled
+    )
+
+
+def _cast(model: nn.Module, device: str, dtype: torch.dtype, *, whole_model: bool) -> None:
+    if whole_model:
+        model.to(dtype)
+    forward: Callable[..., Any] = model.forward
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device, dtype):
+            output = forward(*args, **kwargs)
+        return output.float() if isinstance(output, Tensor) and output.is_floating_point() else output
+
+    model.forward = run
+
+
+def _skip_steps_that_overflowed(optimizer: torch.optim.Optimizer) -> None:
+    step = optimizer.step
+
+    @functools.wraps(step)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        scaler = _state.unscaled.pop(id(optimizer), None)
+        if scaler is None:
+            return step(*args, **kwargs)
+        infinite = scaler._found_inf_per_device(optimizer).values()
+        result = None if any(float(v) for v in infinite) else step(*args, **kwargs)
+        scaler.update()
+        return result
+
+    optimizer.step = guarded  # type: ignore[method-assign]
+
+
+@contextmanager
+def scale_loss(
+    loss: Tensor,
+    optimizers: Any,
+    loss_id: int = 0,
+    model: Any = None,
+    delay_unscale: bool = False,
+    delay_overflow_check: bool = False,
+) -> Iterator[Tensor]:
+    """Yield the loss to call `backward` on; afterwards gradients are unscaled, and an overflow skips the
+    step.
+
+    `delay_unscale=True` in all but the last of several accumulated passes.
+    """
+    if not _state.scalers:
+        raise ConfigError("amp.scale_loss: call amp.initialize first")
+    if not 0 <= loss_id < len(_state.scalers):
+        raise ConfigError(
+            f"amp.scale_loss(loss_id={loss_id}): initialize was told of {len(_state.scalers)} losses"
+        )
+    scaler = _state.scalers[loss_id]
+    yield scaler.scale(loss)
+    if delay_unscale or not scaler.is_enabled():
+        return
+    for optimizer in optimizers if isinstance(optimizers, Sequence) else [optimizers]:
+        if id(optimizer) not in _state.unscaled:
+            scaler.unscale_(optimizer)
+            _state.unscaled[id(optimizer)] = scaler
+
+
+def master_params(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Yield the parameters that the optimizer updates, for instance to clip their gradients."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def state_dict() -> dict[str, Any]:
+    """Return the loss scales."""
+    return {f"loss_scaler{i}": s.state_dict() for i, s in enumerate(_state.scalers)}
+
+
+def load_state_dict(state: dict[str, Any]) -> None:
+    """Load the loss scales; `initialize` comes first."""
+    for i, scaler in enumerate(_state.scalers):
+        saved = state.get(f"loss_scaler{i}")
+        if saved:
+            scaler.load_state_dict(saved)
