@@ -38,7 +38,7 @@ class FabricCommunicator(abc.ABC):
             raise ConfigError(f"rank {rank} of {size} with {len(hosts)} hosts: expected one host per rank")
         self.rank = rank
         self.size = size
-        self.hosts: tuple[str, ...] = tuple(hosts)
+        self.hosts: Sequence[str] = tuple(hosts)
         self.ledger = Ledger()
         self.unusable: str | None = None
         """Why no further operation may start: closed, or an operation failed. None while all is well."""

@@ -1,0 +1,210 @@
+"""One worker's model as flat buffers with views. The module stays the truth; the views are a convenience.
+
+Parameters and gradients of one (dtype, device) lie in one buffer each, in reverse order of registration, so
+that backward fills it from the front; every parameter starts at a multiple of 64 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from paceline.errors import ConfigError
+from paceline.types import Communicator
+
+_ALIGN_BYTES = 64
+_FIRST_BUCKET_BYTES = 1 << 20
+
+
+class GradientBucket:
+    """Gradients that are sent at once: a slice of a flat buffer, and the parameters that lie in it."""
+
+    def __init__(self, index: int, gradient: torch.Tensor, members: list[int]) -> None:
+        self.index = index
+        self.gradient = gradient
+        self.members = members
+        """Indices into `FlatReplica.trained`."""
+        self.missing = len(members)
+
+
+class FlatReplica:
+    """The trained parameters of a module, laid out flat in memory of the communicator.
+
+    Raises ConfigError for parameters that cannot be laid out: uninitialised (lazy), sparse or overlapping
+    layouts, two Parameter objects that share memory.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        comm: Communicator,
+        *,
+        needs_gradients: bool,
+        bucket_bytes: int,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+    ) -> None:
+        self.module = module
+        self.optimizers = tuple(optimizers)
+        self.names = {id(p): name for name, p in module.named_parameters()}  # tied ones appear once
+        everything = list(module.parameters())
+        self.frozen = [p for p in everything if not p.requires_grad]
+        self.trained = [p for p in reversed(everything) if p.requires_grad]
+        self.weight = 1.0 / comm.size
+        """This rank's share of the current minibatch's samples; the shares of all ranks add up to 1."""
+        self.has_samples = True
+        """False when this rank ran out of data and repeats a batch with weight 0."""
+        self.parameters: list[torch.Tensor] = []
+        self.gradients: list[torch.Tensor] = []
+        self.buckets: list[GradientBucket] = []
+        self.bucket_of: dict[int, GradientBucket] = {}
+        self.used: torch.Tensor | None = None
+        self._views: list[torch.Tensor] = []
+        self.gradient_views: list[torch.Tensor] = []
+        self._check()
+        self._lay_out(comm, needs_gradients, bucket_bytes)
+
+    @property
+    def model_bytes(self) -> int:
+        """Size of the flat parameter buffers, alignment included."""
+        return sum(flat.nbytes for flat in self.parameters)
+
+    def buffers(self) -> list[torch.Tensor]:
+        """The module's buffers (BatchNorm statistics and the like), each once, in order."""
+        return list({id(b): b for b in self.module.buffers()}.values())
+
+    def adopt(self) -> None:
+        """Put parameters whose memory was replaced (`p.data = …`) back into the flat buffers, value kept."""
+        for parameter, view in zip(self.trained, self._views, strict=True):
+            if parameter.data_ptr() != view.data_ptr():
+                self._check_layout(parameter, view)
+                with torch.no_grad():
+                    view.copy_(parameter)
+                    parameter.data = view
+
+    def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """State tensors of the optimizers, in an order that all ranks share: (key, tensor)."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    state = optimizer.state.get(parameter, {})
+                    for key in sorted(state):
+                        if isinstance(state[key], torch.Tensor):
+                            yield key, state[key]
+
+    def name(self, parameter: torch.Tensor) -> str:
+        """The parameter's name in the module, for messages."""
+        return self.names.get(id(parameter), "a parameter that is not in the model")
+
+    def _check(self) -> None:
+        seen: dict[tuple[int, torch.device], torch.Tensor] = {}
+        for p in [*self.trained, *self.frozen]:
+            if isinstance(p, nn.parameter.UninitializedParameter):
+                raise ConfigError(
+                    f"parameter {self.name(p)} is not initialised yet (a lazy module): run one forward pass"
+                    " before prepare()"
+                )
+            if p.layout is not torch.strided:
+                raise ConfigError(f"parameter {self.name(p)} has layout {p.layout}; a dense one is expected")
+            other = seen.setdefault((p.data_ptr(), p.device), p) if p.numel() else p
+            if other is not p:
+                raise ConfigError(
+                    f"parameters {self.name(other)} and {self.name(p)} share memory but are two Parameter"
+                    " objects; tie them by assigning the same Parameter to both modules"
+                )
+
+    def _lay_out(self, comm: Communicator, needs_gradients: bool, bucket_bytes: int) -> None:
+        kinds = list(dict.fromkeys((p.dtype, p.device) for p in self.trained))
+        where: dict[int, tuple[int, int]] = {}  # parameter → (buffer, offset)
+        sizes = [0] * len(kinds)
+        for i, p in enumerate(self.trained):
+            kind = kinds.index((p.dtype, p.device))
+            where[i] = (kind, sizes[kind])
+            step = max(1, _ALIGN_BYTES // p.element_size())
+            sizes[kind] += -(-p.numel() // step) * step
+        self.parameters = [comm.allocate(n, kind[0]) for n, kind in zip(sizes, kinds, strict=True)]
+        for flat, (_, device) in zip(self.parameters, kinds, strict=True):
+            if flat.device != device:
+                raise ConfigError(
+                    f"the model lies on {device}, this job communicates from {flat.device}:"
+                    f" model.to({str(flat.device)!r}) before prepare()"
+                )
+        with torch.no_grad():
+            for i, p in enumerate(self.trained):
+                view = self._view(self.parameters[where[i][0]], where[i][1], p)
+                view.copy_(p)
+                p.data = view
+                self._views.append(view)
+        if needs_gradients and self.trained:
+            self._lay_out_gradients(comm, where, sizes, bucket_bytes)
+
+    def _lay_out_gradients(
+        self, comm: Communicator, where: dict[int, tuple[int, int]], sizes: list[int], bucket_bytes: int
+    ) -> None:
+        plans = _plan_buckets(self.trained, where, bucket_bytes)
+        last_kind = where[plans[-1][0]][0]
+        tails = [len(self.trained) if kind == last_kind else 0 for kind in range(len(sizes))]
+        whole = [
+            comm.allocate(n + tail, flat.dtype)
+            for n, tail, flat in zip(sizes, tails, self.parameters, strict=True)
+        ]
+        self.gradients = [flat[:n] for flat, n in zip(whole, sizes, strict=True)]
+        self.used = whole[last_kind][sizes[last_kind] :]
+        self.gradient_views = [
+            self._view(self.gradients[where[i][0]], where[i][1], p) for i, p in enumerate(self.trained)
+        ]
+        for index, members in enumerate(plans):
+            kind, start = where[members[0]]
+            following = [
+                where[j][1] for j in range(members[-1] + 1, len(self.trained)) if where[j][0] == kind
+            ]
+            stop = following[0] if following else whole[kind].numel()
+            bucket = GradientBucket(index, whole[kind][start:stop], members)
+            self.buckets.append(bucket)
+            self.bucket_of.update(dict.fromkeys(members, bucket))
+
+    def _view(self, flat: torch.Tensor, offset: int, parameter: torch.Tensor) -> torch.Tensor:
+        """A view of `flat` with the parameter's own shape and strides (channels_last stays so)."""
+        if not _is_dense(parameter):
+            raise ConfigError(
+                f"parameter {self.name(parameter)} has shape {tuple(parameter.shape)} and strides"
+                f" {parameter.stride()}: its elements overlap or leave gaps; make it contiguous"
+            )
+        return flat.as_strided(parameter.shape, parameter.stride(), flat.storage_offset() + offset)
+
+    def _check_layout(self, parameter: torch.Tensor, view: torch.Tensor) -> None:
+        if (parameter.shape, parameter.dtype, parameter.device) != (view.shape, view.dtype, view.device):
+            raise ConfigError(
+                f"parameter {self.name(parameter)} was {tuple(view.shape)} {view.dtype} on {view.device} when"
+                f" prepare() saw it and is {tuple(parameter.shape)} {parameter.dtype} on {parameter.device}"
+                " now;"
+                " change the model before prepare()"
+            )
+
+
+def _plan_buckets(
+    trained: list[nn.Parameter], where: dict[int, tuple[int, int]], bucket_bytes: int
+) -> list[list[int]]:
+    """Cut each buffer into runs of parameters, ordered by when backward is expected to complete them."""
+    plans: list[list[int]] = []
+    open_runs: dict[int, list[int]] = {}
+    for i in range(len(trained)):
+        run = open_runs.setdefault(where[i][0], [])
+        run.append(i)
+        limit = min(bucket_bytes, _FIRST_BUCKET_BYTES) if not plans else bucket_bytes
+        if sum(trained[j].nbytes for j in run) >= limit:
+            plans.append(open_runs.pop(where[i][0]))
+    plans.extend(open_runs.values())
+    return sorted(plans, key=lambda members: members[-1])
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in some order of the dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
