@@ -57,17 +57,8 @@ class Reply(Protocol):
     def wait(self, timeout_s: float | None = None) -> Message:
         """Block until the answer is here. Raises PeerLost, Timeout, or the handler's error."""
 
-    def is_done(self) -> bool:
-        """Whether `wait` would return (or raise) at once."""
-
     def set(self, message: Message) -> None:
         """Answer now (the handler's side)."""
-
-    def fail(self, error: BaseException) -> None:
-        """Answer with an error."""
-
-    def then(self, callback: Callable[[Message | BaseException], None]) -> None:
-        """Call `callback(outcome)` once answered; at once if it is. For handlers, which must not wait."""
 
 
 Handler = Callable[[Rank, Message], "Message | Reply | None"]
@@ -127,18 +118,6 @@ class Communicator(Protocol):
     def call(self, peer: Rank, channel: str, message: Message) -> Reply: ...
     def post(self, peer: Rank, channel: str, message: Message) -> None: ...
 
-    def deferred(self) -> Reply:
-        """A promise that a handler returns now and sets later."""
-
-    def on_lost(self, callback: Callable[[Rank], None]) -> None:
-        """Call `callback(rank)`, as a handler, when a peer's death is noticed."""
-
-    def drain(self) -> None:
-        """Collective: every message posted before, and by its handlers, has been handled."""
-
-    def tolerate_loss(self) -> None:
-        """From now on collectives may go on among the living, where the fabric can."""
-
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Zeroed 1-D tensor in the memory that this fabric reaches best."""
 
@@ -183,10 +162,35 @@ class Strategy(Protocol):
 
 
 class Codec(Protocol):
-    """Fewer bytes for one flat tensor. `encode` may keep a residual in `state`."""
+    """Fewer bytes for one flat tensor.
+
+    `state` belongs to one tensor that is encoded again and again: a dict of tensors (residuals) and plain
+    values, empty at first, part of the checkpoint.
+    """
 
     is_unbiased: bool
 
     def max_encoded_bytes(self, numel: int) -> int: ...
-    def encode(self, x: torch.Tensor, state: dict[str, Any]) -> torch.Tensor: ...
-    def decode(self, payload: torch.Tensor, out: torch.Tensor) -> None: ...
+    def encode(
+        self, x: torch.Tensor, state: dict[str, Any], *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """1-D uint8 payload that describes itself; a slice of `out` when given."""
+
+    def decode(self, payload: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False) -> None:
+        """Store in `out`, or add to it. ProtocolError leaves `out` untouched."""
+
+    def stats(self, state: dict[str, Any]) -> dict[str, float]:
+        """Bytes by cause, encode seconds and extra memory since `state` was new."""
+
+
+class Reducer(Protocol):
+    """Replaces a flat tensor by (an approximation of) its sum over all ranks; equal bits on all."""
+
+    def start(
+        self,
+        flat: torch.Tensor,
+        layout: Sequence[tuple[int, Sequence[int]]],
+        comm: Communicator,
+        state: dict[str, Any],
+    ) -> Work:
+        """Begin; `layout` gives offset and shape of each tensor in `flat`. Same order on all ranks."""

@@ -22,8 +22,6 @@ HEADER_BYTES = 128
 class Network:
     """The links of a topology, and when each is free again."""
 
-    header_bytes = HEADER_BYTES
-
     def __init__(self, topology: Topology, faults: Faults) -> None:
         self.topology = topology
         self._faults = faults

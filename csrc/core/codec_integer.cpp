@@ -1,0 +1,181 @@
+// int8 and int4 with one float scale per block; round to nearest even, or stochastically (unbiased).
+#include <cmath>
+
+#include "core/codec_block.h"
+#include "core/codec_encode.h"
+
+namespace paceline::codec {
+namespace {
+
+// An integer hash of good avalanche; two rounds under two halves of the key make a counter-based generator.
+PACELINE_INLINE std::uint32_t mixed(std::uint32_t z) {
+  z = (z ^ (z >> 16)) * 0x7feb352du;
+  z = (z ^ (z >> 15)) * 0x846ca68bu;
+  return z ^ (z >> 16);
+}
+
+PACELINE_INLINE std::uint32_t random_bits(std::uint32_t key_low, std::uint32_t key_high, std::uint32_t counter) {
+  return mixed(mixed(counter + key_low) ^ key_high);
+}
+
+template <bool Stochastic>
+PACELINE_INLINE std::int32_t quantized(float scaled, int limit, std::uint64_t key, std::size_t index) {
+  if (Stochastic) {
+    const std::uint32_t bits = random_bits(static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32),
+                                           static_cast<std::uint32_t>(index));
+    const float shifted = scaled + static_cast<float>(static_cast<std::int32_t>(bits >> 8)) * 0x1p-24f;
+    const auto truncated = static_cast<std::int32_t>(shifted);
+    const std::int32_t floored = truncated - (shifted < static_cast<float>(truncated) ? 1 : 0);
+    return floored > limit ? limit : floored;
+  }
+  // 1.5 · 2^23 pushes the fraction out of the mantissa: the hardware rounds to nearest even.
+  return static_cast<std::int32_t>(bits_of(scaled + 0x1.8p23f) - 0x4b400000u);
+}
+
+// Byte i of an int4 group of 32 holds elements i and i + 16, offset by 8.
+template <int Bits>
+PACELINE_INLINE void pack(const std::int8_t* codes, std::size_t length, std::uint8_t* target) {
+  if (Bits == 8) {
+    std::memcpy(target, codes, length);
+    return;
+  }
+  for (std::size_t group = 0; group < rounded_up(length, 32) / 32; ++group) {
+    for (std::size_t i = 0; i < 16; ++i) {
+      const auto low = static_cast<std::uint8_t>(codes[32 * group + i] + 8);
+      const auto high = static_cast<std::uint8_t>(codes[32 * group + 16 + i] + 8);
+      target[16 * group + i] = static_cast<std::uint8_t>(low | (high << 4));
+    }
+  }
+}
+
+template <int Bits>
+constexpr std::size_t code_bytes(std::size_t length) {
+  return Bits == 8 ? length : (length + 31) / 32 * 16;
+}
+
+template <int Bits, bool Stochastic, bool HasResidual>
+PACELINE_INLINE void encode_body(const float* x, float* residual, std::size_t numel, std::size_t block,
+                                 std::uint64_t key, F32* scales, std::uint8_t* bytes) {
+  constexpr int kLimit = Bits == 8 ? 127 : 7;
+  float values[kMaxBlock];
+  std::int8_t codes[kMaxBlock];
+  for (std::size_t start = 0; start < numel; start += block) {
+    const std::size_t length = smaller(block, numel - start);
+    const std::size_t padded = rounded_up(length, 32);
+    float* rest = HasResidual ? residual + start : nullptr;
+    const std::uint32_t largest = load_block<HasResidual>(x + start, rest, length, padded, values);
+    const bool is_finite = largest < 0x7f800000u;
+    const float scale = is_finite ? float_of(largest) / static_cast<float>(kLimit) : float_of(0x7fc00000u);
+    // Below the smallest normal float the quotient would overflow: such a block is sent as zeros.
+    const bool is_zero = !is_finite || bits_of(scale) < 0x00800000u;
+    const float inverse = is_zero ? 0.0f : 1.0f / scale;
+    scales[start / block] = is_finite && is_zero ? 0.0f : scale;
+    if (is_zero) {
+      for (std::size_t i = 0; i < padded; ++i) codes[i] = 0;
+    } else {
+      for (std::size_t i = 0; i < padded; ++i) {
+        codes[i] = static_cast<std::int8_t>(quantized<Stochastic>(values[i] * inverse, kLimit, key, start + i));
+      }
+    }
+    pack<Bits>(codes, length, bytes + start / 32 * code_bytes<Bits>(32));
+    if (HasResidual) {
+      const float sent_scale = scales[start / block];
+      for (std::size_t i = 0; i < length; ++i) {
+        rest[i] = remainder_of(values[i], static_cast<float>(codes[i]) * sent_scale, rest[i]);
+      }
+    }
+  }
+}
+
+template <bool Accumulate>
+PACELINE_INLINE void int8_decode_body(const F32* scales, const std::uint8_t* bytes, std::size_t numel,
+                                      std::size_t block, float* out) {
+  for (std::size_t start = 0; start < numel; start += block) {
+    const std::size_t length = smaller(block, numel - start);
+    const float scale = scales[start / block];
+    const auto* codes = reinterpret_cast<const std::int8_t*>(bytes + start);
+    float* target = out + start;
+    for (std::size_t i = 0; i < length; ++i) {
+      const float value = static_cast<float>(codes[i]) * scale;
+      target[i] = Accumulate ? target[i] + value : value;
+    }
+  }
+}
+
+template <bool Accumulate>
+PACELINE_INLINE void int4_decode_body(const F32* scales, const std::uint8_t* bytes, std::size_t numel,
+                                      std::size_t block, float* out) {
+  for (std::size_t start = 0; start < numel; start += 32) {
+    const float scale = scales[start / block];
+    const std::uint8_t* codes = bytes + start / 2;
+    float values[32];
+    for (std::size_t i = 0; i < 16; ++i) {
+      values[i] = static_cast<float>(static_cast<std::int32_t>(codes[i] & 15u) - 8) * scale;
+      values[16 + i] = static_cast<float>(static_cast<std::int32_t>(codes[i] >> 4) - 8) * scale;
+    }
+    float* target = out + start;
+    const std::size_t length = smaller(32, numel - start);
+    for (std::size_t i = 0; i < length; ++i) target[i] = Accumulate ? target[i] + values[i] : values[i];
+  }
+}
+
+template <int Bits>
+std::size_t encode(Id id, const Input& in, std::size_t block, Rounding rounding, Output out) {
+  const std::size_t blocks = num_blocks(in.numel, block);
+  const std::size_t body_bytes = 4 * blocks + code_bytes<Bits>(in.numel);
+  check_encoder(id, in.numel, kHeaderBytes + body_bytes, out.capacity);
+  auto* scales = reinterpret_cast<F32*>(out.bytes + kHeaderBytes);
+  std::uint8_t* codes = out.bytes + kHeaderBytes + 4 * blocks;
+  if (rounding.is_stochastic) {
+    run<encode_body<Bits, true, true>, encode_body<Bits, true, false>>(
+        in.residual != nullptr, in.x, in.residual, in.numel, block, rounding.key, scales, codes);
+  } else {
+    run<encode_body<Bits, false, true>, encode_body<Bits, false, false>>(
+        in.residual != nullptr, in.x, in.residual, in.numel, block, rounding.key, scales, codes);
+  }
+  const Header header{id, in.source, in.has_checksum, Layout::kWords, in.numel,
+                      static_cast<std::uint32_t>(block), 0.0f, 0};
+  return finish_payload(header, out.bytes, body_bytes);
+}
+
+}  // namespace
+
+std::size_t max_int8(std::size_t numel, std::size_t block) {
+  return kHeaderBytes + 4 * num_blocks(numel, block) + code_bytes<8>(numel);
+}
+
+std::size_t max_int4(std::size_t numel, std::size_t block) {
+  return kHeaderBytes + 4 * num_blocks(numel, block) + code_bytes<4>(numel);
+}
+
+std::size_t encode_int8(const Input& in, std::size_t block, Rounding rounding, Output out) {
+  return encode<8>(Id::kInt8, in, block, rounding, out);
+}
+
+std::size_t encode_int4(const Input& in, std::size_t block, Rounding rounding, Output out) {
+  return encode<4>(Id::kInt4, in, block, rounding, out);
+}
+
+void decode_int8(const Header& header, const std::uint8_t* body, std::size_t body_bytes, float* out,
+                 bool accumulate) {
+  check_block(header);
+  const std::size_t numel = header.numel;
+  const std::size_t blocks = num_blocks(numel, header.parameter);
+  check_body(header, body_bytes, 4 * blocks + code_bytes<8>(numel));
+  run<int8_decode_body<true>, int8_decode_body<false>>(accumulate, reinterpret_cast<const F32*>(body),
+                                                       body + 4 * blocks, numel,
+                                                       static_cast<std::size_t>(header.parameter), out);
+}
+
+void decode_int4(const Header& header, const std::uint8_t* body, std::size_t body_bytes, float* out,
+                 bool accumulate) {
+  check_block(header);
+  const std::size_t numel = header.numel;
+  const std::size_t blocks = num_blocks(numel, header.parameter);
+  check_body(header, body_bytes, 4 * blocks + code_bytes<4>(numel));
+  run<int4_decode_body<true>, int4_decode_body<false>>(accumulate, reinterpret_cast<const F32*>(body),
+                                                       body + 4 * blocks, numel,
+                                                       static_cast<std::size_t>(header.parameter), out);
+}
+
+}  // namespace paceline::codec

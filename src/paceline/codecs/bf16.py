@@ -1,0 +1,46 @@
+"""bfloat16: the upper half of a float32, rounded to nearest even. Half the bytes, no scale needed.
+
+Body: numel × bfloat16. Infinities and NaN travel.
+"""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+
+from paceline.codecs import payload
+from paceline.codecs.kernel import KernelCodec
+from paceline.codecs.payload import Header
+from paceline.codecs.reference import keep_remainder
+from paceline.errors import ProtocolError
+
+
+@final
+class Bf16(KernelCodec):
+    """`bf16`: 2 bytes per element."""
+
+    def arguments(self, x: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """No arguments."""
+        return {}
+
+    def reference_encode(
+        self, x: torch.Tensor, residual: torch.Tensor | None, arguments: dict[str, Any]
+    ) -> tuple[Header, bytes]:
+        """Round to nearest even; every NaN becomes the one quiet NaN."""
+        value = x if residual is None else x + residual
+        rounded = value.to(torch.bfloat16)
+        code = torch.where(
+            rounded.isnan(), torch.tensor(0x7FC0, dtype=torch.int16), rounded.view(torch.int16)
+        )
+        if residual is not None:
+            keep_remainder(residual, value, code.view(torch.bfloat16).to(torch.float32))
+        return Header("bf16", x.numel()), payload.as_bytes(code)
+
+    @classmethod
+    def reference_decode(cls, header: Header, body: bytes) -> torch.Tensor:
+        """Widen."""
+        if header.parameter != 0:
+            raise ProtocolError("bf16 payload: it has no parameter")
+        payload.check_body(header, body, 2 * header.numel)
+        return payload.as_tensor(body, torch.bfloat16).to(torch.float32)

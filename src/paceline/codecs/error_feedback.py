@@ -1,0 +1,63 @@
+"""Error feedback round any codec: what was not sent is added to the next tensor.
+
+    v = x + r;  send encode(v);  r ← v − decode(encode(v))
+
+The residual is `state["residual"]` and belongs in the checkpoint. All kernels do this in the pass that
+encodes. Sources: Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019.
+"""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+
+from paceline import codecs
+from paceline.codecs.codec import Codec
+from paceline.errors import ConfigError
+from paceline.spec import Spec
+
+
+@final
+class ErrorFeedback(Codec):
+    """`error_feedback(codec=onebit)`. Round a codec that keeps its own residual it changes nothing."""
+
+    def __init__(self, *, codec: str | Spec | Codec) -> None:
+        self._codec = codecs.make(codec)
+        if isinstance(self._codec, ErrorFeedback):
+            raise ConfigError("error_feedback(codec=error_feedback(…)): once is enough")
+        self.is_unbiased = False
+        self.is_sparse = self._codec.is_sparse
+
+    keeps_residual = True
+
+    def set_options(self, *, checksum: bool = False, use_reference: bool = False) -> None:
+        """Whether payloads carry a CRC-32C, and whether the PyTorch reference runs instead of C++."""
+        self._codec.set_options(checksum=checksum, use_reference=use_reference)
+
+    def max_encoded_bytes(self, numel: int) -> int:
+        """As the codec inside."""
+        return self._codec.max_encoded_bytes(numel)
+
+    def encode(
+        self, x: torch.Tensor, state: dict[str, Any], *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Encode x + residual and keep the rest."""
+        if "residual" not in state:
+            state["residual"] = torch.zeros(x.numel(), dtype=torch.float32, device=x.device)
+        return self.encode_with_residual(x, state["residual"], state, out=out)
+
+    def encode_with_residual(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        state: dict[str, Any],
+        *,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As the codec inside."""
+        return self._codec.encode_with_residual(x, residual, state, out=out)
+
+    def decode(self, payload: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False) -> None:
+        """As the codec inside."""
+        self._codec.decode(payload, out, accumulate=accumulate)

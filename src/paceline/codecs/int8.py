@@ -1,0 +1,37 @@
+"""8-bit integers with one float scale per block, optionally with stochastic (unbiased) rounding.
+
+Body: blocks × f32 scale, then numel × int8. A block that holds infinity or NaN decodes to NaN.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+
+from paceline.codecs import payload
+from paceline.codecs._quantize import Quantizer, dequantized
+from paceline.codecs.payload import Header
+
+
+@final
+class Int8(Quantizer):
+    """`int8(block=256, stochastic=false, seed=0)`: 1 byte per element and 4 per block."""
+
+    limit = 127
+
+    def __init__(self, *, block: int = 256, stochastic: bool = False, seed: int = 0) -> None:
+        super().__init__(block=block, stochastic=stochastic, seed=seed)
+
+    @staticmethod
+    def packed(codes: torch.Tensor) -> bytes:
+        """One byte per code."""
+        return payload.as_bytes(codes)
+
+    @classmethod
+    def reference_decode(cls, header: Header, body: bytes) -> torch.Tensor:
+        """code · scale."""
+        blocks = payload.num_blocks(header.numel, payload.check_block(header))
+        payload.check_body(header, body, 4 * blocks + header.numel)
+        codes = payload.as_tensor(body[4 * blocks :], torch.int8).to(torch.float32)
+        return dequantized(header, codes, payload.as_tensor(body[: 4 * blocks], torch.float32))

@@ -1,0 +1,86 @@
+"""The k largest magnitudes with their exact values; ties go to the lowest index.
+
+Biased: wrap it in error_feedback. Source: Aji & Heafield, EMNLP 2017; Stich et al., NeurIPS 2018.
+
+Body: k × f32 value, then k increasing u32 indexes, or with `entropy` the Golomb–Rice code of their gaps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from typing import Any, final
+
+import numpy as np
+import torch
+
+from paceline.codecs import payload
+from paceline.codecs.kernel import KernelCodec
+from paceline.codecs.payload import RICE, WORDS, Header
+from paceline.codecs.reference import plan_rice, read_rice, scatter, write_rice
+from paceline.errors import ConfigError, ProtocolError
+
+
+@final
+class Topk(KernelCodec):
+    """`topk(density=0.01)` or `topk(k=1000)`: at most 8 bytes per element sent."""
+
+    is_sparse = True
+
+    def __init__(self, *, density: float | None = None, k: int | None = None, entropy: bool = False) -> None:
+        if density is not None and k is not None:
+            raise ConfigError("topk: give density or k, not both")
+        if density is not None and not 0 < density <= 1:
+            raise ConfigError(f"topk: density must be in (0, 1], got {density!r}")
+        if k is not None and (not isinstance(k, int) or k < 1):
+            raise ConfigError(f"topk: k must be a positive integer, got {k!r}")
+        self._density = 0.01 if density is None else density
+        self._k = k
+        self._entropy = bool(entropy)
+
+    def parameter(self, numel: int) -> int:
+        """How many elements are sent."""
+        wanted = self._k if self._k is not None else max(1, round(self._density * numel))
+        return min(wanted, numel)
+
+    def arguments(self, x: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """How many elements are sent, and how their indexes are coded."""
+        return {"parameter": self.parameter(x.numel()), "entropy": self._entropy}
+
+    def reference_encode(
+        self, x: torch.Tensor, residual: torch.Tensor | None, arguments: dict[str, Any]
+    ) -> tuple[Header, bytes]:
+        """Choose by magnitude (NaN above infinity above numbers), send in order of the index."""
+        value = x if residual is None else x + residual
+        magnitude = value.view(torch.int32) & 0x7FFFFFFF
+        order = magnitude.sort(descending=True, stable=True).indices
+        indexes = order[: arguments["parameter"]].sort().values
+        sent = value[indexes]
+        if residual is not None:
+            residual.copy_(torch.where(value.isfinite(), value, 0.0))
+            residual[indexes] = 0.0
+        plain = Header("topk", x.numel(), count=len(indexes))
+        if arguments["entropy"]:
+            parameter, num_bytes = plan_rice(indexes.tolist(), has_sign=False)
+            if num_bytes < 4 * len(indexes):
+                coded = write_rice(indexes.tolist(), None, parameter)
+                header = dataclasses.replace(plain, layout=RICE, parameter=parameter)
+                return header, payload.as_bytes(sent) + coded
+        return plain, payload.as_bytes(sent) + indexes.cpu().numpy().astype("<u4").tobytes()
+
+    @classmethod
+    def reference_decode(cls, header: Header, body: bytes) -> torch.Tensor:
+        """The values where the indexes say, else 0."""
+        if struct.pack("<f", header.scale) != bytes(4):
+            raise ProtocolError("topk payload: it has no tau")
+        values, rest = body[: 4 * header.count], body[4 * header.count :]
+        if header.layout == WORDS:
+            if header.parameter != 0:
+                raise ProtocolError("topk payload: only its entropy-coded form has a parameter")
+            payload.check_body(header, body, 8 * header.count)
+            indexes = torch.from_numpy(np.frombuffer(rest, "<u4").astype(np.int64))
+        elif header.layout == RICE and len(values) == 4 * header.count:
+            indexes = torch.tensor(read_rice(header, rest, has_sign=False)[0], dtype=torch.int64)
+        else:
+            raise ProtocolError("topk payload: its layout is unknown, or it ends before its values do")
+        return scatter(header, indexes, payload.as_tensor(values, torch.float32))
