@@ -12,6 +12,7 @@ _EXPORTS = {
     "init": "paceline.train.job",
     "Job": "paceline.train.job",
     "launch": "paceline.launchers.local",
+    "simulate": "paceline.comm.simulation",
     "Task": "paceline.tasks.task",
     "ReduceOp": "paceline.types",
     "PacelineError": "paceline.errors",

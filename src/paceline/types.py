@@ -57,8 +57,17 @@ class Reply(Protocol):
     def wait(self, timeout_s: float | None = None) -> Message:
         """Block until the answer is here. Raises PeerLost, Timeout, or the handler's error."""
 
+    def is_done(self) -> bool:
+        """Whether `wait` would return (or raise) at once."""
+
     def set(self, message: Message) -> None:
         """Answer now (the handler's side)."""
+
+    def fail(self, error: BaseException) -> None:
+        """Answer with an error."""
+
+    def then(self, callback: Callable[[Message | BaseException], None]) -> None:
+        """Call `callback(outcome)` once answered; at once if it is. For handlers, which must not wait."""
 
 
 Handler = Callable[[Rank, Message], "Message | Reply | None"]
@@ -117,6 +126,18 @@ class Communicator(Protocol):
     def serve(self, channel: str, handler: Handler) -> None: ...
     def call(self, peer: Rank, channel: str, message: Message) -> Reply: ...
     def post(self, peer: Rank, channel: str, message: Message) -> None: ...
+
+    def deferred(self) -> Reply:
+        """A promise that a handler returns now and sets later."""
+
+    def on_lost(self, callback: Callable[[Rank], None]) -> None:
+        """Call `callback(rank)`, as a handler, when a peer's death is noticed."""
+
+    def drain(self) -> None:
+        """Collective: every message posted before, and by its handlers, has been handled."""
+
+    def tolerate_loss(self) -> None:
+        """From now on collectives may go on among the living, where the fabric can."""
 
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Zeroed 1-D tensor in the memory that this fabric reaches best."""

@@ -1,3 +1,26 @@
 """How bytes really move: the Communicator and its fabrics."""
 
-NOT_PLUGINS = ("communicator", "ledger", "placement", "rendezvous")
+NOT_PLUGINS = (
+    "authentication",
+    "channels",
+    "communicator",
+    "compute_time",
+    "connection",
+    "current",
+    "event_log",
+    "faults",
+    "ledger",
+    "mailbox",
+    "messages",
+    "placement",
+    "rendezvous",
+    "reply",
+    "service",
+    "simulated",
+    "simulated_collectives",
+    "simulated_group",
+    "simulated_network",
+    "simulation",
+    "virtual_cluster",
+    "virtual_time",
+)

@@ -7,12 +7,17 @@ are valid, so it checks nothing again. Per call the shared part costs a few attr
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
 
+from paceline.comm import mailbox, messages
 from paceline.comm.ledger import Ledger
+from paceline.comm.mailbox import Mailbox
+from paceline.comm.rendezvous import Meeting
+from paceline.comm.reply import Deferred
 from paceline.errors import CommError, ConfigError
 from paceline.types import Handler, Message, Rank, ReduceOp, Reply, Work
 
@@ -37,6 +42,9 @@ class FabricCommunicator(abc.ABC):
         self.ledger = Ledger()
         self.unusable: str | None = None
         """Why no further operation may start: closed, or an operation failed. None while all is well."""
+        self.meeting: Meeting | None = None
+        """Where the job's ranks met; set by a fabric that offers messages."""
+        self._open_mailbox: Mailbox | None = None
         counts = self.ledger.operations
         self._n_all_reduce, self._n_reduce = counts["all_reduce"], counts["reduce"]
         self._n_broadcast, self._n_barrier = counts["broadcast"], counts["barrier"]
@@ -210,6 +218,31 @@ class FabricCommunicator(abc.ABC):
         self._count_message("post", peer, message)
         self._post(peer, channel, message)
 
+    def deferred(self) -> Reply:
+        """A promise that a handler returns now and sets later, e.g. when a third rank has come."""
+        return Deferred("a deferred reply")
+
+    def on_lost(self, callback: Callable[[Rank], None]) -> None:
+        """Call `callback(rank)` on the message service when a peer's death is noticed."""
+        self._mailbox().on_lost(callback)
+
+    def drain(self) -> None:
+        """Collective: return when every message posted before, and by its handlers, has been handled."""
+        for _ in range(2):
+            self._mailbox().flush()
+            self.barrier().wait()
+        self._mailbox().raise_stored()
+
+    def tolerate_loss(self) -> None:  # noqa: B027  only a fabric that can go on without a rank does something
+        """From now on collectives may go on among the living, where the fabric can."""
+
+    def charge_compute(self, share: float = 1.0) -> None:  # noqa: B027  real time passes by itself
+        """In virtual time: let `share` of one minibatch's compute time pass."""
+
+    def off_clock(self) -> contextlib.AbstractContextManager[None]:
+        """In virtual time: operations inside take no time (evaluation)."""
+        return contextlib.nullcontext()
+
     @abc.abstractmethod
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Zeroed 1-D tensor in the memory that this fabric reaches best."""
@@ -231,6 +264,8 @@ class FabricCommunicator(abc.ABC):
         """Release what the fabric holds; idempotent. Later operations raise CommError."""
         if self.unusable != "it was closed":
             self.unusable = "it was closed"
+            if self._open_mailbox is not None:
+                self._open_mailbox.close()
             self._close()
 
     # What a fabric implements.
@@ -277,18 +312,25 @@ class FabricCommunicator(abc.ABC):
     def _close(self) -> None: ...
 
     def _serve(self, channel: str, handler: Handler) -> None:
-        self._no_messages()
+        self._mailbox().serve(channel, handler)
 
     def _call(self, peer: Rank, channel: str, message: Message) -> Reply:
-        self._no_messages()
+        return self._mailbox().call(peer, channel, message)
 
     def _post(self, peer: Rank, channel: str, message: Message) -> None:
-        self._no_messages()
+        self._mailbox().post(peer, channel, message)
+
+    def _mailbox(self) -> Mailbox:
+        """This rank's message service, made when it is first needed."""
+        if self._open_mailbox is None:
+            if self.meeting is None:
+                raise CommError(
+                    f"{self._who()}: messages need a communicator of the whole job, not a part of it"
+                )
+            self._open_mailbox = mailbox.open(self.meeting, self.ledger)
+        return self._open_mailbox
 
     # Checks.
-
-    def _no_messages(self) -> NoReturn:
-        raise CommError(f"{self._who()}: the {self.fabric} fabric has no message service in this job")
 
     def _who(self) -> str:
         return f"rank {self.rank} (host {self.hosts[self.rank]})"
@@ -342,6 +384,7 @@ class FabricCommunicator(abc.ABC):
             self._refuse(name, None)
         if not 0 <= peer < self.size:
             raise ConfigError(f"{self._who()}: {name}: rank {peer} named; the job has 0..{self.size - 1}")
+        messages.check(message)
         entry = self._n_call if name == "call" else self._n_post
         entry.calls += 1
         entry.payload_bytes += sum(t.nbytes for t in message.tensors)

@@ -7,7 +7,7 @@ Payload bytes of an operation are the bytes that *this rank hands to it*, whatev
     all_gather(_v), gather                   the source
     reduce_scatter(_v), all_to_all(_v)       the source
     scatter                                  the source on the root, 0 elsewhere
-    send, call, post                         the tensors sent; recv counts 0
+    send, call, post, answer                 the tensors sent (answer: by a handler); recv counts 0
     barrier                                  0
 
 So bytes are counted once in the job, where they come from. Wire bytes are what really left this rank through
@@ -35,6 +35,7 @@ OPERATIONS = (
     "recv",
     "call",
     "post",
+    "answer",
 )
 
 

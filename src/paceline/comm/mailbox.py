@@ -21,16 +21,42 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from paceline.comm import messages
 from paceline.comm.channels import Channels
+from paceline.comm.ledger import Ledger
+from paceline.comm.rendezvous import Meeting
 from paceline.comm.reply import Deferred
 from paceline.comm.service import Service
 from paceline.errors import CommError, ConfigError, PeerLost, Timeout
 from paceline.types import Handler, Message
 
 OUTBOX_BYTES = 64 << 20
+
+
+def open(meeting: Meeting, ledger: Ledger) -> Mailbox:
+    """The mailbox of one rank of a job: addresses travel through the job's store."""
+    return Mailbox(
+        rank=meeting.rank,
+        size=meeting.size,
+        secret=meeting.secret,
+        directory=_StoreDirectory(meeting.store),
+        host=meeting.address or "127.0.0.1",
+        ledger=ledger,
+    )
+
+
+class _StoreDirectory:
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def publish(self, rank: int, address: str) -> None:
+        self._store.set(f"mailbox/{rank}", address)
+
+    def lookup(self, rank: int) -> str | None:
+        key = f"mailbox/{rank}"
+        return str(self._store.get(key).decode()) if self._store.check([key]) else None
 
 
 class Directory(Protocol):
@@ -57,12 +83,14 @@ class Mailbox:
         timeout_s: float = 300.0,
         outbox_bytes: int = OUTBOX_BYTES,
         max_payload_bytes: int = messages.MAX_PAYLOAD_BYTES,
+        ledger: Ledger | None = None,
     ) -> None:
         if len(secret) < 16:
             raise ConfigError(f"the job's secret has {len(secret)} bytes; at least 16 are needed")
         self.rank, self.size = rank, size
         self._timeout_s, self._outbox_limit = timeout_s, outbox_bytes
         self._max_payload_bytes = max_payload_bytes
+        self._ledger = ledger or Ledger()
         self._ids = itertools.count(1)
         self._room = threading.Condition()
         self._pending: dict[int, tuple[int, Deferred]] = {}
@@ -101,7 +129,7 @@ class Mailbox:
         """Send `message` and return the promise of its answer."""
         self._check_peer(peer)
         messages.check(message)
-        reply = Deferred(f"rank {self.rank}: call on channel {channel!r} to rank {peer}")
+        reply = Deferred(f"rank {self.rank}: call on channel {channel!r} to rank {peer}", self._ledger)
         if peer == self.rank:
             self._deliver_to_self(channel, message, reply)
             return reply
@@ -190,6 +218,7 @@ class Mailbox:
         def answer(outcome: Message | BaseException) -> None:
             assert reply is not None
             if isinstance(outcome, Message):
+                self._count_answer(outcome)
                 reply.set(messages.owned(outcome))
             else:
                 reply.fail(_handler_error(self.rank, channel, str(outcome)))
@@ -225,6 +254,7 @@ class Mailbox:
         try:
             if isinstance(outcome, Message):
                 messages.check(outcome)
+                self._count_answer(outcome)
                 frame = messages.encode(messages.ANSWER, id, channel, messages.owned(outcome))
             else:
                 raise outcome
@@ -257,6 +287,11 @@ class Mailbox:
                 del self._pending[i]
         for _, reply, error in doomed:
             reply.fail(error)
+
+    def _count_answer(self, message: Message) -> None:
+        entry = self._ledger.operations["answer"]
+        entry.calls += 1
+        entry.payload_bytes += messages.num_bytes(message)
 
     def _check_usable(self) -> None:
         if self._is_closed or os.getpid() != self._pid:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
+from paceline.comm.ledger import Ledger
 from paceline.errors import Timeout
 from paceline.types import Message
 
@@ -14,8 +16,8 @@ Outcome = Message | BaseException
 class Deferred:
     """A promise of a Message that is set once, from any thread."""
 
-    def __init__(self, waiting_for: str = "an answer") -> None:
-        self._waiting_for = waiting_for
+    def __init__(self, waiting_for: str = "an answer", ledger: Ledger | None = None) -> None:
+        self._waiting_for, self._ledger = waiting_for, ledger
         self._lock = threading.Lock()
         self._ready = threading.Event()
         self._outcome: Outcome | None = None
@@ -23,7 +25,11 @@ class Deferred:
 
     def wait(self, timeout_s: float | None = None) -> Message:
         """Block until the answer is here. Raises Timeout, PeerLost, or the handler's error."""
-        if not self._ready.wait(timeout_s):
+        start = time.perf_counter()
+        is_ready = self._ready.wait(timeout_s)
+        if self._ledger is not None:
+            self._ledger.wait_s += time.perf_counter() - start
+        if not is_ready:
             raise Timeout(f"{self._waiting_for}: nothing for {timeout_s:g} s. Is that rank alive?")
         if isinstance(self._outcome, Message):
             return self._outcome

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from paceline.comm.faults import FOREVER
-from paceline.comm.virtual_cluster import VirtualCluster
+from paceline.comm.ledger import Ledger
+from paceline.comm.virtual_cluster import VirtualCluster, wait
 from paceline.comm.virtual_time import Signal
 from paceline.errors import CommError, Mismatch, PeerLost, Timeout
-from paceline.types import Rank, ReduceOp
+from paceline.types import Rank
 
 Arguments = dict[Rank, Any]
 Apply = Callable[[Arguments], None]
@@ -27,14 +28,14 @@ Apply = Callable[[Arguments], None]
 class SimulatedWork:
     """An operation in flight in virtual time."""
 
-    def __init__(self, signal: Signal, what: Callable[[], str]) -> None:
-        self._signal, self._what = signal, what
+    def __init__(self, signal: Signal, what: Callable[[], str], ledger: Ledger) -> None:
+        self._signal, self._what, self._ledger = signal, what, ledger
         self.error: BaseException | None = None
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Block in virtual time until done. Raises the operation's error, or Timeout."""
         if not self._signal.is_set:
-            self._signal.wait(self._what(), timeout_s)
+            wait(self._signal, self._what(), timeout_s, self._ledger)
         if self.error is not None:
             raise self.error
 
@@ -56,7 +57,7 @@ class SimulatedWork:
 class _Operation:
     index: int
     name: str
-    signature: tuple
+    signature: tuple[Any, ...]
     num_bytes: int
     apply: Apply
     works: dict[Rank, SimulatedWork] = field(default_factory=dict)
@@ -71,8 +72,6 @@ class SimulatedGroup:
         self.members = list(members)
         self.tolerates_loss = False
         """Whether later collectives go on among the living; otherwise they raise PeerLost."""
-        self.off_clock = 0
-        """Above zero while ranks evaluate: operations take no virtual time."""
         self._next = [0] * len(self.members)
         self._pending: dict[int, _Operation] = {}
         self._free_s = 0.0
@@ -93,7 +92,14 @@ class SimulatedGroup:
         return self._subgroups[key]
 
     def submit(
-        self, rank: Rank, name: str, signature: tuple, num_bytes: int, argument: Any, apply: Apply
+        self,
+        rank: Rank,
+        name: str,
+        signature: tuple[Any, ...],
+        num_bytes: int,
+        argument: Any,
+        apply: Apply,
+        ledger: Ledger,
     ) -> SimulatedWork:
         """Join the caller's next collective; it starts when the last rank has come."""
         self.cluster.world.refuse_in_handler(name)
@@ -102,7 +108,7 @@ class SimulatedGroup:
         operation = self._pending.get(index)
         if operation is None:
             operation = self._pending[index] = _Operation(index, name, signature, num_bytes, apply)
-        work = SimulatedWork(Signal(self.cluster.world), partial(self._describe, operation))
+        work = SimulatedWork(Signal(self.cluster.world), partial(self._describe, operation), ledger)
         operation.works[rank] = work
         operation.arguments[rank] = argument
         if (operation.name, operation.signature) != (name, signature):
@@ -121,10 +127,10 @@ class SimulatedGroup:
             self._start_if_complete(operation)
         return work
 
-    def send(self, src: Rank, dst: Rank, tag: int, tensor: torch.Tensor) -> SimulatedWork:
+    def send(self, src: Rank, dst: Rank, tag: int, tensor: torch.Tensor, ledger: Ledger) -> SimulatedWork:
         """Point to point; the work is done when the bytes have arrived."""
         cluster = self.cluster
-        work = SimulatedWork(Signal(cluster.world), lambda: f"its send to rank {dst} (tag {tag})")
+        work = SimulatedWork(Signal(cluster.world), lambda: f"its send to rank {dst} (tag {tag})", ledger)
         if dst in self.lost():
             work.finish(PeerLost(f"rank {src}: rank {dst} is lost: its process ended"))
             return work
@@ -144,10 +150,14 @@ class SimulatedGroup:
             cluster.world.at(arrives, self.members[dst], arrive)
         return work
 
-    def recv(self, dst: Rank, src: Rank | None, tag: int, tensor: torch.Tensor) -> SimulatedWork:
+    def recv(
+        self, dst: Rank, src: Rank | None, tag: int, tensor: torch.Tensor, ledger: Ledger
+    ) -> SimulatedWork:
         """Point to point; `src` None takes from any rank, the lowest that has sent something."""
         source = "any rank" if src is None else f"rank {src}"
-        work = SimulatedWork(Signal(self.cluster.world), lambda: f"its receive from {source} (tag {tag})")
+        work = SimulatedWork(
+            Signal(self.cluster.world), lambda: f"its receive from {source} (tag {tag})", ledger
+        )
         self._wanted.append((dst, src, tag, tensor, work))
         self._match()
         if src is not None and src in self.lost() and not work.is_done():
@@ -196,7 +206,7 @@ class SimulatedGroup:
             self._finish_all(operation, error)
             return
         seconds = 0.0
-        if not self.off_clock:
+        if not cluster.off_clock.intersection(self.members):
             seconds = cluster.network.collective_s(operation.name, operation.num_bytes, len(arrived))
         self._free_s = start + seconds
         for r in arrived:
@@ -249,30 +259,3 @@ class SimulatedGroup:
         missing = sorted(set(range(len(self.members))) - set(operation.works) - self.lost())
         who = ", ".join(str(r) for r in missing[:8]) + (" …" if len(missing) > 8 else "")
         return f"{operation.name} #{operation.index}" + (f" (not called by rank {who})" if missing else "")
-
-
-def reduced(tensors: Sequence[torch.Tensor], op: ReduceOp) -> torch.Tensor:
-    """Combine in order, the first to the last; half precision in float32. Returns a new tensor."""
-    dtype = tensors[0].dtype
-    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    total = tensors[0].to(wide, copy=True)
-    for t in tensors[1:]:
-        _ACCUMULATE[op](total, t.to(wide))
-    if op is ReduceOp.MEAN:
-        if total.is_floating_point() or total.is_complex():
-            total.div_(len(tensors))
-        else:
-            total.div_(len(tensors), rounding_mode="trunc")
-    return total.to(dtype)
-
-
-_ACCUMULATE: dict[ReduceOp, Callable[[torch.Tensor, torch.Tensor], Any]] = {
-    ReduceOp.SUM: lambda a, b: a.add_(b),
-    ReduceOp.MEAN: lambda a, b: a.add_(b),
-    ReduceOp.PRODUCT: lambda a, b: a.mul_(b),
-    ReduceOp.MIN: lambda a, b: a.copy_(torch.minimum(a, b)),
-    ReduceOp.MAX: lambda a, b: a.copy_(torch.maximum(a, b)),
-    ReduceOp.BAND: lambda a, b: a.bitwise_and_(b),
-    ReduceOp.BOR: lambda a, b: a.bitwise_or_(b),
-    ReduceOp.BXOR: lambda a, b: a.bitwise_xor_(b),
-}

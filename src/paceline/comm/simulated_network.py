@@ -22,6 +22,8 @@ HEADER_BYTES = 128
 class Network:
     """The links of a topology, and when each is free again."""
 
+    header_bytes = HEADER_BYTES
+
     def __init__(self, topology: Topology, faults: Faults) -> None:
         self.topology = topology
         self._faults = faults

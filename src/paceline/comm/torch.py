@@ -45,7 +45,7 @@ def connect(meeting: Meeting, *, timeout_s: float, device: torch.device | None =
                 f"torch.distributed has {dist.get_world_size()} ranks, the job {meeting.size};"
                 " call paceline.init() before init_process_group, or leave that call out"
             )
-        return TorchCommunicator(meeting.hosts, device=device)
+        return TorchCommunicator(meeting.hosts, device=device, meeting=meeting)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "gloo" and meeting.address and "GLOO_SOCKET_IFNAME" not in os.environ:
         # Gloo would bind to whatever the host's name resolves to, which other hosts often cannot reach.
@@ -62,7 +62,7 @@ def connect(meeting: Meeting, *, timeout_s: float, device: torch.device | None =
         )
     except RuntimeError as error:
         raise CommError(f"rank {meeting.rank}: cannot connect the {backend} group: {error}") from error
-    return TorchCommunicator(meeting.hosts, device=device, owns_group=True)
+    return TorchCommunicator(meeting.hosts, device=device, owns_group=True, meeting=meeting)
 
 
 class TorchCommunicator(FabricCommunicator):
@@ -77,8 +77,10 @@ class TorchCommunicator(FabricCommunicator):
         group: dist.ProcessGroup | None = None,
         device: torch.device | None = None,
         owns_group: bool = False,
+        meeting: Meeting | None = None,
     ) -> None:
         super().__init__(dist.get_rank(group), dist.get_world_size(group), hosts)
+        self.meeting = meeting
         self.group = group
         self.device = device or torch.device("cpu")
         self._owns_group = owns_group

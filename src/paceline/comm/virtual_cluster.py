@@ -12,14 +12,25 @@ from paceline.comm.channels import Answer, Channels
 from paceline.comm.compute_time import Draw
 from paceline.comm.event_log import EventLog
 from paceline.comm.faults import FOREVER, Faults
+from paceline.comm.ledger import Ledger
 from paceline.comm.simulated_network import Network
 from paceline.comm.virtual_time import Signal, Worker, World
 from paceline.errors import CommError, PeerLost
-from paceline.types import Message
+from paceline.types import Handler, Message
 
 OUTBOX_BYTES = 64 << 20
 
 Outcome = Message | BaseException
+
+
+def wait(signal: Signal, what: str, timeout_s: float | None, ledger: Ledger | None) -> None:
+    """Block in virtual time and count it. Raises Timeout."""
+    start_s = signal.world.now
+    try:
+        signal.wait(what, timeout_s)
+    finally:
+        if ledger is not None:
+            ledger.wait_s += signal.world.now - start_s
 
 
 class SimulatedReply:
@@ -28,12 +39,14 @@ class SimulatedReply:
     def __init__(self, world: World, what: str = "a deferred reply") -> None:
         self._signal = Signal(world)
         self._what = what
+        self.ledger: Ledger | None = None
+        """Where the time spent in `wait` is counted."""
         self._outcome: Outcome | None = None
         self._callbacks: list[Callable[[Outcome], None]] = []
 
     def wait(self, timeout_s: float | None = None) -> Message:
         """Block in virtual time until answered. Raises Timeout, PeerLost, or the handler's error."""
-        self._signal.wait(self._what, timeout_s)
+        wait(self._signal, self._what, timeout_s, self.ledger)
         if isinstance(self._outcome, Message):
             return self._outcome
         assert self._outcome is not None
@@ -90,6 +103,11 @@ class VirtualCluster:
         self.on_kill: list[Callable[[int], None]] = []
         self._compute, self._speeds, self._detect_s = compute, speeds, detect_s
         self._draws = [np.random.default_rng([seed, r, 0xC0]) for r in range(num_workers)]
+        self._drawn_s = [0.0] * num_workers
+        self._used = [0.0] * num_workers
+        self._ledgers: list[Ledger | None] = [None] * num_workers
+        self.off_clock: set[int] = set()
+        """Ranks that evaluate: what they send takes no virtual time."""
         self._channels = [Channels(r) for r in range(num_workers)]
         self._calls: dict[int, tuple[int, int, SimulatedReply]] = {}
         self._num_calls = 0
@@ -104,18 +122,28 @@ class VirtualCluster:
 
     # -- compute -------------------------------------------------------------------------------------------
 
-    def compute(self, rank: int) -> None:
-        """Let one minibatch's compute time pass for the running worker."""
+    def compute(self, rank: int, share: float) -> None:
+        """Let `share` of one minibatch's compute time pass for the running worker."""
         world = self.world
-        seconds = self._compute(self._draws[rank]) / self._speeds[rank]
-        seconds *= self.faults.slowdown(rank, world.now)
+        if not self._drawn_s[rank]:
+            self._drawn_s[rank] = self._compute(self._draws[rank]) / self._speeds[rank]
+            self._used[rank] = 0.0
+        seconds = share * self._drawn_s[rank] * self.faults.slowdown(rank, world.now)
+        self._used[rank] += share
+        if self._used[rank] >= 1.0 - 1e-9:  # the minibatch is over: the next one draws anew
+            self._drawn_s[rank] = 0.0
         self.log.add("compute", "minibatch", rank, world.now, world.now + seconds)
         world.sleep(seconds, "its own computation")
 
     # -- messages ------------------------------------------------------------------------------------------
 
-    def serve(self, rank: int, channel: str, handler: Callable) -> None:
+    def host(self, rank: int) -> str:
+        """Name of the rank's host."""
+        return self.network.topology.hosts[rank]
+
+    def serve(self, rank: int, channel: str, handler: Handler, ledger: Ledger) -> None:
         """Install a handler; runs in virtual time, instantaneously, on behalf of `rank`."""
+        self._ledgers[rank] = ledger
         with self._as_handler(rank):
             self._channels[rank].serve(channel, handler)
 
@@ -140,6 +168,12 @@ class VirtualCluster:
                 except Exception as error:
                     outcome = error
             size = messages.num_bytes(outcome) if isinstance(outcome, Message) else 0
+            ledger = self._ledgers[dst]
+            if ledger is not None:
+                ledger.operations["answer"].calls += 1
+                ledger.operations["answer"].payload_bytes += size
+                if dst != src and ledger.wire_bytes is not None:
+                    ledger.wire_bytes += size + self.network.header_bytes
             result: Outcome = outcome
             if not isinstance(outcome, Message):
                 text = f"{type(outcome).__name__}: {outcome}"
@@ -187,7 +221,8 @@ class VirtualCluster:
     def _transfer(self, src: int, dst: int, name: str, size: int, action: Callable[[], None]) -> None:
         """Move bytes from src to dst, then run `action` on behalf of dst (unless it is dead)."""
         now = self.world.now
-        arrives = self.network.send(src, dst, size, now)
+        is_free = src in self.off_clock or dst in self.off_clock
+        arrives = now if is_free else self.network.send(src, dst, size, now)
         self.log.add("message", name, src, now, arrives, peer=dst, num_bytes=size)
         if arrives == FOREVER:
             return

@@ -65,10 +65,10 @@ class Worker:
 class Signal:
     """Something that happens once; workers wait for it in virtual time."""
 
-    __slots__ = ("_waiting", "_world", "is_set")
+    __slots__ = ("_waiting", "is_set", "world")
 
     def __init__(self, world: World) -> None:
-        self._world = world
+        self.world = world
         self._waiting: list[tuple[int, int]] = []
         self.is_set = False
 
@@ -77,14 +77,14 @@ class Signal:
         if not self.is_set:
             self.is_set = True
             for rank, ticket in self._waiting:
-                self._world.resume_at(self._world.now, rank, ticket)
+                self.world.resume_at(self.world.now, rank, ticket)
             self._waiting.clear()
 
     def wait(self, what: str, timeout_s: float | None = None) -> None:
         """Block the running worker until set. Raises Timeout after `timeout_s` virtual seconds."""
         if self.is_set:
             return
-        world = self._world
+        world = self.world
         worker = world.running
         world.refuse_in_handler(what)
         ticket = worker.ticket + 1
