@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import hashlib
 import hmac
+import math
 import os
 import signal
 import socket
@@ -40,7 +41,9 @@ class Agent(SimpleElasticAgent):
     """Starts, watches and ends the workers of one host."""
 
     def __init__(self, spec: WorkerSpec, job: JobSpec, console: Console) -> None:
-        super().__init__(spec, exit_barrier_timeout=_EXIT_BARRIER_S)
+        super().__init__(
+            spec, exit_barrier_timeout=_EXIT_BARRIER_S, shutdown_timeout=math.ceil(job.stop_grace_s)
+        )
         self._job = job
         self._console = console
         self._workers = Workers(console)
@@ -49,6 +52,11 @@ class Agent(SimpleElasticAgent):
     def close(self) -> None:
         """End every process that is left."""
         self._workers.close()
+
+    def find_failure(self) -> Failure | None:
+        """The first failure among this host's workers, which have all ended."""
+        workers = self._worker_group.workers
+        return first_failure(self._workers.all, workers[0].world_size) if workers else None
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._workers.forget()
@@ -114,14 +122,14 @@ class Agent(SimpleElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         ended = [w for w in self._workers.all if w.exit_code is not None]
         if any(w.exit_code for w in ended):
-            return self._fail(worker_group)
+            return self._fail()
         if len(ended) < len(self._workers.all):
             return RunResult(state=WorkerState.HEALTHY)
         return RunResult(state=WorkerState.SUCCEEDED, return_values={w.rank: None for w in self._workers.all})
 
-    def _fail(self, group: WorkerGroup) -> RunResult:
+    def _fail(self) -> RunResult:
         self._workers.stop(_FAILURE_GRACE_S)
-        self.failure = first_failure(self._workers.all, group.workers[0].world_size)
+        self.failure = self.find_failure()
         assert self.failure is not None
         if self._remaining_restarts > 0:
             self.failure.show(self._console)

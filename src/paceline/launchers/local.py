@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,11 +27,13 @@ from paceline.options import JobOptions
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import WorkerSpec
 
+    from paceline.launchers.agent import Agent
     from paceline.launchers.failure import Failure
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _MONITOR_S = 0.05
 _RUN_ID = "paceline"
+LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ def launch(
 
 def run(job: JobSpec, *, console: Console | None = None) -> Outcome:
     """Run `job` to its end; afterwards none of its processes is left. The failure is not printed."""
+    quiet_torch()
     from paceline.launchers.agent import Agent
 
     with _quiet_elastic_logs(), _signals_raise():
@@ -104,10 +109,9 @@ def run(job: JobSpec, *, console: Console | None = None) -> Outcome:
                     handler.shutdown()
 
 
-def _run_agent(agent: Any, job: JobSpec, console: Console) -> Outcome:
+def _run_agent(agent: Agent, job: JobSpec, console: Console) -> Outcome:
     from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
 
-    agent._shutdown_timeout = job.stop_grace_s
     try:
         result = agent.run()
     except RendezvousTimeoutError:
@@ -116,7 +120,10 @@ def _run_agent(agent: Any, job: JobSpec, console: Console) -> Outcome:
             "start `paceline run` on each of them with the same --nodes and --rendezvous"
         ) from None
     except RendezvousError as error:
-        raise CommError(f"the rendezvous of the hosts at {job.rendezvous} broke: {error}") from error
+        console.note(f"the launcher at {job.rendezvous}, where the hosts meet, has ended: see what it says")
+        if (failure := agent.find_failure()) is None:
+            raise CommError(f"the rendezvous at {job.rendezvous} broke: {error}") from error
+        return Outcome(failure.shell_code, failure=failure)
     if agent.failure is not None and (result is None or result.is_failed()):
         return Outcome(agent.failure.shell_code, failure=agent.failure)
     return Outcome(0)
@@ -221,6 +228,20 @@ def _signals_raise() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def quiet_torch() -> None:
+    """Keep torch's C++ code from printing stacks when another host's launcher has gone: we say it ourselves.
+
+    Read when torch is loaded, so this works for the command line and does nothing for `launch` after an
+    import of torch. Workers do not inherit it.
+    """
+    if "torch" not in sys.modules and LOG_LEVEL not in os.environ:
+        os.environ[LOG_LEVEL] = "FATAL"
+        try:
+            import torch  # noqa: F401
+        finally:
+            del os.environ[LOG_LEVEL]
 
 
 @contextlib.contextmanager

@@ -52,11 +52,11 @@ def _visible(line: bytes) -> str:
 class TracebackKeeper:
     """Holds back a traceback at the end of a stream, so that it can be shown last, and once.
 
-    A traceback that is followed by a second of life was caught and printed by the program itself: it is
+    A traceback that is followed by three seconds of life was caught and printed by the program itself: it is
     released as ordinary output, and still remembered in case the process dies of it later.
     """
 
-    PATIENCE_S = 1.0
+    PATIENCE_S = 3.0
 
     def __init__(self) -> None:
         self.began_s: float | None = None

@@ -1,0 +1,158 @@
+"""A comparison as one self-contained HTML page: nothing is fetched when it is opened."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from paceline.bench.rows import Comparison
+from paceline.report import charts
+from paceline.report.verdict import Criterion, amount, criteria, duration, percent, verdict
+
+
+def write(comparison: Comparison, path: Path) -> None:
+    """Write the page to `path`; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(comparison), encoding="utf-8")
+
+
+def render(comparison: Comparison) -> str:
+    """The page as text."""
+    from plotly.offline import get_plotlyjs
+
+    style = Path(__file__).with_name("page.css").read_text()
+    found = criteria(comparison)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Training strategies compared: {escape(comparison.task)}</title>
+<style>{style}</style>
+<script>{get_plotlyjs()}</script>
+</head>
+<body>
+<main>
+{_head(comparison)}
+<h2>Who won</h2>
+<p class="hint">Four questions, because no strategy is best in every way. Ties within 0.05 points of
+accuracy, or 2 % of speed, are shared.</p>
+<div class="cards">{"".join(_card(c) for c in found)}</div>
+<h2>All figures</h2>
+<p class="hint">One row per strategy, in the order they ran; the best of each criterion is green.</p>
+{_table(comparison, found)}
+{_pictures(comparison)}
+{_conditions(comparison)}
+</main>
+</body>
+</html>
+"""
+
+
+def _head(comparison: Comparison) -> str:
+    most = max(t.workers for t in comparison.trials)
+    return f"""<h1>Training strategies compared: {escape(comparison.task)}</h1>
+<p class="lead">The same model was trained {len(comparison.trials)} times from the same initial weights,
+each time by a different strategy: by one worker, or by {most} workers that share the work and exchange what
+they learned. Every dot below is an evaluation on {comparison.test_samples:,} test samples that were never
+trained on.</p>
+<p class="verdict">{escape(verdict(comparison))}</p>"""
+
+
+def _card(criterion: Criterion) -> str:
+    winners = "<br>".join(f"<code>{escape(w)}</code>" for w in criterion.winners)
+    return f"""<div class="card"><h3>{escape(criterion.name)}</h3>
+<div class="winner">{winners}</div><div class="value">{escape(criterion.value)}</div>
+<p>{escape(criterion.question)} {escape(criterion.explanation)}</p></div>"""
+
+
+def _table(comparison: Comparison, found: list[Criterion]) -> str:
+    heads = (
+        "strategy",
+        "workers",
+        "throughput<br>samples/s",
+        "time per<br>epoch",
+        "best<br>accuracy",
+        f"accuracy<br>after {duration(comparison.seconds_budget)}",
+        f"accuracy after<br>{comparison.epochs_budget:g} epochs",
+        "sent per<br>sample",
+        "waited for<br>others",
+    )
+    rows = []
+    for i, (trial, row) in enumerate(zip(comparison.trials, comparison.results(), strict=True)):
+        speed, best, at_seconds, at_epochs = (
+            f'<td class="best">{v}</td>' if trial.strategy in c.winners else f"<td>{v}</td>"
+            for c, v in zip(
+                found,
+                (
+                    f"{trial.samples_per_s:,.0f}",
+                    percent(trial.best_accuracy),
+                    percent(row["accuracy_at_seconds"]),
+                    percent(row["accuracy_at_epochs"]),
+                ),
+                strict=True,
+            )
+        )
+        name = f'<span class="dot" style="background:{charts.colour(i)}"></span>{escape(trial.strategy)}'
+        rows.append(
+            f"<tr><td>{name}</td><td>{trial.workers}</td>{speed}<td>{duration(trial.seconds_per_epoch)}</td>"
+            f"{best}{at_seconds}{at_epochs}<td>{amount(trial.bytes_sent_per_sample)}</td>"
+            f"<td>{duration(trial.wait_s)}</td></tr>"
+        )
+    head = "".join(f"<th>{h}</th>" for h in heads)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
+
+
+def _pictures(comparison: Comparison) -> str:
+    pictures = (
+        (
+            "Accuracy over time",
+            "The higher a line is at the dashed budget, the better the model you have when you stop there.",
+            charts.over_seconds,
+        ),
+        (
+            "Accuracy over epochs",
+            "Time aside: a line below the others learns less from each sample, which rare exchange costs.",
+            charts.over_epochs,
+        ),
+        (
+            "Accuracy over bytes sent",
+            "Each mark to the right is ten times the traffic. On a slow network lines far to the left win.",
+            charts.over_bytes,
+        ),
+    )
+    return "".join(
+        f'<h2>{title}</h2><p class="hint">{hint}</p><div class="chart">{draw(comparison)}</div>'
+        for title, hint, draw in pictures
+    )
+
+
+def _conditions(comparison: Comparison) -> str:
+    hardware = ", ".join(f"{k} {v}" for k, v in comparison.hardware.items())
+    rate = "the task's own" if comparison.learning_rate is None else f"{comparison.learning_rate:g}"
+    parameters = comparison.trials[0].model_parameters
+    facts = {
+        "Training set": f"{comparison.train_samples:,} samples, {comparison.epochs:g} epochs, reshuffled",
+        "Global batch": f"{comparison.batch_size} samples per step over all workers, whatever their number",
+        "Model": f"{parameters:,} parameters; learning rate: {rate}",
+        "Threads": f"{comparison.threads} per worker",
+        "Seed": f"{comparison.seed}: the same initial weights for every strategy",
+        "Fabric": comparison.fabric or "as the workers chose",
+        "Clock": "training only; evaluations are off the clock and their traffic is not counted",
+        "Accuracy at a budget": "the last evaluation within it; the default time budget is the fastest "
+        "strategy's training time, so everyone has finished or is cut off there",
+        "Machine": hardware or "unknown",
+    }
+    methods = {t.strategy: t.advice for t in comparison.trials if t.advice}
+    return (
+        "<h2>The strategies</h2>"
+        + _definitions(methods)
+        + "<h2>Equal conditions</h2>"
+        + '<p class="hint">What all strategies had in common. Figures hold for this machine and this '
+        "network only.</p>" + _definitions(facts)
+    )
+
+
+def _definitions(facts: dict[str, str]) -> str:
+    return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>"

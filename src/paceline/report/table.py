@@ -1,0 +1,55 @@
+"""A comparison as a table for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from paceline.bench.rows import Comparison
+from paceline.report.verdict import amount, criteria, duration, verdict
+
+_WIDTH = 120
+
+
+def show(comparison: Comparison, console: Console | None = None) -> None:
+    """Print the four criteria, bytes and waiting of every strategy; the winners are marked with *."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, _WIDTH)
+    marked = [set(c.winners) for c in criteria(comparison)]
+    table = Table(
+        title=f"{comparison.task}: {comparison.epochs:g} epochs of {comparison.train_samples} samples"
+    )
+    table.add_column("strategy", no_wrap=True)
+    for head in (
+        "workers",
+        "samples/s",
+        "s/epoch",
+        "best\nacc. %",
+        f"acc. %\nat {duration(comparison.seconds_budget)}",
+        f"acc. % at\n{comparison.epochs_budget:g} epochs",
+        "bytes sent\n/sample",
+        "waited",
+    ):
+        table.add_column(head, justify="right")
+    for trial, row in zip(comparison.trials, comparison.results(), strict=True):
+        cells = [
+            f"{trial.samples_per_s:,.0f}",
+            *(f"{100 * row[k]:.2f}" for k in ("best_accuracy", "accuracy_at_seconds", "accuracy_at_epochs")),
+        ]
+        starred = [
+            f"[bold]{c}[/bold]*" if trial.strategy in won else f"{c} "
+            for c, won in zip(cells, marked, strict=True)
+        ]
+        table.add_row(
+            trial.strategy,
+            str(trial.workers),
+            starred[0],
+            f"{trial.seconds_per_epoch:.3g}",
+            *starred[1:],
+            amount(trial.bytes_sent_per_sample),
+            duration(trial.wait_s),
+        )
+    console.print(table)
+    console.print("* best of its column. Evaluation is off the clock.", style="dim")
+    console.print(verdict(comparison))
