@@ -4,4 +4,5 @@ NB_MODULE(_core, m) {
   m.doc() = "Paceline's C++ core: raw pointers in, no coupling to torch.";
   paceline::bind::bind_crc32c(m);
   paceline::bind::bind_codecs(m);
+  paceline::bind::bind_fabric(m);
 }

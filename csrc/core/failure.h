@@ -1,7 +1,9 @@
 // Why an operation failed; the bindings turn it into the exception of the same name in paceline.errors.
 #pragma once
 #include <cstdint>
+#include <exception>
 #include <string>
+#include <utility>
 
 namespace paceline {
 
@@ -13,6 +15,14 @@ struct Failure {
   std::string detail;  // one sentence: what was expected, what was got
 
   explicit operator bool() const { return kind != FailureKind::none; }
+};
+
+// A Failure on its way up inside the core.
+class Failed : public std::exception {
+ public:
+  explicit Failed(Failure failure) : failure(std::move(failure)) {}
+  const char* what() const noexcept override { return failure.detail.c_str(); }
+  Failure failure;
 };
 
 }  // namespace paceline

@@ -1,0 +1,194 @@
+// Engine, Group, Operation: raw pointers and counts in, the GIL released while the core works.
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <tuple>
+
+#include "bind/bind.h"
+#include "core/engine.h"
+#include "core/reduce.h"
+
+namespace nb = nanobind;
+
+namespace paceline::bind {
+namespace {
+
+using Counts = std::vector<std::size_t>;
+using PlainAddress = std::tuple<int, int, std::uint32_t, std::uint32_t, std::uint64_t>;
+
+// A Group with the engine that it lives on; closed at the latest when Python drops it.
+struct Member {
+  std::shared_ptr<Engine> engine;
+  std::unique_ptr<Group> group;
+
+  Member(std::shared_ptr<Engine> e, int rank, int size)
+      : engine(std::move(e)), group(std::make_unique<Group>(*engine, rank, size)) {}
+  ~Member() { close(); }
+  void close() {
+    if (group) engine->close(std::move(group));
+  }
+  Group& get() {
+    if (!group) throw Failed({FailureKind::aborted, -1, "this communicator was closed"});
+    return *group;
+  }
+};
+
+std::vector<Range> ranges(const Counts& counts, std::size_t element) {
+  std::vector<Range> out;
+  std::size_t at = 0;
+  for (const std::size_t n : counts) {
+    out.push_back({at, n * element});
+    at += n * element;
+  }
+  return out;
+}
+
+// nullptr when it is done already and well: the common case costs no object.
+OperationPointer submit(Member& m, Request&& request, double timeout_s) {
+  OperationPointer op = m.engine->submit(m.get(), std::move(request), static_cast<Nanoseconds>(timeout_s * 1e9));
+  if (!op->is_done.load()) return op;
+  if (op->failure) throw Failed(op->failure);
+  return nullptr;
+}
+
+Request basic(int kind, std::uintptr_t source, std::uintptr_t output, std::size_t numel, int dtype) {
+  Request r;
+  r.kind = static_cast<Kind>(kind);
+  r.dtype = static_cast<DType>(dtype);
+  r.source = reinterpret_cast<const std::byte*>(source);
+  r.output = reinterpret_cast<std::byte*>(output);
+  r.numel = numel;
+  return r;
+}
+
+OperationPointer combine(Member& m, int kind, std::uintptr_t source, std::uintptr_t output, std::size_t numel,
+                         int dtype, int op, int root, const Counts& counts, double timeout_s) {
+  Request r = basic(kind, source, output, numel, dtype);
+  r.op = static_cast<ReduceOp>(op);
+  r.root = root;
+  if (!counts.empty()) r.parts = ranges(counts, size_of(r.dtype));
+  return submit(m, std::move(r), timeout_s);
+}
+
+OperationPointer exchange(Member& m, int kind, std::uintptr_t source, std::uintptr_t output, std::size_t numel,
+                          int dtype, int root, const Counts& send, const Counts& receive, bool is_same_for_all,
+                          double timeout_s) {
+  Request r = basic(kind, source, output, numel, dtype);
+  r.root = root;
+  r.send = ranges(send, size_of(r.dtype));
+  r.receive = ranges(receive, size_of(r.dtype));
+  r.is_same_for_all = is_same_for_all;
+  return submit(m, std::move(r), timeout_s);
+}
+
+OperationPointer send(Member& m, std::uintptr_t source, std::size_t numel, int dtype, int peer, std::int64_t tag,
+                      double timeout_s) {
+  Request r = basic(static_cast<int>(Kind::send), source, 0, numel, dtype);
+  r.root = peer;
+  r.tag = tag;
+  return submit(m, std::move(r), timeout_s);
+}
+
+OperationPointer receive(Member& m, std::uintptr_t output, std::size_t numel, int dtype, int peer, std::int64_t tag,
+                         double timeout_s) {
+  Request r = basic(static_cast<int>(Kind::receive), 0, output, numel, dtype);
+  r.root = peer;
+  r.tag = tag;
+  return submit(m, std::move(r), timeout_s);
+}
+
+// A negative timeout waits as long as the operation's own deadline.
+void wait(Member& m, Operation& op, double timeout_s) {
+  if (!m.engine->wait(op, timeout_s < 0 ? -1 : static_cast<Nanoseconds>(timeout_s * 1e9)) && m.group)
+    m.engine->expire(*m.group, op);
+  if (op.failure) throw Failed(op.failure);
+}
+
+nb::object allocate(const std::shared_ptr<Engine>& engine, std::size_t num_bytes) {
+  struct Block {
+    std::shared_ptr<Engine> engine;
+    void* pointer;
+  };
+  void* p = engine->arena().allocate(num_bytes);
+  nb::capsule owner(new Block{engine, p}, [](void* self) noexcept {
+    const std::unique_ptr<Block> block(static_cast<Block*>(self));
+    if (!Engine::is_forked_child()) block->engine->arena().free(block->pointer);
+  });
+  return nb::cast(nb::ndarray<std::uint8_t, nb::ndim<1>, nb::device::cpu>(p, {num_bytes}, owner));
+}
+
+void raise_as_python(const std::exception_ptr& error, void*) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const Failed& failed) {
+    static constexpr const char* names[] = {"CommError",     "PeerLost",    "Timeout",  "Mismatch",
+                                            "ProtocolError", "ConfigError", "CommError"};
+    const nb::object type = nb::module_::import_("paceline.errors").attr(names[static_cast<int>(failed.failure.kind)]);
+    PyErr_SetString(type.ptr(), failed.failure.detail.c_str());
+  }
+}
+
+}  // namespace
+
+void bind_fabric(nb::module_& m) {
+  nb::register_exception_translator(raise_as_python);
+  using release = nb::call_guard<nb::gil_scoped_release>;
+
+  m.def("reduce", [](int dtype, int op, const std::vector<std::uintptr_t>& to, const std::vector<std::uintptr_t>& from,
+                     std::size_t numel, int divisor) {
+    paceline::reduce(static_cast<DType>(dtype), static_cast<ReduceOp>(op), reinterpret_cast<void* const*>(to.data()),
+                     static_cast<int>(to.size()), reinterpret_cast<const void* const*>(from.data()),
+                     static_cast<int>(from.size()), numel, divisor);
+  }, release(), "Combine `from` element by element into every one of `to`.");
+  m.def("is_reducible", [](int dtype, int op) {
+    return is_reducible(static_cast<DType>(dtype), static_cast<ReduceOp>(op));
+  }, "Whether the operator has a meaning for the dtype.");
+  m.def("reduce_isa", &reduce_isa, "Instruction set of the reduction kernels.");
+
+  nb::class_<Operation>(m, "Operation")
+      .def_prop_ro("is_done", [](Operation& op) { return op.is_done.load(); })
+      .def("raise_failure", [](Operation& op) { if (op.is_done.load() && op.failure) throw Failed(op.failure); })
+      .def_prop_ro("peer", [](Operation& op) { return op.request.root; });
+
+  nb::class_<Engine>(m, "Engine")
+      .def(nb::init<>())
+      .def("allocate", &allocate)
+      .def("set_ranks_on_host", &Engine::set_ranks_on_host)
+      .def("stop", &Engine::stop, release())
+      .def("num_closing_groups", &Engine::num_closing_groups, release())
+      .def("is_shared", [](Engine& e, std::uintptr_t p, std::size_t n) {
+        return e.arena().locate(reinterpret_cast<void*>(p), n).is_shared();
+      })
+      .def_prop_ro("num_segments", [](Engine& e) { return e.arena().num_segments(); })
+      .def_prop_ro("allocated_bytes", [](Engine& e) { return e.arena().allocated_bytes(); });
+
+  nb::class_<Member>(m, "Group")
+      .def(nb::init<std::shared_ptr<Engine>, int, int>())
+      .def_prop_ro("address", [](Member& g) -> PlainAddress {
+        const Address a = g.get().address();
+        return {a.pid, a.control_fd, a.outbox.slot, a.outbox.generation, a.outbox.offset};
+      })
+      .def("connect", [](Member& g, const std::vector<PlainAddress>& plain) {
+        std::vector<Address> addresses;
+        for (const auto& [pid, fd, slot, generation, offset] : plain)
+          addresses.push_back({pid, fd, {slot, generation, offset}});
+        g.engine->connect(g.get(), addresses);
+      }, release())
+      .def("combine", &combine, release())
+      .def("exchange", &exchange, release())
+      .def("send", &send, release())
+      .def("receive", &receive, release())
+      .def("wait", &wait, release())
+      .def("poll", [](Member& g, Operation& op) { return g.engine->poll(op); }, release())
+      .def("abort", [](Member& g, const std::string& why) {
+        if (g.group) g.engine->abort(*g.group, {FailureKind::aborted, -1, why});
+      }, release())
+      .def("close", &Member::close, release());
+}
+
+}  // namespace paceline::bind

@@ -1,0 +1,80 @@
+// One per process: orders and drives the operations of all groups.
+//
+// Whoever has time drives: the thread that waits for an operation polls for all groups; while nobody waits, a helper
+// thread sleeps on the process's doorbell, which peers ring when they publish something. So a submit costs no
+// system call, and an operation that is waited for at once never changes threads.
+#pragma once
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "core/arena.h"
+#include "core/group.h"
+#include "core/operation.h"
+
+namespace paceline {
+
+class Engine {
+ public:
+  Engine();
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  Arena& arena() { return arena_; }
+  std::shared_ptr<Peer> peer(int pid, int control_fd);
+
+  // Starts an operation and spins for it a few microseconds. The pointers of `request` must stay valid until the
+  // operation is done. Throws Failed if the group has failed before.
+  OperationPointer submit(Group& group, Request request, Nanoseconds timeout);
+  // Drives until `op` is done; false if `timeout` (negative: none) passes first.
+  bool wait(Operation& op, Nanoseconds timeout);
+  // Whether it is done, after one look.
+  bool poll(Operation& op);
+  void abort(Group& group, Failure failure);
+  // The caller waited long enough for `op`: the group fails with a timeout that names whose move is missing.
+  void expire(Group& group, Operation& op);
+  void connect(Group& group, const std::vector<Address>& addresses);
+  void close(std::unique_ptr<Group> group);
+  // Joins the helper; operations in flight fail. Afterwards only frees are allowed.
+  void stop();
+
+  // Spinning only pays while every rank of the host has a core of its own.
+  void set_ranks_on_host(int num_ranks);
+  std::size_t num_closing_groups();
+  // True in a child made by fork(): it shares memory with peers that do not know it, so it must not touch anything.
+  static bool is_forked_child();
+
+  // For groups, under the lock.
+  void completed(Operation& op);
+
+ private:
+  class Driving;
+  bool progress();
+  void check();
+  bool has_pending() const;
+  void drive(Operation& op, Nanoseconds until);
+  void leave();
+  void help();
+  void sweep();
+  void start_helper();
+
+  Arena arena_;
+  std::mutex mutex_;
+  std::atomic<std::uint32_t> num_claims_{0};   // threads that want the lock while a driver sleeps
+  std::atomic<std::uint32_t> epoch_{0};        // moves when an operation completes or the lock is free again
+  std::atomic<std::uint32_t> num_blocked_{0};  // threads that sleep on `epoch_`
+  std::vector<Group*> groups_;                 // those with pending operations
+  std::vector<std::unique_ptr<Group>> closing_;
+  std::map<std::pair<int, int>, std::weak_ptr<Peer>> peers_;
+  std::thread helper_;
+  std::atomic<bool> is_stopping_{false};
+  int num_spins_ = 2000;
+  int num_yields_ = 50;
+};
+
+}  // namespace paceline

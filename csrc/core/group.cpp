@@ -1,0 +1,225 @@
+#include "core/group.h"
+
+#include <unistd.h>
+
+#include "core/engine.h"
+
+namespace paceline {
+namespace {
+
+// What all ranks must agree on besides the number of elements.
+std::uint32_t signature(const Request& r) {
+  const bool reduces = r.kind == Kind::all_reduce || r.kind == Kind::reduce || r.kind == Kind::reduce_scatter;
+  return static_cast<std::uint32_t>(r.kind) | static_cast<std::uint32_t>(r.dtype) << 4 |
+         (reduces ? static_cast<std::uint32_t>(r.op) << 8 : 0u) | static_cast<std::uint32_t>(r.root) << 12;
+}
+
+std::string describe_call(std::uint32_t what, std::uint64_t numel) {
+  std::string text = name_of(static_cast<Kind>(what & 15));
+  text += "(" + std::to_string(numel) + " x " + name_of(static_cast<DType>((what >> 4) & 15));
+  if ((what & 15) <= static_cast<std::uint32_t>(Kind::reduce_scatter))
+    text += std::string(", ") + name_of(static_cast<ReduceOp>((what >> 8) & 15));
+  return text + ", root " + std::to_string(what >> 12) + ")";
+}
+
+}  // namespace
+
+const char* name_of(Kind kind) {
+  static constexpr const char* names[num_kinds] = {"all_reduce", "reduce",     "reduce_scatter", "broadcast",
+                                                   "all_gather", "gather",     "scatter",        "all_to_all",
+                                                   "barrier",    "send",       "recv"};
+  return names[static_cast<int>(kind)];
+}
+
+Group::Group(Engine& engine, int rank, int size) : engine_(engine), rank_(rank), size_(size), pipes_(*this) {
+  memory_ = static_cast<std::byte*>(engine.arena().allocate(Outbox::num_bytes(size)));
+  own_ = Outbox(memory_, size);
+}
+
+Group::~Group() { engine_.arena().free(memory_); }
+
+Address Group::address() const {
+  return {static_cast<std::int32_t>(getpid()), engine_.arena().control_fd(), engine_.arena().locate(memory_, 1)};
+}
+
+void Group::connect(const std::vector<Address>& addresses) {
+  for (int r = 0; r < size_; ++r) {
+    const Address& a = addresses[static_cast<std::size_t>(r)];
+    peers_.push_back(engine_.peer(a.pid, a.control_fd));
+    outboxes_.emplace_back(r == rank_ ? memory_ : peers_.back()->resolve(a.outbox, Outbox::num_bytes(size_)), size_);
+  }
+  known_done_.assign(static_cast<std::size_t>(size_), 0);
+  pipes_.resize(size_);
+  is_connected_ = true;
+}
+
+std::string Group::describe(const Operation& op) const {
+  const Request& r = op.request;
+  std::string text = "rank " + std::to_string(rank_) + ": " + name_of(r.kind);
+  if (r.kind == Kind::send || r.kind == Kind::receive)
+    return text + " (tag " + std::to_string(r.tag) + ", " + std::to_string(r.numel) + " x " + name_of(r.dtype) + ")";
+  return text + " #" + std::to_string(op.sequence) + " (" + std::to_string(r.numel) + " x " + name_of(r.dtype) + ")";
+}
+
+void Group::enqueue(const OperationPointer& op) {
+  const Kind kind = op->request.kind;
+  if (kind == Kind::send || kind == Kind::receive) return pipes_.enqueue(op);
+  op->sequence = next_sequence_++;
+  queue_.push_back(op);
+  if (queue_.size() == 1) {
+    start(*op);
+    progress();
+  }
+}
+
+void Group::start(Operation& op) {
+  op.task = op.request.kind <= Kind::reduce_scatter ? combine(*this, op) : exchange(*this, op);
+}
+
+bool Group::progress() {
+  bool moved = pipes_.has_pending() && pipes_.progress();
+  if (queue_.empty()) return moved;
+  const OperationPointer op = queue_.front();
+  try {
+    did_move = false;
+    moved |= op->task.step() || did_move;
+    if (op->task.is_done()) {
+      finish(op, {});
+      if (!queue_.empty()) start(*queue_.front());
+    }
+  } catch (const Failed& error) {
+    Failure failure = error.failure;
+    failure.detail = describe(*op) + ": " + failure.detail;
+    fail(failure);
+    moved = true;
+  }
+  return moved;
+}
+
+void Group::finish(const OperationPointer& op, Failure failure) {
+  if (!failure) publish(own_.done(), op->sequence);
+  queue_.pop_front();
+  op->task.reset();
+  op->failure = std::move(failure);
+  engine_.completed(*op);
+}
+
+void Group::fail(const Failure& failure) {
+  if (failure_) return;
+  failure_ = failure;
+  if (is_connected_) {
+    publish(own_.poison(), static_cast<std::uint64_t>(failure.kind) << 32 | static_cast<std::uint32_t>(failure.rank + 1));
+  }
+  while (!queue_.empty()) finish(OperationPointer(queue_.front()), failure);
+  pipes_.fail_all(failure);
+}
+
+void Group::leave() {
+  if (has_left_) return;
+  has_left_ = true;
+  fail({FailureKind::aborted, rank_, "rank " + std::to_string(rank_) + ": the communicator was closed"});
+  for (int r = 0; r < size_ && is_connected_; ++r) {
+    outbox(r).left(rank_).store(1);
+    peer(r).ring();
+  }
+}
+
+bool Group::can_free() const {
+  for (int r = 0; r < size_ && is_connected_; ++r)
+    if (r != rank_ && own_.left(r).load() == 0 && peers_[static_cast<std::size_t>(r)]->is_alive()) return false;
+  return true;
+}
+
+void Group::check(Nanoseconds now) {
+  if (!has_pending()) return;
+  const auto name = [](int r) { return "rank " + std::to_string(r); };
+  for (int r = 0; r < size_; ++r) {
+    if (r == rank_) continue;
+    const std::uint64_t poison = outbox(r).poison().load();
+    const auto kind = static_cast<FailureKind>(poison >> 32);
+    const int culprit = static_cast<int>(static_cast<std::uint32_t>(poison)) - 1;
+    const bool is_here = own_.left(r).load() == 0 && peer(r).is_alive();
+    if (kind != FailureKind::none && kind != FailureKind::aborted) {
+      std::string why = name(rank_) + ": " + name(r) + " gave up";
+      if (kind == FailureKind::timeout) why += ": it waited too long for " + name(culprit);
+      if (kind == FailureKind::peer_lost) why += " because it lost " + name(culprit);
+      if (kind == FailureKind::mismatch) why += ": its call and that of " + name(culprit) + " did not match";
+      return fail({kind, culprit, why});
+    }
+    if (is_here || queue_.empty()) continue;
+    const Operation& op = *queue_.front();
+    if (outbox(r).done().load() >= op.sequence) continue;  // it did its part before it went
+    if (progress()) return;                                // perhaps all that was needed had come already
+    const bool closed = own_.left(r).load() != 0;
+    return fail({FailureKind::peer_lost, r,
+                 describe(op) + ": " + name(r) + (closed ? " closed its communicator" : " is gone: process " +
+                 std::to_string(peer(r).pid()) + " has ended") + " before it finished this operation"});
+  }
+  if (!queue_.empty() && now >= queue_.front()->deadline) {
+    const Operation& op = *queue_.front();
+    const double waited_s = static_cast<double>(now - op.started) / second_ns;
+    return fail({FailureKind::timeout, op.waiting_for,
+                 describe(op) + ": nothing from " + (op.waiting_for < 0 ? "the peers" : name(op.waiting_for)) + " for " +
+                     std::to_string(waited_s).substr(0, 5) + " s; its process exists: is it stopped or slow?"});
+  }
+  pipes_.check(now);
+}
+
+void Group::publish(Outbox::Counter& counter, std::uint64_t value) {
+  counter.store(value);  // sequentially consistent, as ring() needs
+  for (int r = 0; r < size_; ++r)
+    if (r != rank_) peer(r).ring();
+}
+
+bool Group::is_done(int r, std::uint64_t sequence) {
+  std::uint64_t& known = known_done_[static_cast<std::size_t>(r)];
+  if (known < sequence) known = outbox(r).done().load();
+  return known >= sequence;
+}
+
+bool Group::can_post(std::uint64_t sequence) {
+  if (sequence <= Outbox::num_posts) return true;
+  for (int r = 0; r < size_; ++r)
+    if (r != rank_ && !is_done(r, sequence - Outbox::num_posts)) {
+      queue_.front()->waiting_for = r;
+      return false;
+    }
+  return true;
+}
+
+// The stages are free once everybody has finished the operation that used them last.
+bool Group::is_stage_free(Operation& op) {
+  for (int r = 0; r < size_; ++r)
+    if (r != rank_ && !is_done(r, last_staged)) {
+      op.waiting_for = r;
+      return false;
+    }
+  return true;
+}
+
+Post& Group::prepare_post(Operation& op, std::uint32_t mode) {
+  Post& post = own_.post(op.sequence);
+  post.what = signature(op.request);
+  post.mode = mode;
+  post.numel = op.request.numel;
+  return post;
+}
+
+bool Group::has_posted(Operation& op, int r) {
+  const Post& post = outbox(r).post(op.sequence);
+  if (post.sequence.load() != op.sequence) {
+    op.waiting_for = r;
+    return false;
+  }
+  std::uint64_t& known = known_done_[static_cast<std::size_t>(r)];
+  if (known + 1 < op.sequence) known = op.sequence - 1;
+  const std::uint32_t mine = signature(op.request);
+  if (post.what != mine || post.numel != op.request.numel)
+    throw Failed({FailureKind::mismatch, r,
+                  "this rank called " + describe_call(mine, op.request.numel) + " but rank " + std::to_string(r) +
+                      " called " + describe_call(post.what, post.numel) +
+                      ": all ranks must make the same calls in the same order"});
+  return true;
+}
+
+}  // namespace paceline

@@ -1,0 +1,2 @@
+#define PACELINE_ISA v3
+#include "core/reduce_kernels.h"

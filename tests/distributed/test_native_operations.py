@@ -1,0 +1,183 @@
+"""Every operation of the native fabric against NumPy, on private and on allocated memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from shm_ranks import run
+
+from paceline.types import ReduceOp
+
+pytestmark = pytest.mark.xdist_group("processes")
+
+DTYPES = [
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int16,
+    torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64, torch.bool, torch.complex64,
+    torch.complex128,
+]  # fmt: skip
+# Eager, one staged slice, several slices with a rest.
+SIZES = [0, 1, 3, 1021, 30011, 700_001]
+
+
+def values(rank, n, dtype):
+    g = torch.Generator().manual_seed(1000 * rank + n)
+    if dtype == torch.bool:
+        return torch.randint(0, 2, (n,), generator=g, dtype=torch.bool)
+    if dtype.is_complex:
+        parts = torch.float32 if dtype == torch.complex64 else torch.float64
+        return torch.view_as_complex(torch.randint(-3, 4, (n, 2), generator=g).to(parts))
+    return torch.randint(0 if "uint" in str(dtype) else -3, 4, (n,), generator=g).to(dtype)
+
+
+def expected(inputs, op):
+    """Reduction in rank order, by NumPy; float16 and bfloat16 accumulate in float32."""
+    dtype = inputs[0].dtype
+    half = dtype in (torch.float16, torch.bfloat16)
+    arrays = [(t.float() if half else t).numpy() for t in inputs]
+    functions = {
+        ReduceOp.SUM: np.add, ReduceOp.MEAN: np.add, ReduceOp.PRODUCT: np.multiply, ReduceOp.MIN: np.minimum,
+        ReduceOp.MAX: np.maximum, ReduceOp.BAND: np.bitwise_and, ReduceOp.BOR: np.bitwise_or,
+        ReduceOp.BXOR: np.bitwise_xor,
+    }  # fmt: skip
+    total = arrays[0]
+    for a in arrays[1:]:
+        total = functions[op](total, a)
+    if op is ReduceOp.MEAN:
+        n = len(inputs)
+        if dtype.is_complex:
+            total = torch.view_as_complex(torch.view_as_real(torch.from_numpy(total)) / n).numpy()
+        elif dtype.is_floating_point:
+            total = total / np.array(n, total.dtype)
+        else:
+            total = np.sign(total.astype(np.int64)) * (np.abs(total.astype(np.int64)) // n)
+    return torch.from_numpy(np.ascontiguousarray(total)).to(dtype)
+
+
+def supported(dtype, op):
+    if op in (ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR):
+        return not (dtype.is_floating_point or dtype.is_complex)
+    if op in (ReduceOp.MIN, ReduceOp.MAX):
+        return not dtype.is_complex
+    return op is not ReduceOp.MEAN or dtype != torch.bool
+
+
+def place(comm, tensor, allocated):
+    if not allocated:
+        return tensor.clone()
+    out = comm.allocate(tensor.numel(), tensor.dtype)
+    out.copy_(tensor)
+    return out
+
+
+def empty(comm, n, dtype, allocated):
+    return comm.allocate(n, dtype) if allocated else torch.empty(n, dtype=dtype)
+
+
+def check(got, want, *context):
+    assert torch.equal(got, want), (*context, got[:8], want[:8], int((got != want).sum()))
+
+
+def all_reduce_body(comm, allocated):
+    for dtype in DTYPES:
+        for op in ReduceOp:
+            if not supported(dtype, op):
+                continue
+            for n in SIZES if dtype == torch.float32 else [3, 1021, 30011]:
+                if n > 2000 and op not in (ReduceOp.SUM, ReduceOp.MEAN):
+                    continue
+                inputs = [values(r, n, dtype) for r in range(comm.size)]
+                mine = place(comm, inputs[comm.rank], allocated)
+                comm.all_reduce(mine, op=op).wait()
+                check(mine, expected(inputs, op), dtype, op, n)
+
+
+def rooted_body(comm, allocated):
+    me, size = comm.rank, comm.size
+    for dtype in (torch.float32, torch.int16):
+        for n in (0, 1, 1021, 30011, 200_003):
+            inputs = [values(r, n, dtype) for r in range(size)]
+            for root in {0, size - 1}:
+                mine = place(comm, inputs[me], allocated)
+                comm.reduce(mine, root=root).wait()
+                check(mine, expected(inputs, ReduceOp.SUM) if me == root else inputs[me], "reduce", n)
+                mine = place(comm, inputs[me], allocated)
+                comm.broadcast(mine, root=root).wait()
+                check(mine, inputs[root], "broadcast", n)
+                out = empty(comm, n * size, dtype, allocated) if me == root else None
+                comm.gather(out, place(comm, inputs[me], allocated), root=root).wait()
+                if me == root:
+                    check(out, torch.cat(inputs), "gather", n)
+                out = empty(comm, n, dtype, allocated)
+                whole = torch.cat(inputs)
+                comm.scatter(out, place(comm, whole, allocated) if me == root else None, root=root).wait()
+                check(out, inputs[me], "scatter", n)
+
+
+def exchange_body(comm, allocated):
+    me, size = comm.rank, comm.size
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        for n in (0, 1, 1021, 30011, 200_003):
+            blocks = [[values(17 * s + d, n, dtype) for d in range(size)] for s in range(size)]
+            wholes = [torch.cat(b) for b in blocks]
+            out = empty(comm, n * size, dtype, allocated)
+            comm.all_gather(out, place(comm, blocks[me][0], allocated)).wait()
+            check(out, torch.cat([b[0] for b in blocks]), "all_gather", n)
+            comm.all_to_all(out, place(comm, wholes[me], allocated)).wait()
+            check(out, torch.cat([b[me] for b in blocks]), "all_to_all", n)
+            out = empty(comm, n, dtype, allocated)
+            comm.reduce_scatter(out, place(comm, wholes[me], allocated), op=ReduceOp.MAX).wait()
+            check(out, expected([b[me] for b in blocks], ReduceOp.MAX), "reduce_scatter", n)
+    comm.barrier().wait()
+
+
+def uneven_body(comm, allocated):
+    me, size = comm.rank, comm.size
+    for scale in (1, 991, 60_000):
+        counts = [scale * ((3 * r) % 4) for r in range(size)]  # rank 0 has nothing
+        parts = [values(r, c, torch.float32) for r, c in enumerate(counts)]
+        out = empty(comm, sum(counts), torch.float32, allocated)
+        comm.all_gather_v(out, place(comm, parts[me], allocated), counts=counts).wait()
+        check(out, torch.cat(parts), "all_gather_v")
+        wholes = [values(r, sum(counts), torch.float32) for r in range(size)]
+        out = empty(comm, counts[me], torch.float32, allocated)
+        comm.reduce_scatter_v(out, place(comm, wholes[me], allocated), counts=counts).wait()
+        start = sum(counts[:me])
+        want = expected(wholes, ReduceOp.SUM)[start : start + counts[me]]
+        check(out, want, "reduce_scatter_v")
+        sent = [[scale * ((s + 2 * d) % 3) for d in range(size)] for s in range(size)]
+        data = [values(40 + s, sum(sent[s]), torch.float32) for s in range(size)]
+        received = [sent[s][me] for s in range(size)]
+        out = empty(comm, sum(received), torch.float32, allocated)
+        comm.all_to_all_v(
+            out, place(comm, data[me], allocated), output_counts=received, source_counts=sent[me]
+        ).wait()
+        check(out, torch.cat([d.split(sent[s])[me] for s, d in enumerate(data)]), "all_to_all_v")
+
+
+def every_body(comm):
+    for body in (all_reduce_body, rooted_body, exchange_body, uneven_body):
+        for allocated in (False, True):
+            body(comm, allocated)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_operations(size):
+    run(size, every_body, limit_s=120)
+
+
+def mixed_body(comm):
+    """Some ranks have allocated buffers, others private ones."""
+    for n in (1021, 100_003):
+        inputs = [values(r, n, torch.float32) for r in range(comm.size)]
+        for allocated_rank in range(comm.size):
+            mine = place(comm, inputs[comm.rank], comm.rank == allocated_rank)
+            comm.all_reduce(mine).wait()
+            check(mine, expected(inputs, ReduceOp.SUM), n)
+            out = empty(comm, n * comm.size, torch.float32, comm.rank != allocated_rank)
+            comm.all_gather(out, place(comm, inputs[comm.rank], comm.rank == allocated_rank)).wait()
+            check(out, torch.cat(inputs), n)
+
+
+def test_mixed_memory():
+    run(3, mixed_body)
