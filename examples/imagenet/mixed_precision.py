@@ -7,6 +7,7 @@ import model as models
 import recipe
 import torch
 import torch.distributed as dist
+
 from distributed import ddp_way, leave, wrap
 
 

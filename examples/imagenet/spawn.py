@@ -8,8 +8,9 @@ import socket
 import recipe
 import torch
 import torch.distributed as dist
-from distributed import ddp_way, leave, run
 from torch import multiprocessing
+
+from distributed import ddp_way, leave, run
 
 
 def worker(rank: int, args, address: str) -> None:
