@@ -23,6 +23,7 @@ _EPILOG = (
 
 Launch = "Launch"
 Train = "Training"
+Compatibility = "Scripts of other projects"
 
 
 def run(
@@ -33,7 +34,8 @@ def run(
         list[str] | None, typer.Argument(help="Given to the script as they are.", metavar="[ARGS]...")
     ] = None,
     workers: Annotated[
-        int, typer.Option("-n", "--workers", help="Worker processes on this host.", rich_help_panel=Launch)
+        int,
+        typer.Option("-n", "-np", "--workers", help="Worker processes on this host.", rich_help_panel=Launch),
     ] = 1,
     module: Annotated[
         bool, typer.Option("-m", "--module", help="SCRIPT is a module's name.", rich_help_panel=Launch)
@@ -101,6 +103,35 @@ def run(
     progress: Annotated[
         bool, typer.Option("--progress/--no-progress", help="Show progress bars.", rich_help_panel=Train)
     ] = True,
+    as_horovod: Annotated[
+        bool,
+        typer.Option(
+            "--as-horovod",
+            help="`import horovod.torch` in SCRIPT means paceline.compat.horovod.",
+            rich_help_panel=Compatibility,
+        ),
+    ] = False,
+    as_apex: Annotated[
+        bool,
+        typer.Option(
+            "--as-apex",
+            help="`import apex` in SCRIPT means paceline.compat.apex.",
+            rich_help_panel=Compatibility,
+        ),
+    ] = False,
+    hosts: Annotated[
+        str | None,
+        typer.Option(
+            "-H",
+            "--hosts",
+            metavar="HOST:SLOTS",
+            help="As horovodrun takes it; only this host. For several use --nodes.",
+            rich_help_panel=Compatibility,
+        ),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Accepted; output is complete.", rich_help_panel=Compatibility)
+    ] = False,
 ) -> None:
     """Run a training SCRIPT on several workers; everything after SCRIPT belongs to the script.
 
@@ -114,6 +145,8 @@ def run(
 
     quiet_torch()
     _check(script, module=module, strategy=strategy, fabric=fabric)
+    if hosts is not None:
+        _check_hosts(hosts, workers)
     job = JobSpec(
         command=(sys.executable, "-u", *(("-m",) if module else ()), script, *(arguments or [])),
         num_workers=workers,
@@ -124,6 +157,7 @@ def run(
         threads=threads,
         max_restarts=max_restarts,
         grace_s=grace,
+        environment=_stand_ins(horovod=as_horovod, apex=as_apex),
     )
     raise typer.Exit(_run(job))
 
@@ -165,6 +199,33 @@ def _check(script: str, *, module: bool, strategy: str | None, fabric: str | Non
         from paceline.strategies.strategy import make
 
         make(strategy)
+
+
+def _check_hosts(hosts: str, workers: int) -> None:
+    """`-H localhost:4` is this host with room for four."""
+    import socket
+
+    here = {"localhost", "127.0.0.1", socket.gethostname(), socket.gethostname().split(".")[0]}
+    name, _, slots = hosts.partition(":")
+    if "," in hosts or name not in here:
+        raise ConfigError(
+            f"-H {hosts}: this command starts workers on this host only; run it on each host with "
+            "--nodes N --rendezvous HOST:PORT"
+        )
+    if slots and (not slots.isdigit() or int(slots) < workers):
+        raise ConfigError(f"-H {hosts}: room for {workers} workers (-np) expected, got {slots or 'none'}")
+
+
+def _stand_ins(*, horovod: bool, apex: bool) -> dict[str, str]:
+    """Put packages that answer to other projects' names first on the workers' Python path."""
+    import os
+
+    compat = Path(__file__).resolve().parents[1] / "compat"
+    wanted = [str(compat / n / "stand_in") for n, yes in (("horovod", horovod), ("apex", apex)) if yes]
+    if not wanted:
+        return {}
+    given = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([*wanted, *([given] if given else [])])}
 
 
 def register(app: typer.Typer) -> None:

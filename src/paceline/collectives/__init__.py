@@ -7,9 +7,11 @@ A file exports (adding one is all it takes; a folder on `paceline.collectives.__
     cost(operation, num_ranks, *, root=0, channels=1, instances=1, …) -> Cost, the claim that tests count
     OPERATIONS    the operations it is meant for
     ALIASES       other names of the same algorithm (optional)
+    VARIANTS      sets of its own options that tests and `verify_all` try (optional; default: no options)
 
 `channels` × `instances` copies of the program work side by side on parts of each chunk, on channels of their
 own. Algorithms that know hosts also take `hosts`, a host's name or number for every rank.
+`_sweep.verify_all` proves all of them.
 """
 
 from __future__ import annotations
@@ -21,6 +23,11 @@ from paceline import registry
 from paceline.errors import ConfigError
 from paceline.schedule.cost import Cost, No
 from paceline.schedule.program import Program
+
+
+def names() -> list[str]:
+    """Names of all algorithms, without importing them."""
+    return registry.names(__name__)
 
 
 def algorithms() -> dict[str, ModuleType]:
@@ -36,8 +43,8 @@ def aliases() -> dict[str, str]:
 def find(name: str) -> ModuleType:
     """Return the algorithm called `name`, which may be an alias; ConfigError names the nearest."""
     others = aliases()
-    if name not in others and name not in registry.names(__name__):
-        raise ConfigError(registry.unknown("algorithm", name, [*registry.names(__name__), *others]))
+    if name not in others and name not in names():
+        raise ConfigError(registry.unknown("algorithm", name, [*names(), *others]))
     return registry.load(__name__, others.get(name, name), kind="algorithm")
 
 

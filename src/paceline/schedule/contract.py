@@ -24,13 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from paceline.errors import ConfigError, ScheduleError
 from paceline.registry import unknown
-from paceline.schedule.program import Program, chunk_offsets
+from paceline.schedule.program import chunk_offsets
 
 WHOLE = ("all_reduce", "reduce", "broadcast", "barrier")
 """One buffer of `num_chunks` chunks on every rank."""
@@ -60,6 +61,26 @@ def base_operation(operation: str) -> str:
     return V_FORMS.get(operation, operation)
 
 
+class Collective(Protocol):
+    """What a contract depends on: a Program or its lowered form."""
+
+    @property
+    def operation(self) -> str:
+        """One of OPERATIONS."""
+
+    @property
+    def num_ranks(self) -> int:
+        """P."""
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of the full buffer."""
+
+    @property
+    def root(self) -> int:
+        """Root of a rooted operation."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """How many chunks INPUT and OUTPUT have on every rank, and how many make one block."""
@@ -69,7 +90,7 @@ class Shape:
     chunks_per_block: int
 
 
-def shape(program: Program) -> Shape:
+def shape(program: Collective) -> Shape:
     """Chunk counts of a program's buffers; ScheduleError if its chunks do not divide into P blocks."""
     op, n, p = base_operation(program.operation), program.num_chunks, program.num_ranks
     if op in WHOLE:
@@ -84,13 +105,13 @@ def shape(program: Program) -> Shape:
     return Shape(inputs, outputs, block)
 
 
-def in_place_offset(program: Program, rank: int) -> int:
+def in_place_offset(program: Collective, rank: int) -> int:
     """In place: the chunk of the larger of INPUT and OUTPUT where the smaller one begins."""
     s = shape(program)
     return 0 if s.input_chunks == s.output_chunks else rank * s.chunks_per_block
 
 
-def logical_input(program: Program, rank: int) -> npt.NDArray[np.int64]:
+def logical_input(program: Collective, rank: int) -> npt.NDArray[np.int64]:
     """Logical chunk number of each INPUT chunk of `rank`, shape (input_chunks,).
 
     Equal numbers have equal sizes at run time and may be combined. For all_to_all the number is
@@ -105,7 +126,7 @@ def logical_input(program: Program, rank: int) -> npt.NDArray[np.int64]:
     return start + np.arange(s.input_chunks)
 
 
-def logical_output(program: Program, rank: int) -> npt.NDArray[np.int64]:
+def logical_output(program: Collective, rank: int) -> npt.NDArray[np.int64]:
     """Logical chunk number that each OUTPUT chunk of `rank` must hold, shape (output_chunks,)."""
     s, op, p = shape(program), base_operation(program.operation), program.num_ranks
     if op in ("reduce_scatter", "scatter"):
@@ -116,17 +137,17 @@ def logical_output(program: Program, rank: int) -> npt.NDArray[np.int64]:
     return np.arange(s.output_chunks)
 
 
-def defines_input(program: Program, rank: int) -> bool:
+def defines_input(program: Collective, rank: int) -> bool:
     """Whether `rank` brings an input."""
     return base_operation(program.operation) not in ("broadcast", "scatter") or rank == program.root
 
 
-def defines_output(program: Program, rank: int) -> bool:
+def defines_output(program: Collective, rank: int) -> bool:
     """Whether `rank` must hold a result."""
     return base_operation(program.operation) not in ("reduce", "gather") or rank == program.root
 
 
-def contributors(program: Program, rank: int) -> npt.NDArray[np.int64]:
+def contributors(program: Collective, rank: int) -> npt.NDArray[np.int64]:
     """Postcondition: multiset of contributors of each OUTPUT chunk of `rank`, counts (output_chunks, P).
 
     Zero where nothing is promised. For barrier the counts are lower bounds.
@@ -145,6 +166,11 @@ def contributors(program: Program, rank: int) -> npt.NDArray[np.int64]:
     return counts
 
 
+def masks(program: Collective, rank: int) -> list[int]:
+    """Return the postcondition of `rank` as bit sets of contributors, one per OUTPUT chunk."""
+    return [sum(1 << r for r in np.flatnonzero(row).tolist()) for row in contributors(program, rank)]
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where chunks lie for one call: element offsets of INPUT and OUTPUT chunks on one rank.
@@ -156,7 +182,7 @@ class Layout:
     output_offsets: npt.NDArray[np.intp]
 
 
-def layout(program: Program, rank: int, counts: Sequence[Sequence[int]] | Sequence[int] | int) -> Layout:
+def layout(program: Collective, rank: int, counts: Sequence[Sequence[int]] | Sequence[int] | int) -> Layout:
     """Offsets of the chunks of `rank` for a call of this size.
 
     `counts`: number of elements of the whole buffer (all_reduce, reduce, broadcast); of each rank's block,

@@ -74,3 +74,8 @@ class No(str):
 
     def __bool__(self) -> bool:
         return False
+
+
+def only(operations: tuple[str, ...], operation: str) -> bool | No:
+    """Whether `operation` is one of those that an algorithm is meant for."""
+    return operation in operations or No(f"it is meant for {', '.join(operations)}")

@@ -75,7 +75,7 @@ class _Lowering:
         self.place = Placement(program, in_place=in_place)
         self.micros: list[Micro] = []
         self._rows = [self.place.rows(s) for s in program.steps()]
-        self._last_read = last_reads(self._rows)
+        self._last_read = last_reads(self._rows, self.place.name_width)
         self._exposed: dict[int, list[Micro]] = defaultdict(list)
         self._unreclaimed: dict[tuple[int, int, int], list[Micro]] = defaultdict(list)
         self._sent: dict[tuple[int, int, int], list[Micro]] = defaultdict(list)

@@ -127,14 +127,14 @@ class Placement:
         return rank * self.width + self._rescue_start + self._rescued[rank] - 1
 
 
-def last_reads(steps: list[list[Row]]) -> dict[int, int]:
-    """Name → 2·step if it is last read as a source, 2·step + 1 if as the operand of a reduction."""
+def last_reads(steps: list[list[Row]], width: int) -> dict[int, int]:
+    """Name → 2·step if it is last read by a message, 2·step + 1 if locally or as operand of a reduction."""
     last: dict[int, int] = {}
     for t, rows in enumerate(steps):
         for kind, src, dst, n, _ in rows:
+            is_local = src // width == dst // width  # done after the step's sends, when others have written
             for i in range(n):
-                if last.get(src + i, -1) < 2 * t:
-                    last[src + i] = 2 * t
+                last[src + i] = max(last.get(src + i, 0), 2 * t + is_local)
                 if kind == REDUCE:
                     last[dst + i] = 2 * t + 1
     return last

@@ -8,7 +8,7 @@ therefore sees final gradients, and the optimizer needs no wrapper.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,8 @@ class Attachment:
         self.minibatches = 0
         """Minibatches (accumulation windows) finished."""
         self.has_loader = False
+        self.on_update: Callable[[], None] | None = None
+        """Called after each minibatch's update."""
         self._size = comm.size
         self._comm = comm
         self._no_sync = False
@@ -78,6 +80,11 @@ class Attachment:
         self.finish_minibatch()
         self._window, self._is_last_batch = [], False
         self.replica.weight, self.replica.has_samples = 1.0 / self._size, True
+
+    @property
+    def is_mid_window(self) -> bool:
+        """Whether gradients wait for more backward passes or for the optimizer."""
+        return self._backwards > 0
 
     def finish_minibatch(self) -> None:
         """Close a minibatch whose optimizer steps did not all come (a GradScaler skipped them)."""
@@ -168,7 +175,7 @@ class Attachment:
         """Send what was not sent during backward, wait, and give unused gradients back as None."""
         self._unsent = False
         self._backwards = 0
-        self._pending = True
+        self._pending = bool(self.replica.optimizers)
         if self.replica.buckets and self._size > 1:
             for bucket in self.replica.buckets[self._next_bucket :]:
                 self._fill(bucket)
@@ -257,6 +264,8 @@ class Attachment:
             self._pending = False
             self.minibatches += 1
             self.strategy.after_update()
+            if self.on_update is not None and not self.has_loader:
+                self.on_update()
 
     def _check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
         count = sum(len(group["params"]) for group in optimizer.param_groups)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import atexit
 import os
 import random
-import time
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,10 +22,14 @@ from paceline.comm.rendezvous import Meeting, meet
 from paceline.errors import ConfigError
 from paceline.options import JobOptions
 from paceline.strategies.strategy import TrainingStrategy, make
-from paceline.train import preparation
+from paceline.train import checkpoint as checkpoints
+from paceline.train import persistence, preparation
 from paceline.train.attachment import Attachment
+from paceline.train.clock import TrainingClock
 from paceline.train.data import ShardedLoader, shard
+from paceline.train.evaluate import Forward, evaluate
 from paceline.train.logbook import Logbook, default_folder
+from paceline.train.preemption import Preempted, StopAgreement
 from paceline.train.progress import ProgressBar
 
 DEFAULT_FABRIC = "torch"
@@ -100,12 +105,22 @@ class Job:
         """Samples of all ranks in those minibatches."""
         self.attachments: list[Attachment] = []
         self.loaders: list[ShardedLoader] = []
+        self.registered: dict[str, Any] = {}
+        """Schedulers, scalers and whatever else `save` includes, by name."""
         self._seed = seed
         self._progress = ProgressBar(enabled=progress and self.is_main)
         self._logbook = Logbook(Path(log_dir) if log_dir is not None else default_folder())
-        self._training_since: float | None = None
-        self._training_s = 0.0
-        self._untimed: dict[str, float] = {"payload_bytes": 0, "wait_s": 0.0}
+        self.clock = TrainingClock(comm.ledger)
+        self._resume_at: int | None = None  # first epoch of the next `epochs`, set by `load`
+        self._epoch_over: bool | None = None  # None outside `epochs`
+        self._passes_before: list[int] = []
+        self._stop: StopAgreement | None = None
+        if (
+            checkpoint is not None
+            and meeting is not None
+            and threading.current_thread() is threading.main_thread()
+        ):
+            self._stop = StopAgreement(meeting.store, self.rank, self.size)
 
     @property
     def strategy(self) -> TrainingStrategy:
@@ -122,6 +137,8 @@ class Job:
         accumulation_steps: int = 1,
         batch: str = "per_worker",
         shard: bool = True,
+        scheduler: Any = None,
+        scaler: Any = None,
     ) -> Any:
         """Make model, optimizer(s) and loader(s) ready; returns what was given, in the same order.
 
@@ -130,7 +147,8 @@ class Job:
         `strategy` is a spec such as "local_sgd(period=16)"; default all_reduce. The loss must be a mean over
         the batch. `accumulation_steps`: backward passes per optimizer step. `batch`: whether the loader's
         batch size counts "per_worker" or is the "global" one, divided over the ranks. `shard=False`: each
-        rank's loader already gives its own data. Preparing a model again replaces its earlier preparation.
+        rank's loader already gives its own data. `scheduler` (or a list) and `scaler` are only registered, so
+        that checkpoints hold them. Preparing a model again replaces its earlier preparation.
         Raises ConfigError for what cannot be prepared, Mismatch when ranks prepare different things.
         """
         if batch not in ("per_worker", "global"):
@@ -138,7 +156,7 @@ class Job:
         optimizers = [o for item in others for o in _listed(item) if isinstance(o, torch.optim.Optimizer)]
         inner = self.unwrap(model)
         chosen = make(self.options.strategy or strategy or DEFAULT_STRATEGY)
-        with self._off_the_clock():
+        with self.clock.paused():
             for old in [a for a in self.attachments if a.replica.module is inner]:
                 old.strategy.synchronize()
                 old.detach()
@@ -147,8 +165,23 @@ class Job:
                 inner, optimizers, chosen, self.comm, accumulation_steps=accumulation_steps
             )
             self.attachments.append(attachment)
+            attachment.on_update = self._after_update
             results = [self._prepared(item, batch=batch, divided=shard) for item in others]
+        for i, one in enumerate(_listed(scheduler)):
+            if one is not None:
+                self.register(**{f"scheduler{i or ''}": one})
+        if scaler is not None:
+            self.register(scaler=scaler)
         return (model, *results) if results else model
+
+    def register(self, **things: Any) -> None:
+        """Include objects with state_dict and load_state_dict in checkpoints: `register(ema=ema)`."""
+        for name, thing in things.items():
+            if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
+                raise ConfigError(
+                    f"register({name}=…): {type(thing).__name__} has no state_dict/load_state_dict"
+                )
+            self.registered[name] = thing
 
     def _prepared(self, item: Any, *, batch: str, divided: bool) -> Any:
         if isinstance(item, (list, tuple)):
@@ -166,6 +199,7 @@ class Job:
             loader.on_batch.append(attachment.batch_begins)
             loader.on_end.append(attachment.data_ends)
         loader.on_batch.append(self._count)
+        loader.on_boundary.append(self._boundary)
         self.loaders.append(loader)
         return loader
 
@@ -182,20 +216,19 @@ class Job:
         return self._epochs(count)
 
     def _epochs(self, count: int) -> Iterator[int]:
-        first = self.epoch
-        self._clock_on()
+        if self._resume_at is None and self.checkpoint is not None and self._epoch_over is None:
+            self.resume()
+        first, self._resume_at = self._resume_at or 0, None
+        self.clock.start()
         for epoch in range(first, count):
-            self.epoch = epoch
-            total = None
-            try:
-                total = len(self.loaders[0]) if self.loaders else None  # type: ignore[arg-type]
-            except TypeError:
-                pass
-            self._progress.begin(f"epoch {epoch + 1}/{count}", total)
+            self.epoch, self._epoch_over = epoch, False
+            self._passes_before = [loader.epoch for loader in self.loaders]
+            self._progress.begin(f"epoch {epoch + 1}/{count}", [*self.loaders, None][0])
             yield epoch
+            self._epoch_over = True
             self._progress.end()
         self.synchronize()
-        self._clock_off()
+        self.clock.stop()
 
     def synchronize(self) -> None:
         """Drain the strategies: afterwards all ranks hold the final model, bit for bit. All ranks call it."""
@@ -213,6 +246,91 @@ class Job:
                 stack.enter_context(attachment.no_sync())
             yield
 
+    def evaluate(
+        self,
+        model: nn.Module,
+        data: Any,
+        metrics: Mapping[str, Any],
+        *,
+        batch_size: int | None = None,
+        forward: Forward | None = None,
+    ) -> dict[str, Any]:
+        """Measure the consensus model on all of `data` (a Dataset or DataLoader); all ranks call it.
+
+        `metrics`: name → callable `(outputs, targets) -> (sum, count)` over a batch, giving Σ sum / Σ count;
+        or a torchmetrics-like object (update, compute, reset), which sees all samples on every rank. Each
+        sample counts once for any number of ranks and any size; an empty set is a ConfigError. Batches are
+        (inputs…, targets); otherwise give `forward(model, batch) -> (outputs, targets)`. Training goes on as
+        if nothing had happened. Every rank gets the same result.
+        """
+        inner = self.unwrap(model)
+        attachments = [a for a in self.attachments if a.replica.module is inner]
+        with self.clock.paused():
+            return evaluate(
+                model, data, metrics, self.comm, attachments, batch_size=batch_size, forward=forward
+            )
+
+    def save(self, path: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None) -> None:
+        """Write a checkpoint to folder `path`; all ranks call it, after optimizer.step().
+
+        A run that is loaded from it continues bit for bit like this one. Raises CheckpointError (on all
+        ranks) when it cannot be written; the checkpoint that was there before stays valid.
+        """
+        with self.clock.paused():
+            checkpoints.write(path, persistence.collect(self, extra), self.comm)
+
+    def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """Continue from a checkpoint; all ranks call it, after `prepare` and before `epochs`.
+
+        Returns the `extra` given to `save`. Raises CheckpointError when it is damaged or does not fit.
+        """
+        with self.clock.paused():
+            return persistence.restore(self, *checkpoints.read(path, self.comm))
+
+    def resume(self) -> bool:
+        """Load the job's checkpoint if there is one. The first `epochs` calls this by itself."""
+        if self.checkpoint is None or not checkpoints.exists(self.checkpoint, self.comm):
+            return False
+        self.load(self.checkpoint)
+        self.print(f"paceline: resumed from {self.checkpoint} at epoch {self._resume_at}, step {self.step}")
+        return True
+
+    @property
+    def next_epoch(self) -> int:
+        """The epoch at which a run that is loaded from a checkpoint made now goes on."""
+        if self._epoch_over is None:
+            return self._resume_at or 0
+        passes = [loader.epoch for loader in self.loaders]
+        in_pass = any(loader.step for loader in self.loaders)
+        over = self._epoch_over or (not in_pass and (passes != self._passes_before or not passes))
+        return self.epoch + int(over)
+
+    def set_resumed(self, next_epoch: int, training_s: float) -> None:
+        """Where `epochs` begins, and the seconds trained before (from a checkpoint)."""
+        self._resume_at = next_epoch
+        self.clock.set(training_s)
+
+    def _boundary(self) -> None:
+        """Between two steps: stop here if the ranks agreed to."""
+        if self._stop is None:
+            return
+        between = not any(a.is_mid_window for a in self.attachments)
+        if self._stop.must_stop(self.step, may_stop=between):
+            assert self.checkpoint is not None
+            self.save(self.checkpoint)
+            if self.is_main:
+                print(
+                    f"paceline: SIGTERM: saved {self.checkpoint} after step {self.step}; run the same command"
+                    " again to continue",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            raise Preempted
+
+    def _after_update(self) -> None:
+        self.step += 1
+        self._boundary()
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.comm.barrier().wait()
@@ -225,19 +343,13 @@ class Job:
     def log(self, values: Mapping[str, Any] | None = None, /, **more: Any) -> None:
         """Append a row to log.csv and log.jsonl (rank 0), with epoch, step and seconds of training."""
         if self.is_main:
-            head = {"epoch": self.epoch, "step": self.step, "seconds": round(self.training_s, 6)}
+            head = {"epoch": self.epoch, "step": self.step, "seconds": round(self.clock.seconds, 6)}
             self._logbook.write({**head, **(values or {}), **more})
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The user's own module, without what torch.compile put around it."""
         inner: nn.Module = getattr(model, "_orig_mod", model)
         return inner
-
-    @property
-    def training_s(self) -> float:
-        """Seconds inside `epochs`, without evaluation, saving and loading."""
-        running = 0.0 if self._training_since is None else time.perf_counter() - self._training_since
-        return self._training_s + running
 
     def stats(self) -> dict[str, Any]:
         """Plain values of this rank: what was trained, how long it waited, what it sent.
@@ -255,19 +367,21 @@ class Job:
             "epoch": self.epoch,
             "steps": self.step,
             "samples": self.samples,
-            "seconds": self.training_s,
+            "seconds": self.clock.seconds,
             "minibatches": sum(a.minibatches for a in self.attachments),
             "model_bytes": sum(a.replica.model_bytes for a in self.attachments),
             **total,
             "training": {
-                "payload_bytes": total["payload_bytes"] - int(self._untimed["payload_bytes"]),
-                "wait_s": total["wait_s"] - self._untimed["wait_s"],
+                "payload_bytes": self.clock.payload_bytes,
+                "wait_s": self.clock.wait_s,
             },
         }
 
     def close(self) -> None:
         """Leave the job; idempotent, also called at exit."""
         self._progress.end()
+        if self._stop is not None:
+            self._stop.close()
         for attachment in self.attachments:
             attachment.detach()
         self.comm.close()
@@ -276,28 +390,6 @@ class Job:
         self.step += 1
         self.samples += all_samples
         self._progress.advance()
-
-    def _clock_on(self) -> None:
-        if self._training_since is None:
-            self._training_since = time.perf_counter()
-
-    def _clock_off(self) -> None:
-        self._training_s = self.training_s
-        self._training_since = None
-
-    @contextmanager
-    def _off_the_clock(self) -> Iterator[None]:
-        """Time and bytes inside do not count as training."""
-        running, ledger = self._training_since is not None, self.comm.ledger
-        self._clock_off()
-        sent, waited = ledger.payload_bytes, ledger.wait_s
-        try:
-            yield
-        finally:
-            self._untimed["payload_bytes"] += ledger.payload_bytes - sent
-            self._untimed["wait_s"] += ledger.wait_s - waited
-            if running:
-                self._clock_on()
 
 
 def _listed(item: Any) -> list[Any]:

@@ -16,10 +16,11 @@ class ProgressBar:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
-    def begin(self, title: str, total: int | None, done: int = 0) -> None:
-        """Start the bar of one epoch."""
+    def begin(self, title: str, data: Any) -> None:
+        """Start the bar of one epoch over `data`, whose length may be unknown."""
         if not self.enabled:
             return
+        total = len(data) if hasattr(data, "__len__") else None
         from rich.console import Console
 
         self.end()
@@ -31,7 +32,7 @@ class ProgressBar:
             console=Console(stderr=True),
             transient=True,
         )
-        self._task = self._progress.add_task(title, total=total, completed=done)
+        self._task = self._progress.add_task(title, total=total, completed=getattr(data, "step", 0))
         self._progress.start()
 
     def advance(self) -> None:

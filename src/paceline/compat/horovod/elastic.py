@@ -114,7 +114,7 @@ class ObjectState(State):
             self._saved = f.broadcast_object(
                 {n: getattr(self, n) for n in self._values}, name="elastic.state"
             )
-            self.restore()
+            ObjectState.restore(self)  # only the attributes: models are in step already
 
     def saved(self) -> dict[str, Any]:
         """Return the saved attributes."""

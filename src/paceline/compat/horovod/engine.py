@@ -12,6 +12,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
+
 from paceline.compat.horovod.constants import HorovodInternalError
 from paceline.compat.horovod.coordinator import Coordinator
 from paceline.compat.horovod.perform import Entry, perform, stand_in
@@ -98,6 +100,7 @@ class Engine:
         self._thread.join()
         self._fail_all(HorovodInternalError("hvd.shutdown() was called while operations were in flight"))
 
+    @torch.no_grad()
     def _run(self) -> None:
         next_check_s = self._comm.now() + _CHECK_STALLS_EVERY_S
         try:

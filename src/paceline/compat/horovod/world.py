@@ -95,6 +95,8 @@ class World:
             self.communicators[process_set.process_set_id] = part
         self.ranks[process_set.process_set_id] = process_set.ranks
         self.registered[process_set.process_set_id] = process_set
+        # Requests for it must not reach rank 0 before rank 0 knows it.
+        self.comm.barrier().wait()
 
 
 def _stall_warning_s() -> float:

@@ -1,0 +1,68 @@
+"""How ranks are grouped by host, for the algorithms that know hosts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from paceline.errors import ConfigError
+from paceline.schedule.cost import No
+from paceline.schedule.program import IntArray, Step, chunk_offsets
+
+VARIANTS: tuple[dict[str, int], ...] = ({}, {"hosts": 2}, {"hosts": 3})
+"""What the sweep tries: as square as possible, and few hosts, often with unequal numbers of ranks."""
+
+Hosts: TypeAlias = Sequence[str] | Sequence[int] | int | None
+"""Each rank's host, shape (P,); or how many hosts share the ranks evenly; None: as square as P allows."""
+
+
+def members(num_ranks: int, hosts: Hosts) -> list[IntArray]:
+    """Ranks of each host, in order of the hosts' first ranks."""
+    if hosts is None:
+        hosts = next(m for m in range(math.isqrt(num_ranks), 0, -1) if num_ranks % m == 0)
+    if isinstance(hosts, int):
+        if not 1 <= hosts <= num_ranks:
+            raise ConfigError(f"{num_ranks} ranks on {hosts} hosts: 1 to {num_ranks} hosts expected")
+        cuts = chunk_offsets(num_ranks, hosts)
+        return [np.arange(a, b, dtype=np.intp) for a, b in itertools.pairwise(cuts)]
+    if len(hosts) != num_ranks:
+        raise ConfigError(f"one host per rank expected: {num_ranks} ranks, {len(hosts)} hosts given")
+    of = np.array([str(h) for h in hosts])
+    return [np.flatnonzero(of == name).astype(np.intp) for name in dict.fromkeys(of.tolist())]
+
+
+def fits(num_ranks: int, hosts: Hosts) -> bool | No:
+    """Whether `hosts` describes that many ranks."""
+    try:
+        return bool(members(num_ranks, hosts))
+    except ConfigError as error:
+        return No(error)
+
+
+def embed(step: Step, groups: IntArray, *, chunk: IntArray, scale: int = 1) -> Step:
+    """Run `step`, written for n ranks, in every one of G groups of n ranks at once.
+
+    `groups`: real rank of each member, shape (G, n). Chunk c becomes the `scale` chunks from
+    `chunk[g]` + c·scale on; both buffers alike.
+    """
+    g, t = len(groups), len(step)
+
+    def tile(column: IntArray) -> IntArray:
+        return np.tile(column, g)
+
+    first = np.repeat(np.asarray(chunk, dtype=np.intp), t)
+    return Step(
+        tile(step.kind),
+        groups[:, step.src_rank].ravel(),
+        tile(step.src_buffer),
+        first + tile(step.src_chunk) * scale,
+        groups[:, step.dst_rank].ravel(),
+        tile(step.dst_buffer),
+        first + tile(step.dst_chunk) * scale,
+        tile(step.count) * scale,
+        tile(step.channel),
+    )

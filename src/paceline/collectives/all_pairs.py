@@ -1,0 +1,92 @@
+"""All pairs: everyone reads everyone, in one shot or as reduce-scatter and all-gather in two.
+
+Source: one-shot and two-shot all-reduce of shared-memory and NVLink systems, as in MSCCL.
+Cost: one-shot all_reduce 1 step, P−1 times all the bytes sent and reduced per rank, lowest latency; two-shot
+2 steps, 2(P−1)/P of the bytes. P−1 messages per rank and step, concurrent on shared memory.
+Ranks: any.   [tested]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+
+from paceline.schedule.contract import base_operation
+from paceline.schedule.cost import Cost, No, only
+from paceline.schedule.program import (
+    COPY,
+    INPUT,
+    OUTPUT,
+    REDUCE,
+    SCRATCH,
+    Op,
+    Program,
+    Step,
+    copy,
+    ranks,
+    reduce,
+    replicate,
+    step_of,
+    together,
+    turn,
+)
+
+OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather", "reduce_scatter_v", "all_gather_v")
+VARIANTS: tuple[dict[str, int], ...] = ({"shots": 1}, {"shots": 2})
+
+
+def build(
+    operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1, shots: int = 2
+) -> Program:
+    """All pairs; `shots` matters for all_reduce only."""
+    op, p = base_operation(operation), num_ranks
+    me = ranks(p)
+    others = [turn(p, k) for k in range(1, p)]
+    work = SCRATCH if op == "reduce_scatter" else OUTPUT
+
+    def one_shot() -> Iterator[Step]:
+        """Everyone adds up in the order of ranks, so that all have the same bits."""
+        kinds = [COPY] + [REDUCE] * (p - 1)
+        pairs = [(src, dst) for src in range(p) for dst in range(p)]
+        yield step_of(Op(kinds[src], src, INPUT, 0, dst, OUTPUT, 0) for src, dst in pairs)
+
+    def two_shot() -> Iterator[Step]:
+        if op == "all_gather":
+            yield copy(me, me, 0, to=me, source=INPUT)
+        else:
+            yield copy(me, me, me, source=INPUT, into=work)
+            yield together(*(reduce(src, me, me, source=INPUT, into=work) for src in others))
+        if op == "reduce_scatter":
+            yield copy(me, me, me, to=0, source=work)
+        else:
+            yield together(*(copy(me, dst, me) for dst in others))
+
+    if op == "all_reduce" and shots == 1:
+        program = Program("all_pairs", operation, p, 1, one_shot)
+    else:
+        program = Program("all_pairs", operation, p, p, two_shot, num_scratch=p if work is SCRATCH else 0)
+    return replicate(program, channels * instances)
+
+
+def supports(operation: str, num_ranks: int, *, shots: int = 2) -> bool | No:
+    """Any number of ranks."""
+    return only(OPERATIONS, operation) if shots in (1, 2) else No(f"1 or 2 shots expected, got {shots}")
+
+
+def cost(
+    operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1, shots: int = 2
+) -> Cost:
+    """Claimed cost."""
+    p, copies = num_ranks, channels * instances
+    some, share = int(p > 1), Fraction(p - 1, p)
+    if operation != "all_reduce":
+        reduced = Fraction(0) if "gather" in operation else share
+        return Cost(some, (p - 1) * copies, share, reduced)
+    if shots == 1:
+        return Cost(some, (p - 1) * copies, Fraction(p - 1), Fraction(_reductions(p)))
+    return Cost(2 * some, 2 * (p - 1) * copies, 2 * share, share)
+
+
+def _reductions(p: int) -> int:
+    """Most that one rank combines in one shot: rank 0 all others, the rest all but rank 0 and themselves."""
+    return p - 1

@@ -1,0 +1,117 @@
+"""Binomial tree: in each step every rank that has something gives it to one that has nothing, or the reverse.
+
+Source: textbook; Thakur, Rabenseifner & Gropp, IJHPCA 19(1), 2005.
+Cost: ⌈lg P⌉ steps; broadcast and reduce move all the bytes over each edge, gather and scatter only those of
+the ranks below it.
+Ranks: any.   [tested]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+
+import numpy as np
+
+from paceline.schedule.cost import Cost, No, only
+from paceline.schedule.program import (
+    INPUT,
+    OUTPUT,
+    SCRATCH,
+    IntArray,
+    Program,
+    Step,
+    copy,
+    ranks,
+    reduce,
+    replicate,
+)
+
+OPERATIONS = ("broadcast", "reduce", "gather", "scatter")
+
+
+def rounds(num_ranks: int) -> int:
+    """⌈lg P⌉."""
+    return (num_ranks - 1).bit_length()
+
+
+def edges(num_ranks: int, k: int) -> IntArray:
+    """Round k of a broadcast, seen from the root: ranks 2^k … 2^(k+1) − 1 hear from 2^k ranks below."""
+    return np.arange(1 << k, min(2 << k, num_ranks), dtype=np.intp)
+
+
+def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Program:
+    """Binomial tree for a rooted operation."""
+    p = num_ranks
+    chunks = p if operation in ("gather", "scatter") else 1
+    make = {"broadcast": _broadcast, "reduce": _reduce, "gather": _gather, "scatter": _scatter}[operation]
+    scratch = 0 if operation == "broadcast" else chunks
+
+    def steps() -> Iterator[Step]:
+        return make(p, root)
+
+    program = Program("binomial_tree", operation, p, chunks, steps, root, num_scratch=scratch)
+    return replicate(program, channels * instances)
+
+
+def _broadcast(p: int, root: int) -> Iterator[Step]:
+    yield copy(root, root, 0, source=INPUT)
+    for k in range(rounds(p)):
+        child = edges(p, k)
+        yield copy((child - (1 << k) + root) % p, (child + root) % p, 0)
+
+
+def _reduce(p: int, root: int) -> Iterator[Step]:
+    yield copy(ranks(p), ranks(p), 0, source=INPUT, into=SCRATCH)
+    for k in reversed(range(rounds(p))):
+        child = edges(p, k)
+        parent = (child - (1 << k) + root) % p
+        yield reduce((child + root) % p, parent, 0, source=SCRATCH, into=SCRATCH)
+    yield copy(root, root, 0, source=SCRATCH)
+
+
+def _subtrees(p: int, k: int) -> tuple[IntArray, IntArray]:
+    """Every (child, rank below it or itself) of round k of the halving tree, seen from the root."""
+    child = np.arange(1 << k, p, 2 << k, dtype=np.intp)
+    below = child[:, None] + np.arange(1 << k)
+    inside = below < p
+    return np.broadcast_to(child[:, None], below.shape)[inside], below[inside]
+
+
+def _gather(p: int, root: int) -> Iterator[Step]:
+    me = ranks(p)
+    yield copy(me, me, 0, to=me, source=INPUT, into=np.where(me == root, OUTPUT, SCRATCH))
+    for k in range(rounds(p)):
+        child, block = _subtrees(p, k)
+        parent = (child - (1 << k) + root) % p
+        into = np.where(parent == root, OUTPUT, SCRATCH)
+        yield copy((child + root) % p, parent, (block + root) % p, source=SCRATCH, into=into)
+
+
+def _scatter(p: int, root: int) -> Iterator[Step]:
+    me = ranks(p)
+    for k in reversed(range(rounds(p))):
+        child, block = _subtrees(p, k)
+        parent = (child - (1 << k) + root) % p
+        source = np.where(parent == root, INPUT, SCRATCH)
+        yield copy(parent, (child + root) % p, (block + root) % p, source=source, into=SCRATCH)
+    yield copy(me, me, me, to=0, source=np.where(me == root, INPUT, SCRATCH))
+
+
+def supports(operation: str, num_ranks: int) -> bool | No:
+    """Any number of ranks and any root."""
+    return only(OPERATIONS, operation)
+
+
+def cost(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Cost:
+    """Claimed cost."""
+    p, n, copies = num_ranks, rounds(num_ranks), channels * instances
+    if operation == "broadcast":
+        return Cost(n, n * copies, Fraction(n))
+    if operation == "reduce":
+        return Cost(n, min(n, 1) * copies, Fraction(min(n, 1)), Fraction(n))
+    if operation == "scatter":
+        return Cost(n, n * copies, Fraction(p - 1, p))
+    # Round k joins the subtree of rank 2^k (seen from the root) to the root's.
+    most = max((min(1 << k, p - (1 << k)) for k in range(n)), default=0)
+    return Cost(n, min(n, 1) * copies, Fraction(most, p))

@@ -1,0 +1,75 @@
+"""Pipelined chain: ranks in a line, the data in segments that follow one another.
+
+Source: textbook; Worringen, PVM/MPI 2003.
+Cost: P + segments − 2 steps; every rank but one end sends all the bytes once, so long messages broadcast, or
+reduce, at the speed of one link whatever P is.
+Ranks: any.   [tested]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+
+import numpy as np
+
+from paceline.schedule.cost import Cost, No, only
+from paceline.schedule.program import INPUT, SCRATCH, Program, Step, copy, ranks, reduce, replicate
+
+OPERATIONS = ("broadcast", "reduce")
+
+
+def build(
+    operation: str,
+    num_ranks: int,
+    *,
+    root: int = 0,
+    channels: int = 1,
+    instances: int = 1,
+    segments: int = 8,
+) -> Program:
+    """Segment s leaves the d-th rank from the start of the line at step d + s."""
+    p, m = num_ranks, segments
+
+    def line(t: int) -> tuple[np.ndarray, np.ndarray]:
+        place = np.arange(max(0, t - m + 1), min(t, p - 2) + 1)
+        return place, t - place
+
+    def steps() -> Iterator[Step]:
+        if operation == "broadcast":
+            yield copy(root, root, 0, source=INPUT, count=m)
+            for t in range(p + m - 2):
+                place, segment = line(t)
+                yield copy((root + place) % p, (root + place + 1) % p, segment)
+        else:
+            yield copy(ranks(p), ranks(p), 0, source=INPUT, into=SCRATCH, count=m)
+            for t in range(p + m - 2):
+                place, segment = line(t)
+                end = (root - p + 1 + place) % p
+                yield reduce(end, (end + 1) % p, segment, source=SCRATCH, into=SCRATCH)
+            yield copy(root, root, 0, source=SCRATCH, count=m)
+
+    scratch = m if operation == "reduce" else 0
+    program = Program("chain", operation, p, m, steps, root, num_scratch=scratch)
+    return replicate(program, channels * instances)
+
+
+def supports(operation: str, num_ranks: int, *, segments: int = 8) -> bool | No:
+    """Any number of ranks and any root."""
+    return only(OPERATIONS, operation)
+
+
+def cost(
+    operation: str,
+    num_ranks: int,
+    *,
+    root: int = 0,
+    channels: int = 1,
+    instances: int = 1,
+    segments: int = 8,
+) -> Cost:
+    """Claimed cost."""
+    some = Fraction(int(num_ranks > 1))
+    steps = num_ranks + segments - 2 if num_ranks > 1 else 0
+    messages = segments * channels * instances * int(some)
+    return Cost(steps, messages, some, some if operation == "reduce" else Fraction(0))

@@ -1,0 +1,81 @@
+"""Hierarchical all-reduce in four steps: local reduce-scatter, inter-host reduce-scatter, and both gathers.
+
+Source: the four-step all-reduce of two-level clusters; Cho et al., "BlueConnect", SysML 2019.
+Cost: 4 steps. With L the fewest and L' the most ranks of a host and M hosts the busiest rank sends
+(L−1)/L + (L'−1)/L + 2(M−1)/(LM) of the bytes, only the last part between hosts.
+Ranks: any, on any hosts: L ranks of each host own shards, further ones give and take.   [tested]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+
+import numpy as np
+
+from paceline.collectives._hosts import VARIANTS, Hosts, fits, members
+from paceline.schedule.cost import Cost, No, only
+from paceline.schedule.program import INPUT, IntArray, Program, Step, copy, ranks, reduce, replicate
+
+__all__ = ["OPERATIONS", "VARIANTS", "build", "cost", "supports"]
+OPERATIONS = ("all_reduce",)
+
+
+def build(
+    operation: str,
+    num_ranks: int,
+    *,
+    root: int = 0,
+    channels: int = 1,
+    instances: int = 1,
+    hosts: Hosts = None,
+) -> Program:
+    """Shard i belongs to the i-th rank of every host; of its M chunks, chunk h to the one on host h."""
+    p, groups = num_ranks, members(num_ranks, hosts)
+    m, shards = len(groups), min(len(g) for g in groups)
+    owners = np.array([g[:shards] for g in groups])  # shape (M, L)
+
+    local = _pairs((rank, owner, i) for g in groups for i, owner in enumerate(g[:shards]) for rank in g)
+    across = _pairs(
+        (owners[a, i], owners[b, i], i * m + b) for i in range(shards) for b in range(m) for a in range(m)
+    )
+
+    def steps() -> Iterator[Step]:
+        yield copy(ranks(p), ranks(p), 0, source=INPUT, count=shards * m)
+        yield reduce(local[0], local[1], local[2] * m, count=m)
+        yield reduce(*across)
+        yield copy(across[1], across[0], across[2])
+        yield copy(local[1], local[0], local[2] * m, count=m)
+
+    program = Program("hierarchical", operation, p, shards * m, steps)
+    return replicate(program, channels * instances)
+
+
+def _pairs(rows: Iterator[tuple[int, int, int]]) -> tuple[IntArray, IntArray, IntArray]:
+    """Columns (source, destination, chunk) of the rows between different ranks."""
+    table = np.array([r for r in rows if r[0] != r[1]], dtype=np.intp).reshape(-1, 3)
+    return table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy()
+
+
+def supports(operation: str, num_ranks: int, *, hosts: Hosts = None) -> bool | No:
+    """Any number of ranks on any hosts."""
+    return fits(num_ranks, hosts) and only(OPERATIONS, operation)
+
+
+def cost(
+    operation: str,
+    num_ranks: int,
+    *,
+    root: int = 0,
+    channels: int = 1,
+    instances: int = 1,
+    hosts: Hosts = None,
+) -> Cost:
+    """Claimed cost."""
+    groups = members(num_ranks, hosts)
+    m, few, most = len(groups), min(len(g) for g in groups), max(len(g) for g in groups)
+    steps = 2 * (most > 1) + 2 * (m > 1)
+    messages = (few - 1) + (most - 1) + 2 * (m - 1)
+    inter = Fraction(m - 1, m * few)
+    sent = Fraction(few - 1 + most - 1, few) + 2 * inter
+    return Cost(steps, messages * channels * instances, sent, Fraction(most - 1, few) + inter)

@@ -1,0 +1,77 @@
+"""Hybrid all-reduce: ring inside hosts, halving-doubling between them on 1/L of the data each.
+
+Source: the ring and halving-doubling of their files, composed per level as in the 2-D schemes of Mikami et
+al., arXiv:1811.05233, and Ying et al., arXiv:1811.06992.
+Cost: 2(L−1) local steps with 2(L−1)/L of the bytes, and halving-doubling of M hosts on 1/L of the bytes.
+Ranks: L on each of M hosts, any L and M.   [tested]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from paceline.collectives import halving_doubling, ring
+from paceline.collectives._hosts import VARIANTS, Hosts, embed, fits, members
+from paceline.schedule.cost import Cost, No, only
+from paceline.schedule.program import INPUT, Program, Step, copy, ranks, replicate
+
+__all__ = ["OPERATIONS", "VARIANTS", "build", "cost", "supports"]
+OPERATIONS = ("all_reduce",)
+
+
+def build(
+    operation: str,
+    num_ranks: int,
+    *,
+    root: int = 0,
+    channels: int = 1,
+    instances: int = 1,
+    hosts: Hosts = None,
+) -> Program:
+    """Local ring reduce-scatter, inter-host all-reduce of every shard, local ring all-gather."""
+    p = num_ranks
+    local = np.array(members(p, hosts))  # shape (M, L)
+    m, shards = local.shape
+    inside, across = ring.build("all_reduce", shards), halving_doubling.build("all_reduce", m)
+    width = across.num_chunks  # chunks of one shard
+
+    def steps() -> Iterator[Step]:
+        yield copy(ranks(p), ranks(p), 0, source=INPUT, count=shards * width)
+        circle = [s for s in inside.steps() if not s.is_local]
+        here = np.zeros(m, dtype=np.intp)  # every host has all shards
+        yield from (embed(s, local, chunk=here, scale=width) for s in circle[: shards - 1])
+        own = ranks(shards) * width
+        yield from (embed(s, local.T, chunk=own) for s in across.steps() if not s.is_local)
+        yield from (embed(s, local, chunk=here, scale=width) for s in circle[shards - 1 :])
+
+    program = Program("hybrid", operation, p, shards * width, steps)
+    return replicate(program, channels * instances)
+
+
+def supports(operation: str, num_ranks: int, *, hosts: Hosts = None) -> bool | No:
+    """Equally many ranks on every host."""
+    if not (answer := fits(num_ranks, hosts)):
+        return answer
+    sizes = {len(g) for g in members(num_ranks, hosts)}
+    if len(sizes) > 1:
+        return No(f"equally many ranks on every host expected, got {sorted(sizes)}; hierarchical does any")
+    return only(OPERATIONS, operation)
+
+
+def cost(
+    operation: str,
+    num_ranks: int,
+    *,
+    root: int = 0,
+    channels: int = 1,
+    instances: int = 1,
+    hosts: Hosts = None,
+) -> Cost:
+    """Claimed cost: a local ring, and between hosts a share of 1/L."""
+    groups = members(num_ranks, hosts)
+    shards = len(groups[0])
+    a, b = ring.cost(operation, shards), halving_doubling.cost(operation, len(groups))
+    messages = (a.messages + b.messages) * channels * instances
+    return Cost(a.steps + b.steps, messages, a.sent + b.sent / shards, a.reduced + b.reduced / shards)

@@ -1,0 +1,44 @@
+"""Reduction tree: sum up a binary tree to one rank, then broadcast the result back down.
+
+Source: Iandola et al., "FireCaffe", CVPR 2016: 2⌈lg P⌉ dependent steps instead of a parameter server's P.
+Cost: 2⌈lg P⌉ steps of all the bytes; ⌈lg P⌉ times the bytes sent and reduced by the busiest rank.
+Ranks: any.   [tested]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+
+from paceline.collectives.binomial_tree import edges, rounds
+from paceline.schedule.cost import Cost, No, only
+from paceline.schedule.program import INPUT, Program, Step, copy, ranks, reduce, replicate
+
+OPERATIONS = ("all_reduce",)
+
+
+def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Program:
+    """Binomial reduce to rank `root`, binomial broadcast from it."""
+    p = num_ranks
+
+    def steps() -> Iterator[Step]:
+        yield copy(ranks(p), ranks(p), 0, source=INPUT)
+        for k in reversed(range(rounds(p))):
+            child = (edges(p, k) + root) % p
+            yield reduce(child, (child - (1 << k)) % p, 0)
+        for k in range(rounds(p)):
+            child = (edges(p, k) + root) % p
+            yield copy((child - (1 << k)) % p, child, 0)
+
+    return replicate(Program("reduction_tree", operation, p, 1, steps), channels * instances)
+
+
+def supports(operation: str, num_ranks: int) -> bool | No:
+    """Any number of ranks."""
+    return only(OPERATIONS, operation)
+
+
+def cost(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Cost:
+    """Claimed cost."""
+    n = rounds(num_ranks)
+    return Cost(2 * n, n * channels * instances, Fraction(n), Fraction(n))

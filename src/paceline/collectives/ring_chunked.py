@@ -1,0 +1,66 @@
+"""Chunked ring: the ring on segments that follow one another, so that reducing overlaps transferring.
+
+Source: Gloo's ring_chunked; the pipelining of Patarasuk & Yuan, JPDC 69(2), 2009.
+Cost: 2(P−1)·segments steps of 1/(P·segments) of the bytes each; 2(P−1)/P of the bytes sent per rank.
+Ranks: any.   [tested]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from paceline.collectives import ring
+from paceline.schedule.cost import Cost, No, only
+from paceline.schedule.program import Program, Step, replicate
+
+OPERATIONS = ring.OPERATIONS
+
+
+def build(
+    operation: str,
+    num_ranks: int,
+    *,
+    root: int = 0,
+    channels: int = 1,
+    instances: int = 1,
+    segments: int = 2,
+) -> Program:
+    """Every step of the ring becomes `segments` steps, one for each part of its chunk."""
+    whole = ring.build(operation, num_ranks)
+
+    def steps() -> Iterator[Step]:
+        for s in whole.steps():
+            src, dst, count = s.src_chunk * segments, s.dst_chunk * segments, s.count * segments
+            if s.is_local:
+                yield replace(s, src_chunk=src, dst_chunk=dst, count=count)
+            else:
+                yield from (replace(s, src_chunk=src + i, dst_chunk=dst + i) for i in range(segments))
+
+    program = replace(
+        whole,
+        algorithm="ring_chunked",
+        num_chunks=whole.num_chunks * segments,
+        num_scratch=whole.num_scratch * segments,
+        make_steps=steps,
+    )
+    return replicate(program, channels * instances)
+
+
+def supports(operation: str, num_ranks: int, *, segments: int = 2) -> bool | No:
+    """Any number of ranks."""
+    return only(OPERATIONS, operation)
+
+
+def cost(
+    operation: str,
+    num_ranks: int,
+    *,
+    root: int = 0,
+    channels: int = 1,
+    instances: int = 1,
+    segments: int = 2,
+) -> Cost:
+    """Claimed cost."""
+    c = ring.cost(operation, num_ranks, channels=channels, instances=instances)
+    return Cost(c.steps * segments, c.messages * segments, c.sent, c.reduced)

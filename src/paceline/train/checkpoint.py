@@ -1,0 +1,182 @@
+"""Checkpoints on disk: one shard per rank, and a manifest that is renamed last.
+
+    PATH/manifest.json        which shards belong together, with their sizes and CRC-32C
+    PATH/7.rank0.pt, …        shards of generation 7, written by torch.save, read with weights_only
+
+A shard is written to a temporary file, fsynced and renamed; when every rank has done so, rank 0 does the same
+with the manifest; only then are the shards of the generation before removed. At every moment, also on a full
+disk or after a kill, the manifest names one complete checkpoint. All ranks must see the same folder.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import paceline
+from paceline._core import crc32c
+from paceline.comm.communicator import FabricCommunicator
+from paceline.errors import CheckpointError
+from paceline.train.preparation import broadcast_plain
+
+_FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+def exists(path: str | os.PathLike[str], comm: FabricCommunicator) -> bool:
+    """Whether rank 0 finds a checkpoint at `path`; all ranks get the same answer."""
+    found = torch.tensor([int((Path(path) / MANIFEST).is_file())])
+    comm.broadcast(found).wait()
+    return bool(found)
+
+
+def write(path: str | os.PathLike[str], shard: dict[str, Any], comm: FabricCommunicator) -> None:
+    """Save every rank's `shard` (tensors and plain values). All ranks call it.
+
+    Raises CheckpointError on all ranks if any of them failed; the checkpoint that was there stays valid.
+    """
+    folder = Path(path)
+    generation = _next_generation(folder, comm)
+    name = f"{generation}.rank{comm.rank}.pt"
+    failure, size_bytes, crc = "", 0, 0
+    try:
+        payload = io.BytesIO()
+        torch.save(shard, payload)
+        view = payload.getbuffer()
+        size_bytes, crc = view.nbytes, crc32c(view)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(folder / name, view)
+    except Exception as error:  # whatever it was, the other ranks must hear of it
+        failure = f"{type(error).__name__}: {error}"
+    facts = torch.zeros(comm.size, 3, dtype=torch.int64)
+    facts[comm.rank] = torch.tensor([int(not failure), size_bytes, crc])
+    comm.all_reduce(facts).wait()
+    failed = [r for r in range(comm.size) if not facts[r, 0]]
+    if not failed and comm.rank == 0:
+        failure = _write_manifest(folder, generation, facts)
+    done = torch.tensor([int(not failed and not failure)])
+    comm.broadcast(done).wait()
+    if not done:
+        (folder / name).unlink(missing_ok=True)
+        own = f" here: {failure}." if failure else ""
+        raise CheckpointError(
+            f"rank {comm.rank}: checkpoint {folder} was not written (failed on ranks {failed or [0]});{own}"
+            " The checkpoint that was there before is kept. Is there room on the disk?"
+        )
+    _remove_older(folder, generation, comm)
+
+
+def read(
+    path: str | os.PathLike[str], comm: FabricCommunicator
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Load (this rank's shard, rank 0's shard, number of ranks that saved). All ranks call it.
+
+    With another number of ranks than now, both shards are rank 0's. Raises CheckpointError on all ranks if a
+    file is missing, damaged or not a checkpoint.
+    """
+    folder = Path(path)
+    manifest = broadcast_plain(_read_manifest(folder) if comm.rank == 0 else None, comm)
+    failure = manifest.get("failure", "")
+    own: dict[str, Any] = {}
+    first: dict[str, Any] = {}
+    if not failure:
+        try:
+            first = _read_shard(folder, manifest["files"][0])
+            same_size = manifest["size"] == comm.size
+            own = _read_shard(folder, manifest["files"][comm.rank]) if same_size and comm.rank else first
+        except Exception as error:  # any damage, in whatever form torch reports it
+            failure = str(error)
+    failed = torch.zeros(comm.size, dtype=torch.int64)
+    failed[comm.rank] = int(bool(failure))
+    comm.all_reduce(failed).wait()
+    if failed.any():
+        ranks = failed.nonzero().flatten().tolist()
+        raise CheckpointError(
+            f"rank {comm.rank}: checkpoint {folder} cannot be read (on ranks {ranks}):"
+            f" {failure or 'it is fine here'}"
+        )
+    return own, first, manifest["size"]
+
+
+def write_durably(target: Path, data: bytes | memoryview) -> None:
+    """Write, fsync, rename, fsync the folder: afterwards `target` is whole, also after a power cut."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _next_generation(folder: Path, comm: FabricCommunicator) -> int:
+    generation = torch.zeros(1, dtype=torch.int64)
+    if comm.rank == 0:
+        generation[0] = 1 + int(_read_manifest(folder).get("generation", 0))
+    comm.broadcast(generation).wait()
+    return int(generation)
+
+
+def _write_manifest(folder: Path, generation: int, facts: torch.Tensor) -> str:
+    files = [
+        {"name": f"{generation}.rank{r}.pt", "bytes": int(size_bytes), "crc32c": int(crc)}
+        for r, (_, size_bytes, crc) in enumerate(facts.tolist())
+    ]
+    manifest = {
+        "format": _FORMAT,
+        "generation": generation,
+        "size": len(files),
+        "paceline": paceline.__version__,
+        "torch": torch.__version__,
+        "files": files,
+    }
+    try:
+        write_durably(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        if manifest["format"] != _FORMAT:
+            return {"failure": f"it has format {manifest['format']}, this version reads {_FORMAT}"}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {"failure": f"{folder / MANIFEST}: {type(error).__name__}: {error}"}
+    return manifest
+
+
+def _read_shard(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    data = (folder / Path(entry["name"]).name).read_bytes()
+    if len(data) != entry["bytes"] or crc32c(data) != entry["crc32c"]:
+        raise CheckpointError(
+            f"{folder / entry['name']} is damaged: {len(data)} bytes with CRC-32C {crc32c(data):08x}, the"
+            f" manifest says {entry['bytes']} with {entry['crc32c']:08x}; restore the file or an older"
+            " checkpoint"
+        )
+    loaded: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True)
+    return loaded
+
+
+def _remove_older(folder: Path, generation: int, comm: FabricCommunicator) -> None:
+    """Each rank removes its own old shards; rank 0 also those of ranks that no longer exist."""
+    for file in folder.glob("*.rank*.pt"):
+        number, _, rank = file.name.removesuffix(".pt").partition(".rank")
+        if number.isdigit() and rank.isdigit() and int(number) < generation:
+            owner = int(rank) if int(rank) < comm.size else 0
+            if owner == comm.rank:
+                file.unlink(missing_ok=True)

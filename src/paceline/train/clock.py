@@ -1,0 +1,62 @@
+"""What counts as training: seconds, payload bytes and waiting, without preparation, evaluation and saving."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from paceline.comm.ledger import Ledger
+
+
+class TrainingClock:
+    """A stopwatch that also sets aside what the ledger counts while it is paused."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._since: float | None = None
+        self._gathered_s = 0.0
+        self._other_bytes = 0
+        self._other_wait_s = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far."""
+        return self._gathered_s + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Payload bytes of training so far."""
+        return self._ledger.payload_bytes - self._other_bytes
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds of training spent waiting for other ranks."""
+        return self._ledger.wait_s - self._other_wait_s
+
+    def start(self) -> None:
+        """Training runs."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Training pauses."""
+        self._gathered_s, self._since = self.seconds, None
+
+    def set(self, seconds: float) -> None:
+        """Continue from a checkpoint's time."""
+        self._gathered_s, self._since = seconds, None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time and bytes inside do not count as training."""
+        running = self._since is not None
+        self.stop()
+        sent, waited = self._ledger.payload_bytes, self._ledger.wait_s
+        try:
+            yield
+        finally:
+            self._other_bytes += self._ledger.payload_bytes - sent
+            self._other_wait_s += self._ledger.wait_s - waited
+            if running:
+                self.start()
