@@ -28,13 +28,15 @@ class TrainingStrategy(abc.ABC):
 
     advice: ClassVar[str]
     """One line for `paceline strategies`: when to choose this method."""
-    needs_gradients: ClassVar[bool] = False
+    needs_gradients: bool = False
     """Whether gradients are laid out flat and `gradient_ready` is called. In `bucket.gradient` they are
     already multiplied by `replica.weight`, this rank's share of the minibatch's samples: their *sum* over
     ranks is the gradient of the mean loss. In the last bucket, flags follow that say which parameters were
     used; they must be summed too."""
     replicas_differ: ClassVar[bool] = False
     """Whether ranks hold different parameters between updates (then every rank saves its own)."""
+    survives_loss: ClassVar[bool] = False
+    """Whether the others can train on when a worker dies, on fabrics that can."""
     max_workers: ClassVar[int | None] = None
     bucket_bytes: int = 25 << 20
     """Gradient buckets are closed at this size (the first at 1 MiB, so that sending starts early)."""
@@ -68,6 +70,10 @@ class TrainingStrategy(abc.ABC):
         All ranks call it; the replica is not changed.
         """
         return None
+
+    def stats(self) -> dict[str, Any]:
+        """Plain values for `job.stats()`: what this method measures about itself."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a continued run needs on this rank: tensors and plain values only."""

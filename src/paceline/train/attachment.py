@@ -152,6 +152,7 @@ class Attachment:
     def _begin_backward(self) -> None:
         self._in_backward = True
         self._backwards += 1
+        self._comm.charge_compute()
         self._sends = not self._no_sync and (
             self._backwards >= self.accumulation_steps or (self._is_last_batch and self.has_loader)
         )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from paceline.comm.ledger import Ledger
+from paceline.comm.communicator import FabricCommunicator
 
 
 class TrainingClock:
     """A stopwatch that also sets aside what the ledger counts while it is paused."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, comm: FabricCommunicator) -> None:
+        self._comm, self._ledger = comm, comm.ledger
         self._since: float | None = None
         self._gathered_s = 0.0
         self._other_bytes = 0
@@ -22,7 +21,7 @@ class TrainingClock:
     @property
     def seconds(self) -> float:
         """Seconds of training so far."""
-        return self._gathered_s + (0.0 if self._since is None else time.perf_counter() - self._since)
+        return self._gathered_s + (0.0 if self._since is None else self._comm.now() - self._since)
 
     @property
     def payload_bytes(self) -> int:
@@ -37,7 +36,7 @@ class TrainingClock:
     def start(self) -> None:
         """Training runs."""
         if self._since is None:
-            self._since = time.perf_counter()
+            self._since = self._comm.now()
 
     def stop(self) -> None:
         """Training pauses."""
@@ -54,7 +53,8 @@ class TrainingClock:
         self.stop()
         sent, waited = self._ledger.payload_bytes, self._ledger.wait_s
         try:
-            yield
+            with self._comm.off_clock():
+                yield
         finally:
             self._other_bytes += self._ledger.payload_bytes - sent
             self._other_wait_s += self._ledger.wait_s - waited

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import random
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -12,18 +11,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from paceline import registry
+from paceline.comm import current
 from paceline.comm.communicator import FabricCommunicator
 from paceline.comm.rendezvous import Meeting, meet
 from paceline.errors import ConfigError
 from paceline.options import JobOptions
 from paceline.strategies.strategy import TrainingStrategy, make
 from paceline.train import checkpoint as checkpoints
-from paceline.train import persistence, preparation
+from paceline.train import persistence, preparation, random_state
 from paceline.train.attachment import Attachment
 from paceline.train.clock import TrainingClock
 from paceline.train.data import ShardedLoader, shard
@@ -54,12 +53,12 @@ def init(
     the wait for other ranks; `host` overrides this rank's host identity.
     """
     options = JobOptions.from_environment(os.environ)
+    virtual = current.provided()
+    if virtual is not None:
+        random_state.seed_worker(seed, virtual.rank)
+        return Job(virtual, options, seed=seed, log_dir=log_dir)
     meeting = meet(secret=options.secret, host=host, timeout_s=timeout_s)
-    if seed is not None:
-        own_seed = (seed + meeting.rank * 1_000_003) % 2**32
-        torch.manual_seed(own_seed)
-        np.random.seed(own_seed)
-        random.seed(own_seed)
+    random_state.seed_worker(seed, meeting.rank)
     name = options.fabric or fabric or DEFAULT_FABRIC
     module = registry.load("paceline.comm", name, kind="fabric")
     comm = module.connect(meeting, timeout_s=timeout_s)
@@ -110,7 +109,7 @@ class Job:
         self._seed = seed
         self._progress = ProgressBar(enabled=progress and self.is_main)
         self._logbook = Logbook(Path(log_dir) if log_dir is not None else default_folder())
-        self.clock = TrainingClock(comm.ledger)
+        self.clock = TrainingClock(comm)
         self._resume_at: int | None = None  # first epoch of the next `epochs`, set by `load`
         self._epoch_over: bool | None = None  # None outside `epochs`
         self._passes_before: list[int] = []
@@ -371,6 +370,7 @@ class Job:
             "minibatches": sum(a.minibatches for a in self.attachments),
             "model_bytes": sum(a.replica.model_bytes for a in self.attachments),
             **total,
+            **(self.attachments[-1].strategy.stats() if self.attachments else {}),
             "training": {
                 "payload_bytes": self.clock.payload_bytes,
                 "wait_s": self.clock.wait_s,

@@ -27,6 +27,8 @@ def attach(
 ) -> Attachment:
     """Make every rank's model and optimizers equal to rank 0's and hand them to the strategy."""
     _check(model, optimizers, strategy, comm, accumulation_steps)
+    if strategy.survives_loss:
+        comm.tolerate_loss()
     _check_same_everywhere(model, strategy, comm, accumulation_steps)
     replica = FlatReplica(
         model,

@@ -30,3 +30,12 @@ def restore(state: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = state["random"]
     random.setstate((version, tuple(internal), gauss_next))
+
+
+def seed_worker(seed: int | None, rank: int) -> None:
+    """Seed torch, NumPy and `random`: rank 0 with `seed` itself, the others differently; None: leave them."""
+    if seed is not None:
+        own_seed = (seed + rank * 1_000_003) % 2**32
+        torch.manual_seed(own_seed)
+        np.random.seed(own_seed)
+        random.seed(own_seed)

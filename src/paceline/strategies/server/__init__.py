@@ -1,0 +1,1 @@
+"""The parts of the parameter server: slices, shards, and who hosts them."""

@@ -1,0 +1,70 @@
+"""The order in which shards handled exchanges: recorded in a real run, enforced in a replay.
+
+A run of the parameter server is determined by the data each worker sees and by this order alone, so a replay
+in the simulated fabric repeats a recorded run of real processes bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict, deque
+from pathlib import Path
+
+from paceline.errors import ConfigError
+from paceline.types import Message, Rank, Reply
+
+
+class Script:
+    """Per shard the (worker, exchange number) pairs in the order of handling."""
+
+    def __init__(self, *, replay: str = "", record: str = "") -> None:
+        self.record_to = record
+        self._order: dict[int, list[tuple[Rank, int]]] = defaultdict(list)
+        self._expected: dict[int, deque[tuple[Rank, int]]] | None = None
+        self._waiting: dict[tuple[int, Rank, int], tuple[Message, Reply]] = {}
+        if replay:
+            self._expected = {j: deque(order) for j, order in load(replay).items()}
+
+    def may_go(self, shard: int, src: Rank, number: int) -> bool:
+        """Whether this exchange is next; it is then taken as handled."""
+        if self._expected is not None:
+            expected = self._expected.get(shard)
+            if expected:
+                if expected[0] != (src, number):
+                    return False
+                expected.popleft()
+        self._order[shard].append((src, number))
+        return True
+
+    def hold(self, shard: int, src: Rank, number: int, message: Message, reply: Reply) -> None:
+        """Keep an exchange that came before its turn."""
+        self._waiting[shard, src, number] = (message, reply)
+
+    def released(self, shard: int) -> list[tuple[Rank, Message, Reply]]:
+        """Exchanges whose turn has come, in order."""
+        ready = []
+        expected = (self._expected or {}).get(shard)
+        while expected and (shard, *expected[0]) in self._waiting:
+            src, number = expected.popleft()
+            self._order[shard].append((src, number))
+            ready.append((src, *self._waiting.pop((shard, src, number))))
+        return ready
+
+    def save(self, rank: Rank) -> None:
+        """Write what this rank's shards did to `<record>.<rank>`."""
+        if self.record_to:
+            content = {"format": 1, "shards": {str(j): order for j, order in sorted(self._order.items())}}
+            Path(f"{self.record_to}.{rank}").write_text(json.dumps(content))
+
+
+def load(path: str) -> dict[int, list[tuple[Rank, int]]]:
+    """Read a recording: `path`.0, `path`.1, … of all ranks, or one file. Raises ConfigError."""
+    files = sorted(Path(path).parent.glob(f"{Path(path).name}.[0-9]*")) or [Path(path)]
+    order: dict[int, list[tuple[Rank, int]]] = {}
+    for file in files:
+        try:
+            for j, entries in json.loads(file.read_text())["shards"].items():
+                order[int(j)] = [(int(src), int(number)) for src, number in entries]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file} is not a recording of parameter_server: {error}") from None
+    return order

@@ -1,0 +1,15 @@
+"""Every update counts alike, however late: naive asynchronous SGD.
+
+Source: Dean et al., Large Scale Distributed Deep Networks (Downpour SGD), NIPS 2012.
+W ← W + λ0·Δ
+"""
+
+from __future__ import annotations
+
+from paceline.strategies.staleness.policy import StalenessPolicy
+
+
+class Constant(StalenessPolicy):
+    """λ(s) = 1."""
+
+    advice = "The naive baseline; fine for a few workers, loses accuracy or diverges for many."

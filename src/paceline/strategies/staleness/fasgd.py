@@ -1,0 +1,65 @@
+"""FASGD: steps are divided by a moving estimate of the updates' standard deviation, and by staleness.
+
+Source: Odena, Faster Asynchronous SGD, 2016. The paper's equation (which averages 1/std), its prose and its
+code disagree; this is the prose: n ← γn + (1−γ)g², b ← γb + (1−γ)g, v ← βv + (1−β)·√(n − b² + ε), and the
+step is divided by v. `average_inverse` averages 1/std as the equation does. v is taken relative to its mean
+over the shard, so that the learning rate keeps its meaning.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from paceline.errors import ConfigError
+from paceline.strategies.staleness.policy import StalenessPolicy
+
+
+class FASGD(StalenessPolicy):
+    """Damp coordinates whose updates are noisy, and late updates by 1 / max(1, s)."""
+
+    advice = "Adaptive per coordinate; when gradients differ much in scale between layers."
+
+    def __init__(
+        self,
+        *,
+        gamma: float = 0.9,
+        beta: float = 0.9,
+        epsilon: float = 1e-12,
+        average_inverse: bool = False,
+    ) -> None:
+        if not (0 <= gamma < 1 and 0 <= beta < 1 and epsilon > 0):
+            raise ConfigError(f"gamma={gamma}, beta={beta} in [0, 1) and epsilon={epsilon} > 0 expected")
+        self._gamma, self._beta, self._epsilon = gamma, beta, epsilon
+        self._average_inverse = average_inverse
+        self._state: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def scale(self, staleness: int) -> float:
+        """1 / max(1, s)."""
+        return 1.0 / max(1, staleness)
+
+    def transform(self, index: int, update: torch.Tensor) -> None:
+        """Divide by the relative moving standard deviation."""
+        if index not in self._state:
+            self._state[index] = (update * update, update.clone(), torch.zeros_like(update))
+        n, b, v = self._state[index]
+        is_first = not bool(v.any())
+        n.lerp_(update * update, 1 - self._gamma)
+        b.lerp_(update, 1 - self._gamma)
+        deviation = (n - b * b).clamp_(min=0).add_(self._epsilon).sqrt_()
+        target = deviation.reciprocal() if self._average_inverse else deviation
+        v.copy_(target) if is_first else v.lerp_(target, 1 - self._beta)
+        relative = v / v.mean()
+        if self._average_inverse:
+            update.mul_(relative)
+        else:
+            update.div_(relative.clamp_(min=1e-3))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moving averages."""
+        return {str(i): list(averages) for i, averages in self._state.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue."""
+        self._state = {int(i): (n.clone(), b.clone(), v.clone()) for i, (n, b, v) in state.items()}

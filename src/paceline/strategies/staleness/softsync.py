@@ -1,0 +1,18 @@
+"""The server collects c updates from any workers and applies their mean.
+
+Source: Zhang et al., Staleness-aware Async-SGD, IJCAI 2016 (their n-softsync is c = ⌊N/n⌋).
+Mean staleness in server updates is (N − 1)/c when workers pull right after they push.
+"""
+
+from __future__ import annotations
+
+from paceline.strategies.staleness.policy import StalenessPolicy, whole
+
+
+class Softsync(StalenessPolicy):
+    """Apply the mean of every c updates; c=1 is naive asynchronous SGD, c=N nearly synchronous."""
+
+    advice = "Less noise and less staleness than one by one; best with inverse: softsync(c=4)+inverse."
+
+    def __init__(self, *, c: int) -> None:
+        self.group = whole("c", c, least=1)
