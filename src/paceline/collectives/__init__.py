@@ -11,7 +11,7 @@ A file exports (adding one is all it takes; a folder on `paceline.collectives.__
 
 `channels` × `instances` copies of the program work side by side on parts of each chunk, on channels of their
 own. Algorithms that know hosts also take `hosts`, a host's name or number for every rank.
-`_sweep.verify_all` proves all of them.
+`collectives.sweep.verify_all` proves all of them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from paceline import registry
 from paceline.errors import ConfigError
 from paceline.schedule.cost import Cost, No
 from paceline.schedule.program import Program
+
+NOT_PLUGINS = ("sweep",)
 
 
 def names() -> list[str]:

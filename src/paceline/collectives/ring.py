@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from paceline.schedule.contract import base_operation
-from paceline.schedule.cost import Cost, No
+from paceline.schedule.cost import Cost, No, only
 from paceline.schedule.program import (
     INPUT,
     OUTPUT,
@@ -53,7 +53,7 @@ def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, i
 
 def supports(operation: str, num_ranks: int) -> bool | No:
     """Any number of ranks."""
-    return operation in OPERATIONS or No(f"ring does {', '.join(OPERATIONS)}")
+    return only(OPERATIONS, operation)
 
 
 def cost(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Cost:

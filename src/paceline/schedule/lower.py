@@ -243,14 +243,14 @@ class _Lowering:
         until = waiting.index(expose) + 1
         m = Micro("reclaim", expose.rank, channel=expose.channel, step=t)
         m.send_peer, m.awaits = expose.send_peer, expose
-        m.freed = [mem for e in waiting[:until] for mem in e.src]
+        m.frees = waiting[:until]
         del waiting[:until]
         self.micros.append(m)
 
 
 def _lists(micros: list[Micro], place: Placement) -> list[list[Instruction]]:
     """Return the instructions of every rank, with lanes, message numbers and dependencies filled in."""
-    dependencies = order(micros)
+    micros, dependencies = order(micros)
     lists: list[list[Instruction]] = [[] for _ in range(place.program.num_ranks)]
     index: list[int] = []
     numbers: dict[tuple[int, int, int], int] = defaultdict(int)

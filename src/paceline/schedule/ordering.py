@@ -1,4 +1,4 @@
-"""Dependencies of a lowered program: found from what instructions touch, then transitively reduced."""
+"""Dependencies of a lowered program: found from what instructions touch, then reduced."""
 
 from __future__ import annotations
 
@@ -6,19 +6,45 @@ from collections import defaultdict
 
 from paceline.schedule.tidy import Micro
 
+Conflict = tuple[int, int]
+"""(instruction to depend on, instruction that must have happened): the second differs for a reclaim, which
+stands for the peer's reads of what it frees."""
 
-def order(micros: list[Micro]) -> list[list[int]]:
-    """Dependencies of every micro-instruction, as positions in `micros` (same rank, sorted).
 
-    Only those remain that lanes, messages, acknowledgements and other dependencies do not imply.
+def order(micros: list[Micro]) -> tuple[list[Micro], list[list[int]]]:
+    """Leave out reclaims that nothing needs; give the dependencies of what remains.
+
+    Dependencies are positions in the list (same rank, sorted): only those that lanes, messages,
+    acknowledgements and other dependencies do not imply. A reclaim that no write depends on, and that is not
+    the last of its connection, waits in vain: messages already say that the peer has read.
     """
+    last = {(m.rank, m.send_peer, m.channel): i for i, m in enumerate(micros) if m.verb == "reclaim"}
+    needed = {d for mine in _reduce(micros, set()) for d in mine} | set(last.values())
+    while True:
+        idle = {i for i, m in enumerate(micros) if m.verb == "reclaim"} - needed
+        dependencies = _reduce(micros, idle)
+        missed = {d for mine in dependencies for d in mine} & idle
+        if not missed:
+            break
+        needed |= missed
+    new = {old: i for i, old in enumerate(k for k in range(len(micros)) if k not in idle)}
+    kept = [[new[d] for d in mine] for k, mine in enumerate(dependencies) if k not in idle]
+    return [m for k, m in enumerate(micros) if k not in idle], kept
+
+
+def _reduce(micros: list[Micro], idle: set[int]) -> list[list[int]]:
+    """Dependencies of every instruction, if those in `idle` order nothing unless they are depended on."""
     position = {id(m): i for i, m in enumerate(micros)}
-    wanted = _conflicts(micros)
+    conflicts = _conflicts(micros, position)
     before: list[int] = []  # bit set of everything that happens before an instruction
     lane_last: dict[tuple[int, int], int] = {}
     kept: list[list[int]] = []
     for i, m in enumerate(micros):
         given = []
+        if i in idle:
+            before.append(0)
+            kept.append([])
+            continue
         lane = (m.rank, m.lane)
         if lane in lane_last:
             given.append(lane_last[lane])
@@ -30,35 +56,54 @@ def order(micros: list[Micro]) -> list[list[int]]:
         reached = 0
         for g in given:
             reached |= before[g] | (1 << g)
-        mine = []
-        for w in sorted(wanted[i], reverse=True):
-            if not (reached >> w) & 1:
-                mine.append(w)
-                reached |= before[w] | (1 << w)
+        mine, reached = _needed(conflicts[i], before, reached)
         before.append(reached)
-        kept.append(mine[::-1])
+        kept.append(mine)
     return kept
 
 
-def _conflicts(micros: list[Micro]) -> list[set[int]]:
+def _needed(conflicts: set[Conflict], before: list[int], given: int) -> tuple[list[int], int]:
+    """Fewest dependencies that put every conflict before an instruction, and all that is then before it."""
+    mine: list[int] = []
+    reached = given
+    # Plain ones first, latest first: an earlier one may follow from a later one, and spare a reclaim.
+    for depend, must in sorted(conflicts, key=lambda c: (c[0] == c[1], c[1]), reverse=True):
+        if not (reached >> must) & 1:
+            mine.append(depend)
+            reached |= before[depend] | (1 << depend)
+    for depend in sorted(mine) if any(a != b for a, b in conflicts) else ():
+        others = given
+        for other in mine:
+            if other != depend:
+                others |= before[other] | (1 << other)
+        if all((others >> must) & 1 for _, must in conflicts):
+            mine.remove(depend)
+            reached = others
+    return sorted(mine), reached
+
+
+def _conflicts(micros: list[Micro], position: dict[int, int]) -> list[set[Conflict]]:
     """For every instruction, the earlier ones of its rank that touch the same memory, one of them writing."""
     writer: dict[int, int] = {}
-    readers: dict[int, list[int]] = defaultdict(list)
-    found: list[set[int]] = []
+    readers: dict[int, list[Conflict]] = defaultdict(list)
+    found: list[set[Conflict]] = []
     for i, m in enumerate(micros):
-        mine: set[int] = set()
-        for mem in m.reads():
-            if mem in writer:
-                mine.add(writer[mem])
+        mine: set[Conflict] = set()
+        if m.verb != "reclaim":
+            for mem in m.reads():
+                if mem in writer:
+                    mine.add((writer[mem], writer[mem]))
         for mem in m.dst:
             if mem in writer:
-                mine.add(writer[mem])
+                mine.add((writer[mem], writer[mem]))
             mine.update(readers.pop(mem, ()))
-        for mem in m.reads():
-            readers[mem].append(i)
-        for mem in m.dst:
-            readers.pop(mem, None)
             writer[mem] = i
-        mine.discard(i)
-        found.append(mine)
+        for mem in m.reads():
+            if mem not in m.dst and m.verb not in ("expose", "reclaim"):
+                readers[mem].append((i, i))
+        for expose in m.frees:
+            assert expose.receiver is not None
+            for mem in expose.src:
+                readers[mem].append((i, position[id(expose.receiver)]))
+        found.append({c for c in mine if c[0] != i})
     return found

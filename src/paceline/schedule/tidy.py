@@ -29,7 +29,8 @@ class Micro:
     """Who takes the message that this one posts."""
     awaits: Micro | None = None
     """The exposure that this reclaim waits for, and all before it on the connection."""
-    freed: list[int] = field(default_factory=list)
+    frees: list[Micro] = field(default_factory=list)
+    """The exposures that this reclaim is the first to wait for."""
     lane: int = -1
     number: int = -1
 
@@ -37,7 +38,9 @@ class Micro:
         """Memory of its own rank that it reads, or must keep unchanged until it is done."""
         if self.verb == "reduce":
             return self.src + self.far
-        return self.freed if self.verb == "reclaim" else self.src
+        if self.verb == "reclaim":
+            return [mem for expose in self.frees for mem in expose.src]
+        return self.src
 
 
 def retarget(micros: list[Micro]) -> list[Micro]:
