@@ -22,7 +22,7 @@ def split(name):
 train_set, test_set = split("train"), split("test")
 sampler = DistributedSampler(train_set, num_replicas=hvd.size(), rank=hvd.rank())
 model = torch.nn.Sequential(torch.nn.Linear(784, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
-optimizer = torch.optim.SGD(model.parameters(), lr=0.05 * hvd.size(), momentum=0.9)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1 * hvd.size(), momentum=0.9)
 hvd.broadcast_parameters(model.state_dict(), root_rank=0)
 hvd.broadcast_optimizer_state(optimizer, root_rank=0)
 optimizer = hvd.DistributedOptimizer(
@@ -31,7 +31,7 @@ optimizer = hvd.DistributedOptimizer(
     compression=hvd.Compression.fp16,
     backward_passes_per_step=2,
 )
-for epoch in range(2):
+for epoch in range(3):
     sampler.set_epoch(epoch)
     batches = list(DataLoader(train_set, batch_size=64, sampler=sampler, drop_last=True))
     for first, second in zip(batches[::2], batches[1::2], strict=False):
