@@ -38,6 +38,8 @@ class Way:
     sum_over_ranks: Callable[[Tensor], Tensor] = keep
     note: str = ""
     bytes_sent: Callable[[], int] = lambda: 0
+    evaluate: Callable[..., dict[str, float]] | None = None
+    """Replaces `evaluate(model, batches)` where a way has its own."""
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -174,7 +176,7 @@ def train(args: argparse.Namespace, way: Way, model: nn.Module, optimizer, *, up
         seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
         # The bare module: a wrapper's forward may expect every rank to take part in every batch.
-        metrics = evaluate(bare, val_batches, way)
+        metrics = way.evaluate(bare, val_batches) if way.evaluate else evaluate(bare, val_batches, way)
         evaluation_s.append(time.perf_counter() - started)
         if way.rank == 0:
             print(
