@@ -3,4 +3,4 @@
 It imports what is heavy inside its functions, as the verbs of the command line do.
 """
 
-NOT_PLUGINS: tuple[str, ...] = ("imagenet_ways",)
+NOT_PLUGINS = ("imagenet_ways", "rows")
