@@ -1,6 +1,1 @@
-"""Measure, and write JSON. A benchmark is a file that defines `register(app: typer.Typer) -> None`.
-
-It imports what is heavy inside its functions, as the verbs of the command line do.
-"""
-
-NOT_PLUGINS = ("imagenet_ways", "rows")
+"""Measure, and keep the figures as plain rows that become JSON."""

@@ -1,153 +1,110 @@
-"""`paceline bench imagenet`: every way of training, in turn, on the same pictures."""
+"""The ways of `examples/imagenet/`, how each is started, and what a run of each reports."""
 
 from __future__ import annotations
 
 import json
-import statistics
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-
-def imagenet(
-    data: Annotated[
-        Path | None, typer.Argument(help="Folder with train/CLASS/*.jpg and val/CLASS/*.jpg.")
-    ] = None,
-    synthetic: Annotated[bool, typer.Option("--synthetic", help="Generated pictures instead.")] = False,
-    workers: Annotated[int, typer.Option(help="Workers of the ways that have several.", min=1)] = 2,
-    epochs: Annotated[int, typer.Option(help="The first of several epochs is not timed.", min=1)] = 2,
-    repeats: Annotated[int, typer.Option(help="Runs per way, in turn; medians count.", min=1)] = 3,
-    batch_size: Annotated[int, typer.Option(help="Global batch, divided over the workers.", min=1)] = 64,
-    arch: Annotated[
-        str, typer.Option(help="Model of examples/imagenet/model.py, or of timm.")
-    ] = "resnet10_narrow",
-    image_size: Annotated[int, typer.Option(min=16)] = 64,
-    train_samples: Annotated[int, typer.Option(help="Synthetic training pictures.", min=1)] = 1024,
-    strategies: Annotated[
-        str, typer.Option(help="Paceline's strategies, separated by commas.")
-    ] = "all_reduce,local_sgd(period=8)",
-    threads: Annotated[int | None, typer.Option(help="Per worker; default: cores / workers.")] = None,
-    scripts: Annotated[Path | None, typer.Option(help="Folder of the scripts, outside a checkout.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a picture here.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds for one run.")] = 600,
-) -> None:
-    """Time the ways people train on ImageNet, side by side, on the same data.
-
-    Seconds per epoch, pictures per second, efficiency against one process with all cores, peak memory, bytes
-    sent, evaluation time and accuracy. Without GPUs DataParallel passes through; its row says so.
-    """
-    import os
-
-    from rich.console import Console
-
-    from paceline.bench import imagenet_ways as w
-    from paceline.errors import ConfigError
-    from paceline.spec import split_list
-    from paceline.strategies.strategy import make
-
-    if (data is None) == (not synthetic):
-        raise ConfigError("give a folder of pictures or --synthetic, one of them")
-    if data is not None and not data.is_dir():
-        raise ConfigError(f"{data} is not a folder")
-    if batch_size % workers:
-        raise ConfigError(f"--batch-size {batch_size} does not divide by {workers} workers")
-    folder, names = w.scripts_folder(scripts), split_list(strategies)
-    for name in names:
-        make(name)
-    cores = threads or max(1, len(os.sched_getaffinity(0)) // workers)
-    common = ["--synthetic", "--train-samples", str(train_samples), "--val-samples", str(train_samples // 4)]
-    arguments = [str(data)] if data else common
-    arguments += ["--arch", arch, "--image-size", str(image_size), "--epochs", str(epochs)]
-    arguments += ["--warmup-epochs", "1", "--loader-workers", "0"]
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=130)  # a file or a pipe has no width; the table needs this much
-    rows: dict[str, list[dict[str, Any]]] = {}
-    every = w.ways(names)
-    # Alternate: a slow minute of the machine then hits all ways alike.
-    for repeat in range(repeats):
-        for way in every:
-            console.print(f"[dim]run {repeat + 1}/{repeats}: {way.name}[/dim]")
-            share = batch_size // (way.workers or workers)
-            row = w.run(
-                way,
-                folder,
-                workers=workers,
-                threads=cores,
-                arguments=[*arguments, "--batch-size", str(share)],
-                timeout_s=timeout,
-            )
-            rows.setdefault(way.name, []).append(row)
-    results = summarise(rows)
-    _show(console, results)
-    document = {"workers": workers, "threads_per_worker": cores, "batch_size": batch_size, "results": results}
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(document, indent=1))
-    if html is not None:
-        from paceline.report.imagenet import page
-
-        html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(page(document))
+from paceline.errors import ConfigError, PacelineError
 
 
-def summarise(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return one row per way: medians over its runs, efficiency, and the ratio to DDP under a launcher."""
-    rows = []
-    for name, each in runs.items():
-        row = dict(each[-1], way=name, runs=len(each))
-        for key in ("seconds_per_epoch", "samples_per_s", "evaluation_s"):
-            row[key] = statistics.median(r[key] for r in each)
-        rows.append(row)
-    alone = next((r for r in rows if r["way"] == "one process"), None)
-    ddp = runs.get("DDP, launcher")
-    for row in rows:
-        row["efficiency"] = row["samples_per_s"] / alone["samples_per_s"] if alone else None
-        # Paired: run i of both happened close together.
-        row["speed_over_ddp"] = ddp and statistics.median(
-            a["samples_per_s"] / b["samples_per_s"] for a, b in zip(runs[row["way"]], ddp, strict=True)
+@dataclass(frozen=True)
+class Way:
+    """One script, and the command that starts it for `workers` workers."""
+
+    name: str
+    script: str
+    starter: str
+    """"python", "torchrun", "spawn", "paceline" or "horovod"."""
+    arguments: tuple[str, ...] = ()
+    workers: int | None = None
+    """Fixed number of workers; None: as asked for."""
+
+
+def ways(strategies: Sequence[str]) -> list[Way]:
+    """One process alone first: the others' efficiency refers to it."""
+    plain = [
+        Way("one process", "distributed.py", "torchrun", workers=1),
+        Way("DataParallel", "dataparallel.py", "python", workers=1),
+        Way("DDP, launcher", "distributed.py", "torchrun"),
+        Way("DDP, spawn", "spawn.py", "spawn"),
+        Way("DDP, mixed precision", "mixed_precision.py", "torchrun"),
+        Way("Horovod script", "horovod_style.py", "horovod"),
+    ]
+    ours = [Way(f"Paceline {s}", "paceline_style.py", "paceline", ("--strategy", s)) for s in strategies]
+    return plain + ours
+
+
+def command(way: Way, folder: Path, workers: int, arguments: Sequence[str]) -> list[str]:
+    """Return the command line of one run."""
+    script, python = str(folder / way.script), sys.executable
+    rest = [*way.arguments, *arguments]
+    if way.starter == "python":
+        return [python, script, *rest]
+    if way.starter == "spawn":
+        return [python, script, "--workers", str(workers), *rest]
+    if way.starter == "torchrun":
+        launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
+        return [*launcher, script, *rest]
+    paceline = [python, "-m", "paceline.cli.main", "run", "-n", str(workers)]
+    return [*paceline, *(["--as-horovod"] if way.starter == "horovod" else []), script, *rest]
+
+
+def run(
+    way: Way, folder: Path, *, workers: int, threads: int, arguments: Sequence[str], timeout_s: float
+) -> dict[str, Any]:
+    """Run one way once and return its row; PacelineError with the end of its output if it fails."""
+    count = way.workers or workers
+    # The same cores for everybody: a single process may use the threads that the workers would have together.
+    cores = threads if count == workers else threads * workers
+    work = Path(tempfile.mkdtemp(prefix="paceline-imagenet-"))
+    result = work / "row.json"
+    line = command(way, folder, count, [*arguments, "--no-progress", "--json", str(result)])
+    try:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
+        with subprocess.Popen(
+            line,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        ) as process:
+            try:
+                output, _ = process.communicate(timeout=timeout_s)
+            except BaseException as error:
+                os.killpg(process.pid, signal.SIGTERM)
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                if isinstance(error, subprocess.TimeoutExpired):
+                    raise PacelineError(f"{way.name}: not done after {timeout_s:.0f} s") from None
+                raise
+        if process.returncode != 0 or not result.exists():
+            raise PacelineError(f"{way.name} failed with exit code {process.returncode}:\n{output[-3000:]}")
+        row: dict[str, Any] = json.loads(result.read_text())
+        return {**row, "way": way.name, "script": way.script}
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def scripts_folder(given: Path | None) -> Path:
+    """Return the folder of the scripts: as given, or of the source checkout this package belongs to."""
+    folder = given or Path(__file__).resolve().parents[3] / "examples" / "imagenet"
+    if not (folder / "recipe.py").is_file():
+        raise ConfigError(
+            f"{folder} does not hold the ImageNet example scripts; give --scripts, the folder "
+            f"examples/imagenet "
+            "of a source checkout"
         )
-    return rows
-
-
-def _show(console: Any, rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    table = Table(title="Ways of training on the same pictures")
-    columns = (
-        "way",
-        "workers",
-        "s/epoch",
-        "pictures/s",
-        "of 1 process",
-        "× DDP",
-        "eval s",
-        "peak MB",
-        "MB sent",
-        "top-1",
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column == "way" else "right")
-    for r in rows:
-        table.add_row(
-            r["way"] + (" *" if r["note"] else ""),
-            str(r["workers"]),
-            f"{r['seconds_per_epoch']:.2f}",
-            f"{r['samples_per_s']:.0f}",
-            f"{r['efficiency']:.0%}",
-            f"{r['speed_over_ddp']:.2f}",
-            f"{r['evaluation_s']:.2f}",
-            f"{r['peak_memory_bytes'] / 1e6:.0f}",
-            f"{r['bytes_sent_per_worker'] / 1e6:.1f}",
-            f"{r['top1']:.3f}",
-        )
-    console.print(table)
-    for note in sorted({f"* {r['way']}: {r['note']}" for r in rows if r["note"]}):
-        console.print(note)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("imagenet")(imagenet)
+    return folder

@@ -1,0 +1,1 @@
+"""The benchmarks of `paceline bench`, one command per file."""

@@ -1,0 +1,153 @@
+"""`paceline bench imagenet`: every way of training, in turn, on the same pictures."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def imagenet(
+    data: Annotated[
+        Path | None, typer.Argument(help="Folder with train/CLASS/*.jpg and val/CLASS/*.jpg.")
+    ] = None,
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="Generated pictures instead.")] = False,
+    workers: Annotated[int, typer.Option(help="Workers of the ways that have several.", min=1)] = 2,
+    epochs: Annotated[int, typer.Option(help="The first of several epochs is not timed.", min=1)] = 2,
+    repeats: Annotated[int, typer.Option(help="Runs per way, in turn; medians count.", min=1)] = 3,
+    batch_size: Annotated[int, typer.Option(help="Global batch, divided over the workers.", min=1)] = 64,
+    arch: Annotated[
+        str, typer.Option(help="Model of examples/imagenet/model.py, or of timm.")
+    ] = "resnet10_narrow",
+    image_size: Annotated[int, typer.Option(min=16)] = 64,
+    train_samples: Annotated[int, typer.Option(help="Synthetic training pictures.", min=1)] = 1024,
+    strategies: Annotated[
+        str, typer.Option(help="Paceline's strategies, separated by commas.")
+    ] = "all_reduce,local_sgd(period=8)",
+    threads: Annotated[int | None, typer.Option(help="Per worker; default: cores / workers.")] = None,
+    scripts: Annotated[Path | None, typer.Option(help="Folder of the scripts, outside a checkout.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a picture here.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for one run.")] = 600,
+) -> None:
+    """Time the ways people train on ImageNet, side by side, on the same data.
+
+    Seconds per epoch, pictures per second, efficiency against one process with all cores, peak memory, bytes
+    sent, evaluation time and accuracy. Without GPUs DataParallel passes through; its row says so.
+    """
+    import os
+
+    from rich.console import Console
+
+    from paceline.bench import imagenet as w
+    from paceline.errors import ConfigError
+    from paceline.spec import split_list
+    from paceline.strategies.strategy import make
+
+    if (data is None) == (not synthetic):
+        raise ConfigError("give a folder of pictures or --synthetic, one of them")
+    if data is not None and not data.is_dir():
+        raise ConfigError(f"{data} is not a folder")
+    if batch_size % workers:
+        raise ConfigError(f"--batch-size {batch_size} does not divide by {workers} workers")
+    folder, names = w.scripts_folder(scripts), split_list(strategies)
+    for name in names:
+        make(name)
+    cores = threads or max(1, len(os.sched_getaffinity(0)) // workers)
+    common = ["--synthetic", "--train-samples", str(train_samples), "--val-samples", str(train_samples // 4)]
+    arguments = [str(data)] if data else common
+    arguments += ["--arch", arch, "--image-size", str(image_size), "--epochs", str(epochs)]
+    arguments += ["--warmup-epochs", "1", "--loader-workers", "0"]
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=130)  # a file or a pipe has no width; the table needs this much
+    rows: dict[str, list[dict[str, Any]]] = {}
+    every = w.ways(names)
+    # Alternate: a slow minute of the machine then hits all ways alike.
+    for repeat in range(repeats):
+        for way in every:
+            console.print(f"[dim]run {repeat + 1}/{repeats}: {way.name}[/dim]")
+            share = batch_size // (way.workers or workers)
+            row = w.run(
+                way,
+                folder,
+                workers=workers,
+                threads=cores,
+                arguments=[*arguments, "--batch-size", str(share)],
+                timeout_s=timeout,
+            )
+            rows.setdefault(way.name, []).append(row)
+    results = summarise(rows)
+    _show(console, results)
+    document = {"workers": workers, "threads_per_worker": cores, "batch_size": batch_size, "results": results}
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(document, indent=1))
+    if html is not None:
+        from paceline.report.imagenet import page
+
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(page(document))
+
+
+def summarise(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return one row per way: medians over its runs, efficiency, and the ratio to DDP under a launcher."""
+    rows = []
+    for name, each in runs.items():
+        row = dict(each[-1], way=name, runs=len(each))
+        for key in ("seconds_per_epoch", "samples_per_s", "evaluation_s"):
+            row[key] = statistics.median(r[key] for r in each)
+        rows.append(row)
+    alone = next((r for r in rows if r["way"] == "one process"), None)
+    ddp = runs.get("DDP, launcher")
+    for row in rows:
+        row["efficiency"] = row["samples_per_s"] / alone["samples_per_s"] if alone else None
+        # Paired: run i of both happened close together.
+        row["speed_over_ddp"] = ddp and statistics.median(
+            a["samples_per_s"] / b["samples_per_s"] for a, b in zip(runs[row["way"]], ddp, strict=True)
+        )
+    return rows
+
+
+def _show(console: Any, rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(title="Ways of training on the same pictures")
+    columns = (
+        "way",
+        "workers",
+        "s/epoch",
+        "pictures/s",
+        "of 1 process",
+        "× DDP",
+        "eval s",
+        "peak MB",
+        "MB sent",
+        "top-1",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column == "way" else "right")
+    for r in rows:
+        table.add_row(
+            r["way"] + (" *" if r["note"] else ""),
+            str(r["workers"]),
+            f"{r['seconds_per_epoch']:.2f}",
+            f"{r['samples_per_s']:.0f}",
+            f"{r['efficiency']:.0%}",
+            f"{r['speed_over_ddp']:.2f}",
+            f"{r['evaluation_s']:.2f}",
+            f"{r['peak_memory_bytes'] / 1e6:.0f}",
+            f"{r['bytes_sent_per_worker'] / 1e6:.1f}",
+            f"{r['top1']:.3f}",
+        )
+    console.print(table)
+    for note in sorted({f"* {r['way']}: {r['note']}" for r in rows if r["note"]}):
+        console.print(note)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("imagenet")(imagenet)
