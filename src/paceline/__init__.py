@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "init": "paceline.train.job",
     "Job": "paceline.train.job",
+    "ddp_hook": "paceline.train.ddp_hook",
     "launch": "paceline.launchers.local",
     "simulate": "paceline.comm.simulation",
     "Task": "paceline.tasks.task",

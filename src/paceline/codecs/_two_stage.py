@@ -16,6 +16,7 @@ from typing import Any, final
 
 import torch
 
+from paceline.codecs import ledger
 from paceline.codecs.codec import Codec
 from paceline.codecs.reducer import Layout, Reducer, split_evenly
 from paceline.types import Communicator, Work
@@ -57,13 +58,14 @@ class TwoStage(Reducer):
         for (start, end), payload in zip(chunks, torch.split(gathered, sizes), strict=True):
             codec.decode(payload, flat[start:end])
 
+    def traffic(self, numel: int, layout: Layout, size: int) -> float:
+        """Every chunk encoded once, and the own chunk's sum once more."""
+        sizes = [self._codec.max_encoded_bytes(end - start) for start, end in split_evenly(numel, size)]
+        return sum(sizes) * (1 + 1 / size)
+
     def stats(self, state: dict[str, Any]) -> dict[str, float]:
         """Both encodings together."""
-        parts = [self._codec.stats(s) for s in [*state.get("worker", []), state.get("server", {})]]
-        total = {key: sum(part[key] for part in parts) for key in parts[0]}
-        for ratio in ("bits_per_hit", "entropy_bound_bits_per_hit", "density"):
-            total[ratio] = 0.0
-        return total
+        return ledger.total(self._codec.stats(s) for s in [*state.get("worker", []), state.get("server", {})])
 
 
 def _worker_states(state: dict[str, Any], chunks: list[tuple[int, int]], rank: int) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from paceline.codecs.payload import HEADER_BYTES, Header
@@ -62,12 +63,17 @@ def stats(state: dict[str, Any]) -> dict[str, float]:
     encoded_bytes = payload_bytes + index_bytes + header_bytes; bits_per_hit beside
     entropy_bound_bits_per_hit (sparse codecs; 0 without hits); encode_s in seconds.
     """
-    ledger = state.get("ledger", dict.fromkeys(_COUNTS, 0))
-    shown: dict[str, float] = {k: v for k, v in ledger.items() if not k.endswith("_bits")}
+    return total([state["ledger"]] if "ledger" in state else [])
+
+
+def total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Stats of several tensors as one: counts added, ratios worked out anew."""
+    parts = list(parts)
+    shown: dict[str, float] = {key: sum(part.get(key, 0) for part in parts) for key in _COUNTS}
     shown["encoded_bytes"] = shown["payload_bytes"] + shown["index_bytes"] + shown["header_bytes"]
     shown["raw_bytes"] = 4 * shown["elements"]
-    hits = ledger["hits"]
-    shown["bits_per_hit"] = ledger["coded_bits"] / hits if hits else 0.0
-    shown["entropy_bound_bits_per_hit"] = ledger["entropy_bound_bits"] / hits if hits else 0.0
-    shown["density"] = hits / ledger["elements"] if ledger["elements"] else 0.0
+    hits = shown["hits"]
+    shown["bits_per_hit"] = shown["coded_bits"] / hits if hits else 0.0
+    shown["entropy_bound_bits_per_hit"] = shown["entropy_bound_bits"] / hits if hits else 0.0
+    shown["density"] = hits / shown["elements"] if hits else 0.0
     return shown

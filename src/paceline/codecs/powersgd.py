@@ -15,6 +15,7 @@ from typing import Any, final
 
 import torch
 
+from paceline.codecs import ledger
 from paceline.codecs.reducer import Layout, Reducer
 from paceline.errors import ConfigError
 from paceline.types import Communicator, ReduceOp, Work
@@ -98,18 +99,17 @@ class PowerSgd(Reducer):
             rest.append(flat[position:])
         return matrices, rest
 
+    def traffic(self, numel: int, layout: Layout, size: int) -> float:
+        """4r(a + b) per matrix, 4 per other element."""
+        matrices, rest = self._views(torch.empty(numel, device="meta"), layout)
+        factors = sum(self._rank * sum(m.shape) for m in matrices)
+        return 4.0 * (factors + sum(t.numel() for t in rest))
+
     def stats(self, state: dict[str, Any]) -> dict[str, float]:
         """Bytes given to all-reduces, encode seconds, and the memory of residual and factors."""
         memory = [state.get("residual", torch.empty(0)), *state.get("q", [])]
-        counted = state.get("ledger", {"elements": 0, "payload_bytes": 0, "encode_s": 0.0, "encodes": 0})
-        return {
-            **counted,
-            "raw_bytes": 4 * counted["elements"],
-            "encoded_bytes": counted["payload_bytes"],
-            "index_bytes": 0,
-            "header_bytes": 0,
-            "extra_memory_bytes": sum(4 * t.numel() for t in memory),
-        }
+        counted = {"extra_memory_bytes": sum(4 * t.numel() for t in memory)}
+        return ledger.total([state.get("ledger", {}), counted])
 
 
 def _unpacked(
@@ -127,8 +127,8 @@ def _recover(state: dict[str, Any]) -> None:
 
 
 def _count(state: dict[str, Any], numel: int, sent: int, seconds: float) -> None:
-    ledger = state.setdefault("ledger", {"elements": 0, "payload_bytes": 0, "encode_s": 0.0, "encodes": 0})
-    ledger["elements"] += numel
-    ledger["payload_bytes"] += 4 * sent
-    ledger["encode_s"] += seconds
-    ledger["encodes"] += 1
+    counts = state.setdefault("ledger", {"elements": 0, "payload_bytes": 0, "encode_s": 0.0, "encodes": 0})
+    counts["elements"] += numel
+    counts["payload_bytes"] += 4 * sent
+    counts["encode_s"] += seconds
+    counts["encodes"] += 1

@@ -86,6 +86,10 @@ class Reducer(abc.ABC):
     def stats(self, state: dict[str, Any]) -> dict[str, float]:
         """Bytes by cause, encode seconds and extra memory since `state` was new."""
 
+    @abc.abstractmethod
+    def traffic(self, numel: int, layout: Layout, size: int) -> float:
+        """Claim: bytes handed to the communicator for one tensor; an upper bound where values decide."""
+
     def start(
         self, flat: torch.Tensor, layout: Layout, comm: Communicator, state: dict[str, Any]
     ) -> StagedWork:

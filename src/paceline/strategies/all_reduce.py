@@ -1,41 +1,107 @@
 """Synchronous data-parallel SGD: gradients are summed over all ranks while backward still runs.
 
 Buckets travel as they fill, in reverse order of use, and are awaited at the end of backward, so that
-clipping and unscaling see complete gradients. Every rank then makes the same update.
+clipping and unscaling see complete gradients. Every rank then makes the same update. With `codec` the sums
+are approximate, but still equal on all ranks: see docs/codecs.md.
 
-Cost: the model's bytes, once per minibatch (once per accumulation window).   [tested]
+Cost: the model's bytes, once per minibatch (once per accumulation window); fewer with a codec.   [tested]
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
+from paceline import codecs
+from paceline.codecs import ledger
+from paceline.codecs.reducer import Layout, StagedWork, finish
 from paceline.errors import ConfigError
+from paceline.spec import Spec
 from paceline.strategies.strategy import TrainingStrategy
 from paceline.types import Bucket, Work
 
 
 class AllReduce(TrainingStrategy):
-    """Sum gradients, weighted by the ranks' sample counts, in buckets of `bucket_mib` MiB."""
+    """Sum gradients, weighted by the ranks' sample counts, in buckets of `bucket_mib` MiB.
+
+    `codec`: none, or e.g. `powersgd(rank=2)`, `error_feedback(codec=onebit)`, `int8`. Flags at the end of the
+    last bucket always travel as they are.
+    """
 
     advice = "Same result as one big machine; needs a network that carries the model's size every step."
     needs_gradients = True
 
-    def __init__(self, *, bucket_mib: float = 25.0) -> None:
+    def __init__(self, *, bucket_mib: float = 25.0, codec: str | Spec | None = None) -> None:
         if not bucket_mib > 0:
             raise ConfigError(f"all_reduce: bucket_mib={bucket_mib}: a size above 0 expected")
         self.bucket_bytes = int(bucket_mib * (1 << 20))
+        self._reducer = None if codec is None else codecs.make_reducer(codec)
         self._works: list[Work] = []
+        self._staged: list[tuple[StagedWork, torch.Tensor, torch.Tensor]] = []
+        self._states: dict[str, dict[str, Any]] = {}
 
     def gradient_ready(self, bucket: Bucket) -> None:
         """Start summing this bucket."""
-        if self.comm.size > 1:
+        if self.comm.size == 1:
+            return
+        if self._reducer is None:
             self._works.append(self.comm.all_reduce(bucket.gradient))
+            return
+        gradient, flags = self._without_flags(bucket)
+        if flags.numel():
+            self._works.append(self.comm.all_reduce(flags))
+        flat = gradient.to(torch.float32)  # itself, if it is float32
+        state = self._states.setdefault(str(bucket.index), {})
+        work = self._reducer.start(flat, self._layout(bucket), self.comm, state)
+        self._staged.append((work, flat, gradient))
 
     def backward_done(self) -> None:
         """Wait for all buckets."""
         works, self._works = self._works, []
+        staged, self._staged = self._staged, []
         for work in works:
             work.wait()
+        finish([work for work, _, _ in staged])
+        for _, flat, gradient in staged:
+            if flat.data_ptr() != gradient.data_ptr():
+                gradient.copy_(flat)
+
+    def _without_flags(self, bucket: Bucket) -> tuple[torch.Tensor, torch.Tensor]:
+        used: torch.Tensor | None = self.replica.used
+        gradient, end = bucket.gradient, bucket.gradient.numel()
+        if (
+            used is not None
+            and used.numel()
+            and used.untyped_storage().data_ptr() == (gradient.untyped_storage().data_ptr())
+        ):
+            end = min(end, max(0, int(used.storage_offset()) - int(gradient.storage_offset())))
+        return gradient[:end], gradient[end:]
+
+    def _layout(self, bucket: Any) -> Layout:
+        start = bucket.gradient.storage_offset()
+        views = [self.replica.gradient_views[i] for i in bucket.members]
+        return [(view.storage_offset() - start, view.shape) for view in views]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Residuals and factors of the codec, per bucket."""
+        return {"codec": self._states} if self._reducer is not None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`; a state without a codec starts with empty residuals."""
+        self._states = dict(state.get("codec", {}))
+
+    def stats(self) -> dict[str, float]:
+        """The codec's bytes by cause, encode seconds and extra memory on this rank."""
+        if self._reducer is None:
+            return {}
+        return ledger.total([self._reducer.stats(state) for state in self._states.values()])
 
     def traffic(self, model_bytes: int, size: int) -> float:
-        """Every gradient once."""
-        return float(model_bytes) if size > 1 else 0.0
+        """Every gradient once, as the codec encodes it."""
+        if size == 1:
+            return 0.0
+        if self._reducer is None:
+            return float(model_bytes)
+        parts = [(self._without_flags(b)[0].numel(), self._layout(b)) for b in self.replica.buckets]
+        return sum(self._reducer.traffic(numel, layout, size) for numel, layout in parts)
