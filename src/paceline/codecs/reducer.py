@@ -17,7 +17,7 @@ from paceline.errors import ConfigError
 from paceline.types import Communicator, Work
 
 Layout = Sequence[tuple[int, Sequence[int]]]
-_ALIGN = 4096  # elements: the longest block, so that no block is cut by a chunk
+_ALIGN = 64  # elements: chunks start at cache lines
 
 
 class StagedWork:
@@ -95,13 +95,14 @@ class Reducer(abc.ABC):
     ) -> StagedWork:
         """Begin; the first exchange is under way on return. ConfigError for a tensor that does not fit.
 
-        `flat` is 1-D contiguous float32; `layout` gives offset and shape of each tensor in it; `state`
-        belongs to this tensor and to the checkpoint.
+        `flat` is 1-D contiguous float32; `layout` gives offset and shape of each tensor in it (empty: one
+        tensor), and what lies between them is zeroed; `state` belongs to this tensor and to the checkpoint.
         """
         if flat.dtype != torch.float32 or not flat.is_contiguous() or flat.dim() != 1:
             raise ConfigError(
                 f"reducing with a codec needs 1-D contiguous float32, got {flat.dtype} {tuple(flat.shape)}"
             )
+        zero_gaps(flat, layout)
         return StagedWork(self.stages(flat, layout, comm, state) if comm.size > 1 else iter(()))
 
     def reduce(self, flat: torch.Tensor, layout: Layout, comm: Communicator, state: dict[str, Any]) -> None:
@@ -117,7 +118,17 @@ def reducer_for(codec: Codec) -> Reducer:
     return AllPayloads(codec) if codec.is_sparse else TwoStage(codec)
 
 
+def zero_gaps(flat: torch.Tensor, layout: Layout) -> None:
+    """Zero the padding: a codec writes noise there, which must not come back as a gradient and grow."""
+    position = 0
+    for offset, shape in sorted(layout):
+        flat[position:offset].zero_()
+        position = offset + torch.Size(shape).numel()
+    if layout:
+        flat[position:].zero_()
+
+
 def split_evenly(numel: int, parts: int) -> list[tuple[int, int]]:
-    """`parts` ranges over `numel` elements, starting at multiples of 4096; the last ones may be empty."""
+    """`parts` ranges over `numel` elements, starting at multiples of 64; the last ones may be empty."""
     step = -(-numel // (parts * _ALIGN)) * _ALIGN
     return [(min(i * step, numel), min((i + 1) * step, numel)) for i in range(parts)]

@@ -91,11 +91,11 @@ class AllReduce(TrainingStrategy):
         """Continue from `state_dict()`; a state without a codec starts with empty residuals."""
         self._states = dict(state.get("codec", {}))
 
-    def stats(self) -> dict[str, float]:
-        """The codec's bytes by cause, encode seconds and extra memory on this rank."""
+    def stats(self) -> dict[str, Any]:
+        """`codec`: the codec's bytes by cause, encode seconds and extra memory on this rank."""
         if self._reducer is None:
             return {}
-        return ledger.total([self._reducer.stats(state) for state in self._states.values()])
+        return {"codec": ledger.total(self._reducer.stats(state) for state in self._states.values())}
 
     def traffic(self, model_bytes: int, size: int) -> float:
         """Every gradient once, as the codec encodes it."""

@@ -82,10 +82,6 @@ class TrainingStrategy(abc.ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Continue from `state_dict()`."""
 
-    def stats(self) -> dict[str, float]:
-        """What the method's codec did on this rank: bytes by cause, encode seconds, extra memory."""
-        return {}
-
     @abc.abstractmethod
     def traffic(self, model_bytes: int, size: int) -> float:
         """Claim: payload bytes that a rank hands to its communicator per minibatch, mean over a long run.

@@ -369,7 +369,6 @@ class Job:
             "seconds": self.clock.seconds,
             "minibatches": sum(a.minibatches for a in self.attachments),
             "model_bytes": sum(a.replica.model_bytes for a in self.attachments),
-            "codec": self.attachments[-1].strategy.stats() if self.attachments else {},
             **total,
             **(self.attachments[-1].strategy.stats() if self.attachments else {}),
             "training": {

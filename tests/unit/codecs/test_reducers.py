@@ -29,7 +29,7 @@ SPECS = {
     "powersgd(rank=2)": None,
     "powersgd(rank=40)": 1e-6,
 }
-LAYOUT = [(0, (60, 50)), (3000, (50,)), (3072, (20, 10, 3, 3)), (4880, (7,))]
+LAYOUT = [(0, (60, 50)), (3000, (50,)), (3072, (20, 10, 3, 3)), (4880, (120,))]
 NUMEL = 5000
 
 
@@ -39,7 +39,7 @@ def on_ranks(size: int, body: Callable[[Any], Any]) -> list[Any]:
 
 def gradients(rank: int, step: int) -> torch.Tensor:
     x = torch.randn(NUMEL, generator=torch.Generator().manual_seed(1000 * step + rank))
-    x[3050:3072] = 0  # between tensors
+    x[3050:3072] = x[4872:4880] = 0  # between tensors
     return x
 
 
@@ -179,6 +179,22 @@ def test_a_changed_number_of_ranks_keeps_the_workers_residual() -> None:
         return flat
 
     assert torch.allclose(on_ranks(2, second)[0], before, atol=2e-3)
+
+
+@pytest.mark.parametrize("spec", ["error_feedback(codec=onebit)", "int4", "powersgd(rank=1)"])
+def test_noise_between_tensors_does_not_come_back(spec: str) -> None:
+    def body(comm: Any) -> float:
+        state: dict[str, Any] = {}
+        reducer = codecs.make_reducer(spec)
+        flat = gradients(comm.rank, 0)
+        for step in range(60):
+            for offset, shape in LAYOUT:  # new gradients, the padding left as it is
+                numel = torch.Size(shape).numel()
+                flat[offset : offset + numel] = gradients(comm.rank, step)[offset : offset + numel]
+            reducer.reduce(flat, LAYOUT, comm, state)
+        return flat.abs().max().item()
+
+    assert max(on_ranks(3, body)) < 100
 
 
 def test_bad_input() -> None:
