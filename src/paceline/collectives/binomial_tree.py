@@ -109,9 +109,19 @@ def cost(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, in
     if operation == "broadcast":
         return Cost(n, n * copies, Fraction(n))
     if operation == "reduce":
-        return Cost(n, min(n, 1) * copies, Fraction(min(n, 1)), Fraction(n))
+        once, waits = Fraction(min(n, 1)), Fraction(reductions_in_a_row(p))
+        return Cost(n, min(n, 1) * copies, once, Fraction(n), path_sent=Fraction(n), path_reduced=waits)
     if operation == "scatter":
         return Cost(n, n * copies, Fraction(p - 1, p))
     # Round k joins the subtree of rank 2^k (seen from the root) to the root's.
     most = max((min(1 << k, p - (1 << k)) for k in range(n)), default=0)
-    return Cost(n, min(n, 1) * copies, Fraction(most, p))
+    return Cost(n, min(n, 1) * copies, Fraction(most, p), path_sent=Fraction(p - 1, p))
+
+
+def reductions_in_a_row(p: int) -> int:
+    """How many reductions of a reduce to one rank cannot overlap transfers.
+
+    Of the ranks that receive in the first step (r < P − 2^(⌈lg P⌉ − 1)) the one with most bits set passes on,
+    reduced, in as many later steps; the last reduction is the root's.
+    """
+    return (p - (1 << (rounds(p) - 1))).bit_length() if p > 1 else 0

@@ -72,4 +72,6 @@ def cost(
     some = Fraction(int(num_ranks > 1))
     steps = num_ranks + segments - 2 if num_ranks > 1 else 0
     messages = segments * channels * instances * int(some)
-    return Cost(steps, messages, some, some if operation == "reduce" else Fraction(0))
+    reduced, hops = (some, num_ranks - 1) if operation == "reduce" else (Fraction(0), 0)
+    path = Fraction(steps, segments), Fraction(hops, segments)
+    return Cost(steps, messages, some, reduced, path_sent=path[0], path_reduced=path[1])

@@ -138,4 +138,4 @@ def cost(
     edges = int(np.max(parents * climbs + children * falls))
     steps = (2 if operation == "all_reduce" else 1) * depth + segments - 1
     received = Fraction(int(np.max(children)), 2) if climbs else Fraction(0)
-    return Cost(steps, edges * segments * copies, Fraction(edges, 2), received)
+    return Cost(steps, edges * segments * copies, Fraction(edges, 2), received, has_closed_form=False)

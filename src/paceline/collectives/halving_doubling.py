@@ -117,12 +117,15 @@ def cost(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, in
     share = Fraction(core - 1, core)
     if op == "all_reduce":
         messages = (2 * rounds + fold) * copies
-        return Cost(2 * (rounds + fold), messages, 2 * share + fold, share + fold)
+        path = 2 * (share + fold)
+        return Cost(2 * (rounds + fold), messages, 2 * share + fold, share + fold, path_sent=path)
     messages = (rounds + fold) * copies
     if not fold:
         return Cost(rounds, messages, share, share if op == "reduce_scatter" else Fraction(0))
     # Rank 1 has two blocks and its group of 2^k ranks 2^k + min(2^k, extra): it is the busiest.
     grouped = sum((1 << k) + min(1 << k, p - core) for k in range(rounds))
     if op == "all_gather":
-        return Cost(rounds + 2, messages, Fraction(grouped + p - 1, p))
-    return Cost(rounds + 2, messages, Fraction(1), Fraction(p + grouped, p))
+        path = Fraction(grouped + p, p)
+        return Cost(rounds + 2, messages, Fraction(grouped + p - 1, p), path_sent=path)
+    # Reductions overlap transfers here in a way that has no closed form.
+    return Cost(rounds + 2, messages, Fraction(1), Fraction(p + grouped, p), has_closed_form=False)

@@ -74,4 +74,6 @@ def cost(
     shards = len(groups[0])
     a, b = ring.cost(operation, shards), halving_doubling.cost(operation, len(groups))
     messages = (a.messages + b.messages) * channels * instances
-    return Cost(a.steps + b.steps, messages, a.sent + b.sent / shards, a.reduced + b.reduced / shards)
+    sent, reduced = a.sent + b.sent / shards, a.reduced + b.reduced / shards
+    path = a.sent + b.path()[0] / shards
+    return Cost(a.steps + b.steps, messages, sent, reduced, path_sent=path)

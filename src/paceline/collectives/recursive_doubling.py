@@ -49,4 +49,6 @@ def cost(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, in
     rounds = num_ranks.bit_length() - 1
     is_folded = num_ranks != 1 << rounds
     sends = rounds + is_folded
-    return Cost(rounds + 2 * is_folded, sends * channels * instances, Fraction(sends), Fraction(sends))
+    steps = rounds + 2 * is_folded
+    share = Fraction(sends)  # folding overlaps reductions and transfers in a way that has no closed form
+    return Cost(steps, sends * channels * instances, share, share, has_closed_form=not is_folded)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 
-from paceline.collectives.binomial_tree import edges, rounds
+from paceline.collectives.binomial_tree import edges, reductions_in_a_row, rounds
 from paceline.schedule.cost import Cost, No, only
 from paceline.schedule.program import INPUT, Program, Step, copy, ranks, reduce, replicate
 
@@ -41,4 +41,6 @@ def supports(operation: str, num_ranks: int) -> bool | No:
 def cost(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Cost:
     """Claimed cost."""
     n = rounds(num_ranks)
-    return Cost(2 * n, n * channels * instances, Fraction(n), Fraction(n))
+    waits = Fraction(reductions_in_a_row(num_ranks))
+    share, path = Fraction(n), Fraction(2 * n)
+    return Cost(2 * n, n * channels * instances, share, share, path_sent=path, path_reduced=waits)

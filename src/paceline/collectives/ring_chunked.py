@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
 
 from paceline.collectives import ring
 from paceline.schedule.cost import Cost, No, only
@@ -63,4 +64,7 @@ def cost(
 ) -> Cost:
     """Claimed cost."""
     c = ring.cost(operation, num_ranks, channels=channels, instances=instances)
-    return Cost(c.steps * segments, c.messages * segments, c.sent, c.reduced)
+    shown = c.reduced  # what does not overlap the transfer of another segment
+    if segments > 1:
+        shown = min(c.reduced, Fraction(1, num_ranks * segments)) if "scatter" in operation else Fraction(0)
+    return Cost(c.steps * segments, c.messages * segments, c.sent, c.reduced, path_reduced=shown)

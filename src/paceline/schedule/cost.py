@@ -18,6 +18,7 @@ class Cost:
     rank sends (its steps on a single port). `sent`, `reduced`: the most that one rank sends and combines, as
     a share of S, the full buffer. `path_sent`, `path_reduced`: the same along the longest chain of dependent
     steps, which a closed form of the time needs where it is not one rank's own (trees, folding, pipelines).
+    `has_closed_form`: whether the time follows from these shares at all.
     """
 
     steps: int
@@ -26,6 +27,12 @@ class Cost:
     reduced: Fraction = Fraction(0)
     path_sent: Fraction | None = field(default=None, compare=False)
     path_reduced: Fraction | None = field(default=None, compare=False)
+    has_closed_form: bool = field(default=True, compare=False)
+
+    def path(self) -> tuple[Fraction, Fraction]:
+        """Shares of S sent and reduced along the longest chain."""
+        sent = self.sent if self.path_sent is None else self.path_sent
+        return sent, self.reduced if self.path_reduced is None else self.path_reduced
 
     def time_s(
         self,
@@ -34,13 +41,15 @@ class Cost:
         latency_s: float,
         seconds_per_byte: float,
         reduce_seconds_per_byte: float = 0.0,
-    ) -> float:
+    ) -> float | None:
         """Closed form of the time where every rank has one full-duplex port and all pairs are alike.
 
-        steps · α + path_sent · S · β + path_reduced · S · γ.
+        steps · α + path_sent · S · β + path_reduced · S · γ; None if there is none. Where reductions overlap
+        transfers it holds for γ ≤ β.
         """
-        sent = self.sent if self.path_sent is None else self.path_sent
-        reduced = self.reduced if self.path_reduced is None else self.path_reduced
+        if not self.has_closed_form:
+            return None
+        sent, reduced = self.path()
         per_byte = float(sent) * seconds_per_byte + float(reduced) * reduce_seconds_per_byte
         return self.steps * latency_s + num_bytes * per_byte
 

@@ -1,8 +1,8 @@
 """When the data that a transfer reads is there: known per chunk, or for very large programs per rank.
 
 `ByChunk` knows every chunk of every rank. `ByRank` keeps one time per rank: a rank passes data on only after
-everything it received in earlier steps. That is never too early, equal where ranks and links are alike, and
-needs P numbers instead of P times the number of chunks.
+everything it received in earlier steps. That is never too early, the same where ranks and links are alike
+and no reduction overlaps a transfer, and needs P numbers instead of P times the number of chunks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from paceline.schedule.network import FloatArray, IntArray
 from paceline.schedule.program import INPUT, Program, Step
 from paceline.schedule.servers import raise_to
 
-_MAX_CHUNKS_KNOWN = 1 << 21
+_MAX_CHUNKS_KNOWN = 1 << 23
 
 
 class Readiness(ABC):
@@ -95,13 +95,10 @@ class ByChunk(Readiness):
 
     def _latest(self, rank: IntArray, buffer: IntArray, chunk: IntArray, count: IntArray) -> FloatArray:
         times = self._times_s[self._places(rank, buffer, chunk, count)]
-        if len(times) == len(count):
+        if (count == 1).all():
             return times
         first = np.cumsum(count) - count
-        result = np.zeros(len(count))
-        some = np.flatnonzero(count)
-        result[some] = np.maximum.reduceat(times, first[some])
-        return result
+        return np.asarray(np.maximum.reduceat(times, first))
 
     def _places(self, rank: IntArray, buffer: IntArray, chunk: IntArray, count: IntArray) -> IntArray:
         base = rank * self._width + self._offsets[buffer] + chunk

@@ -105,6 +105,8 @@ def simulate(
         raise ConfigError(f"{program} needs a topology of {program.num_ranks} ranks; got {topology}")
     if not 0 <= num_bytes < float("inf"):
         raise ConfigError(f"number of bytes: at least 0 expected, got {num_bytes}")
+    if program.operation == "barrier":
+        num_bytes = 0
     conditions = conditions or Conditions()
     conditions.check(program.num_ranks)
     return _Run(program, topology, num_bytes, conditions, record, by_chunk).result()
@@ -148,7 +150,6 @@ class _Pattern:
         self.used_links = self.links.ids
         senders, receivers = np.unique(self.src), np.unique(self.dst)
         self.src_once, self.dst_once = len(senders) == n, len(receivers) == n
-        self.used_destinations = receivers
         self.used_ranks = np.union1d(senders, receivers)
         self.used_reducers = self.reducers.ids
 
@@ -163,6 +164,14 @@ def _identity(step: Step) -> tuple[object, ...]:
         step.count,
         step.channel,
     )
+
+
+def _without_empty(step: Step) -> Step:
+    """Leave out transfers of no chunks, which are never sent."""
+    if step.count.all():
+        return step
+    some = np.flatnonzero(step.count)
+    return Step(*(c[some] for c in step.columns()))
 
 
 class _Run:
@@ -216,7 +225,10 @@ class _Run:
     def _walk(self, program: Program) -> None:
         pattern: _Pattern | None = None
         steady = _Steady(self) if isinstance(self.ready, ByRank) and self._record is None else None
-        for step in program.steps():
+        for whole in program.steps():
+            step = _without_empty(whole)
+            if not len(step):
+                continue
             if pattern is None or any(
                 a is not b for a, b in zip(pattern.columns, _identity(step), strict=True)
             ):
@@ -304,7 +316,7 @@ class _Steady:
     def _clocks(self, pattern: _Pattern) -> list[tuple[FloatArray, IntArray]]:
         run = self._run
         return [
-            (self._ready.latest_s, pattern.used_destinations),
+            (self._ready.latest_s, pattern.used_ranks),
             (run.link_free_s, pattern.used_links),
             (run.reducer_free_s, pattern.used_reducers),
             (run.finish_s, pattern.used_ranks),
