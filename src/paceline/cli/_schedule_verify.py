@@ -14,17 +14,17 @@ from paceline.cli import _schedule_arguments as arguments
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from paceline.collectives._sweep import Case, Summary
+    from paceline.collectives.sweep import Case, Summary
 
 
 def run(name: str | None, *, every: bool, operation: str | None, ranks: Sequence[int], as_json: bool) -> None:
     """Verify, print, and exit with 1 if a program is not correct."""
-    from paceline.collectives import _sweep
+    from paceline.collectives import sweep
 
     cases = _cases(name, every=every, operation=operation, ranks=ranks)
-    summary, started = _sweep.Summary(), time.perf_counter()
+    summary, started = sweep.Summary(), time.perf_counter()
     for case in _with_progress(cases, shown=not as_json and sys.stderr.isatty()):
-        _sweep.verify_case(case, summary)
+        sweep.verify_case(case, summary)
     report = _report(cases, summary, ranks, time.perf_counter() - started)
     if as_json:
         typer.echo(json.dumps(report))
@@ -43,7 +43,7 @@ def run(name: str | None, *, every: bool, operation: str | None, ranks: Sequence
 
 def _cases(name: str | None, *, every: bool, operation: str | None, ranks: Sequence[int]) -> list[Case]:
     from paceline import collectives
-    from paceline.collectives import _sweep
+    from paceline.collectives import sweep
     from paceline.schedule import contract
 
     if (name is None) != every:
@@ -53,7 +53,7 @@ def _cases(name: str | None, *, every: bool, operation: str | None, ranks: Seque
         contract.base_operation(operation)
         operations = [operation]
     if name is None:
-        found = list(_sweep.cases(ranks, operations=operations))
+        found = list(sweep.cases(ranks, operations=operations))
     else:
         algorithm, options = arguments.algorithm(name)
         answers = [
@@ -61,10 +61,10 @@ def _cases(name: str | None, *, every: bool, operation: str | None, ranks: Seque
             for p in ranks
             for o in operations or collectives.find(algorithm).OPERATIONS
         ]
-        found = list(_sweep.cases(ranks, algorithms=[algorithm], operations=operations))
+        found = list(sweep.cases(ranks, algorithms=[algorithm], operations=operations))
         if options:  # in place of the variants that the algorithm is usually tried with
             found = [
-                _sweep.Case(algorithm, o, p, root, options)
+                sweep.Case(algorithm, o, p, root, options)
                 for p, o, answer in answers
                 if answer
                 for root in (range(p) if o in contract.ROOTED else (0,))
