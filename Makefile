@@ -14,6 +14,12 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*.cpp 
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
+# Four strategies on a small task, compared under equal conditions: about a minute.
+demo: install
+	$(BIN)/paceline compare digits --workers 2 \
+	  --strategies 'single,all_reduce,local_sgd(period=4),local_sgd(period=16)' \
+	  --json runs/demo/results.json --html runs/demo/report.html
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -88,7 +88,12 @@ def evaluation_steps(steps: int, evaluations: int) -> set[int]:
 
 def _read(job: Any, task: Task, epoch: float) -> Reading:
     job.barrier()  # on the clock: training has come this far when the slowest worker has
-    seconds = job.training_s
-    sent = job.stats()["training"]["payload_bytes"]
+    stats = job.stats()
     metrics = job.evaluate(task.model, task.test_set, metrics=task.metrics)
-    return Reading(epoch, seconds, job.samples, sent, {k: float(v) for k, v in metrics.items()})
+    return Reading(
+        epoch,
+        stats["seconds"],
+        stats["samples"],
+        stats["training"]["payload_bytes"],
+        {k: float(v) for k, v in metrics.items()},
+    )
