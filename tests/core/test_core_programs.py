@@ -17,7 +17,8 @@ SANITIZERS = {
 }
 # What each program needs of csrc/core.
 TCP = ["sha256", "socket", "handshake", "link", "tcp", "tcp_links", "tcp_messages", "crc32c"]
-PROGRAMS = {"digest_test": ["sha256", "socket"], "tcp_test": TCP}
+GROUP = ["arena", "peer", "group", "pipes", "engine", "combine", "exchange", "reduce", "reduce_generic"]
+PROGRAMS = {"digest_test": ["sha256", "socket"], "tcp_test": TCP, "group_test": GROUP}
 
 
 def build(program: str, sanitizer: str, directory: Path) -> Path:
