@@ -265,20 +265,26 @@ def _lists(micros: list[Micro], place: Placement) -> list[list[Instruction]]:
             i.send_message = m.awaits.number
         if m.sender is not None:
             i.recv_message = m.sender.number
-        i.dst, i.src, i.far = (_runs(cells, m.logical, place) for cells in (m.dst, m.src, m.far))
+        i.dst, i.src = _runs(m.dst, m.logical, place), _runs(m.src, m.logical, place)
+        if m.far:
+            i.far = _runs(m.far, m.logical, place)
         i.deps = [index[d] for d in dependencies[len(index) - 1]]
         lists[m.rank].append(i)
     return lists
 
 
 def _runs(cells: list[int], logical: list[int], place: Placement) -> list[Run]:
+    if not cells:
+        return []
+    if len(cells) == 1:
+        return [(*place.place_of(cells[0]), logical[0], 1)]
     runs: list[Run] = []
-    for mem, number in zip(cells, logical, strict=bool(cells)):
+    for mem, number in zip(cells, logical, strict=True):
         buffer, chunk = place.place_of(mem)
         if runs:
             b, c, first, n = runs[-1]
             if b == buffer and c + n == chunk and first + n == number:
                 runs[-1] = (b, c, first, n + 1)
                 continue
-        runs.append((int(buffer), chunk, number, 1))
+        runs.append((buffer, chunk, number, 1))
     return runs

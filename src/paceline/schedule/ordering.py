@@ -18,11 +18,17 @@ def order(micros: list[Micro]) -> tuple[list[Micro], list[list[int]]]:
     acknowledgements and other dependencies do not imply. A reclaim that no write depends on, and that is not
     the last of its connection, waits in vain: messages already say that the peer has read.
     """
-    last = {(m.rank, m.send_peer, m.channel): i for i, m in enumerate(micros) if m.verb == "reclaim"}
-    needed = {d for mine in _reduce(micros, set()) for d in mine} | set(last.values())
+    position = {id(m): i for i, m in enumerate(micros)}
+    conflicts = _conflicts(micros, position)
+    dependencies = _reduce(micros, position, conflicts, set())
+    reclaims = {i: (m.rank, m.send_peer, m.channel) for i, m in enumerate(micros) if m.verb == "reclaim"}
+    needed = set({connection: i for i, connection in reclaims.items()}.values())
+    needed.update(d for mine in dependencies for d in mine if d in reclaims)
+    if needed == reclaims.keys():
+        return micros, dependencies
     while True:
-        idle = {i for i, m in enumerate(micros) if m.verb == "reclaim"} - needed
-        dependencies = _reduce(micros, idle)
+        idle = reclaims.keys() - needed
+        dependencies = _reduce(micros, position, conflicts, idle)
         missed = {d for mine in dependencies for d in mine} & idle
         if not missed:
             break
@@ -32,10 +38,10 @@ def order(micros: list[Micro]) -> tuple[list[Micro], list[list[int]]]:
     return [m for k, m in enumerate(micros) if k not in idle], kept
 
 
-def _reduce(micros: list[Micro], idle: set[int]) -> list[list[int]]:
+def _reduce(
+    micros: list[Micro], position: dict[int, int], conflicts: list[set[Conflict]], idle: set[int]
+) -> list[list[int]]:
     """Dependencies of every instruction, if those in `idle` order nothing unless they are depended on."""
-    position = {id(m): i for i, m in enumerate(micros)}
-    conflicts = _conflicts(micros, position)
     before: list[int] = []  # bit set of everything that happens before an instruction
     lane_last: dict[tuple[int, int], int] = {}
     kept: list[list[int]] = []
@@ -56,7 +62,9 @@ def _reduce(micros: list[Micro], idle: set[int]) -> list[list[int]]:
         reached = 0
         for g in given:
             reached |= before[g] | (1 << g)
-        mine, reached = _needed(conflicts[i], before, reached)
+        mine: list[int] = []
+        if conflicts[i]:
+            mine, reached = _needed(conflicts[i], before, reached)
         before.append(reached)
         kept.append(mine)
     return kept
@@ -64,6 +72,11 @@ def _reduce(micros: list[Micro], idle: set[int]) -> list[list[int]]:
 
 def _needed(conflicts: set[Conflict], before: list[int], given: int) -> tuple[list[int], int]:
     """Fewest dependencies that put every conflict before an instruction, and all that is then before it."""
+    if len(conflicts) == 1:
+        ((depend, must),) = conflicts
+        if (given >> must) & 1:
+            return [], given
+        return [depend], given | before[depend] | (1 << depend)
     mine: list[int] = []
     reached = given
     # Plain ones first, latest first: an earlier one may follow from a later one, and spare a reclaim.
@@ -105,5 +118,6 @@ def _conflicts(micros: list[Micro], position: dict[int, int]) -> list[set[Confli
             assert expose.receiver is not None
             for mem in expose.src:
                 readers[mem].append((i, position[id(expose.receiver)]))
-        found.append({c for c in mine if c[0] != i})
+        mine.discard((i, i))
+        found.append(mine)
     return found

@@ -11,7 +11,7 @@ from collections import defaultdict
 
 from paceline.errors import ScheduleError
 from paceline.schedule import contract
-from paceline.schedule.program import INPUT, OUTPUT, REDUCE, SCRATCH, Buffer, Program, Step
+from paceline.schedule.program import INPUT, OUTPUT, REDUCE, Buffer, Program, Step
 
 Row = tuple[int, int, int, int, int]
 """One transfer of one step: (kind, source name, destination name, number of chunks, channel)."""
@@ -26,7 +26,7 @@ class Placement:
         p, inputs, outputs = program.num_ranks, shape.input_chunks, shape.output_chunks
         self._starts = (0, inputs, inputs + outputs, inputs + outputs + program.num_scratch)
         self.name_width = self._starts[3]
-        self._larger = INPUT if inputs > outputs else OUTPUT
+        self._larger = int(INPUT if inputs > outputs else OUTPUT)
         self._scratch = max(inputs, outputs) if in_place else inputs + outputs
         self._rescue_start = self._scratch + program.num_scratch
         self.width = self._rescue_start + self._starts[2]
@@ -91,13 +91,13 @@ class Placement:
         return f"rank {rank} {Buffer(buffer).name.lower()}[{place - self._starts[buffer]}]"
 
     def place_of(self, mem: int) -> tuple[int, int]:
-        """(buffer, chunk) that the lowered program calls this memory."""
+        """(buffer, chunk) that the lowered program calls this memory; plain integers, for speed."""
         place = mem % self.width
         if place >= self._scratch:
-            return SCRATCH, place - self._scratch
+            return 2, place - self._scratch
         if self.in_place:
             return self._larger, place
-        return (INPUT, place) if place < self._starts[1] else (OUTPUT, place - self._starts[1])
+        return (0, place) if place < self._starts[1] else (1, place - self._starts[1])
 
     def put(self, name: int, mem: int) -> None:
         """Note that the content of `name` is at `mem`."""

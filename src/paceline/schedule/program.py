@@ -218,12 +218,13 @@ def reduce(
 
 
 def together(*steps: Step) -> Step:
-    """Return one step with all transfers of `steps`; writes in this order."""
+    """Return one step with all transfers of `steps` that move something; writes in this order."""
     parts = [s for s in steps if len(s)]
-    if len(parts) == 1:
-        return parts[0]
-    columns = zip(*(s.columns() for s in parts), strict=True)
-    return Step(*(np.concatenate(c) for c in columns)) if parts else step_of([])
+    if not parts:
+        return step_of([])
+    columns = [np.concatenate(c) for c in zip(*(s.columns() for s in parts), strict=True)]
+    moves = columns[7] > 0
+    return Step(*(columns if moves.all() else (c[moves] for c in columns)))
 
 
 @lru_cache(maxsize=1 << 16)
