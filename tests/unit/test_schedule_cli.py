@@ -202,7 +202,7 @@ def test_compare_prints_a_table_and_skips_what_cannot() -> None:
         (["verify"], "--all"),
         (["verify", "ring", "--all"], "--all"),
         (["verify", "ring", "--ranks", "5..2"], "5..2"),
-        (["verify", "ring", "--operation", "gather"], "ring does"),
+        (["verify", "ring", "--operation", "gather"], "all_gather"),
         (["compare", "--ranks", "4", "--sizes", "1kB,x"], "bytes"),
         (["list", "--operation", "sum"], "operation"),
     ],

@@ -204,3 +204,16 @@ def test_topology_and_program_must_agree() -> None:
         simulate(collectives.build("ring", "all_reduce", 4), ethernet(5), S)
     with pytest.raises(ConfigError, match="bytes"):
         simulate(collectives.build("ring", "all_reduce", 4), ethernet(4), -1)
+
+
+def test_every_message_costs_its_overhead() -> None:
+    """Three messages from one port: three overheads, one latency; two chunks for one rank are one message."""
+    net = topology.parse("ethernet(gbit=8, latency_us=100, message_us=10)", num_ranks=4)
+    assert net.uniform() is None
+    assert simulate(hand_made(4, [[(0, 1), (0, 2), (0, 3)]]), net, S).time_s == pytest.approx(
+        1e-4 + 3e-5 + 3 * S * 1e-9
+    )
+    b = Builder("mine", "broadcast", num_ranks=4, num_chunks=2)
+    b.copy((0, OUTPUT, 0), (1, OUTPUT, 0)).copy((0, OUTPUT, 1), (1, OUTPUT, 1)).step()
+    assert simulate(b.build(), net, S).time_s == pytest.approx(1e-4 + 1e-5 + S * 1e-9)
+    assert net.message_s(0, 1, S) == pytest.approx(1e-4 + 1e-5 + S * 1e-9)

@@ -106,8 +106,12 @@ def show(
     net = network(topology, num_ranks)
     options = arguments.with_hosts(name, options, net)
     program = arguments.build(name, operation, num_ranks, root=root, **options)
-    caption = describe_algorithm(name, collectives.find(name))["summary"]
     hosts = hosts_of(name, options, num_ranks)
+    caption = describe_algorithm(name, collectives.find(name))["summary"]
+    if hosts is not None:
+        sizes = sorted({hosts.count(h) for h in hosts})
+        each = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        caption = f"{caption.rstrip('.')}; here {len(set(hosts))} hosts of {each} ranks (L)."
     lines = draw.text(program)
     run = simulate(program, net, num_bytes, record=True)
     made = {

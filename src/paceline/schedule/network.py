@@ -39,7 +39,9 @@ class Topology(ABC):
     """P ranks on hosts, joined by directed links. Read only.
 
     `hosts`: the host of every rank, length P. `link_latency_s`, `link_seconds_per_byte`: shape (links,).
-    `reduce_seconds_per_byte`: what combining a received byte with an own one costs a rank.
+    `reduce_seconds_per_byte`: what combining a received byte with an own one costs a rank. `overhead_s`: how
+    long each message keeps every link on its way busy beyond its bytes (system calls, headers); it makes many
+    small messages of one step dearer than one, which latency alone does not.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Topology(ABC):
     link_latency_s: FloatArray = field(repr=False)
     link_seconds_per_byte: FloatArray = field(repr=False)
     reduce_seconds_per_byte: float = 0.0
+    overhead_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.hosts:
@@ -55,6 +58,7 @@ class Topology(ABC):
             ("link latency", self.link_latency_s),
             ("link seconds per byte", self.link_seconds_per_byte),
             ("reduce_seconds_per_byte", np.array([self.reduce_seconds_per_byte])),
+            ("overhead_s", np.array([self.overhead_s])),
         ):
             if values.size and not (np.isfinite(values).all() and values.min() >= 0):
                 raise ConfigError(f"topology {self.name}: {what} must be finite and not negative")
@@ -122,7 +126,8 @@ class Topology(ABC):
             if not 0 <= r < self.num_ranks:
                 raise ConfigError(f"rank {r} is not one of the {self.num_ranks} ranks of {self.name}")
         path = self.path(np.array([src]), np.array([dst]), channel)
-        return float(self.latency_s(path)[0] + num_bytes * self.seconds_per_byte(path)[0])
+        overhead = self.overhead_s if src != dst else 0.0
+        return float(self.latency_s(path)[0] + overhead + num_bytes * self.seconds_per_byte(path)[0])
 
     def __str__(self) -> str:
         return f"{self.name} ({self.num_ranks} ranks on {len(self.host_names)} hosts)"
@@ -183,7 +188,7 @@ class Switched(Topology):
     def uniform(self) -> tuple[float, float] | None:
         """One rank per host and equal NICs, or one host with equal ranks."""
         p, h = self.num_ranks, len(self.host_names)
-        if p == 1 or self.rails > 1 or self.num_groups > 1 or h not in (1, p):
+        if p == 1 or self.rails > 1 or self.num_groups > 1 or h not in (1, p) or self.overhead_s:
             return None
         used = slice(2 * p) if h == 1 else slice(2 * p, 2 * p + 2 * h)
         latency, cost = self.link_latency_s[used].reshape(2, p), self.link_seconds_per_byte[used]
@@ -346,6 +351,7 @@ def _json_base(topology: Topology, kind: str) -> dict[str, Any]:
         "link_latency_s": _compact(topology.link_latency_s),
         "link_seconds_per_byte": _compact(topology.link_seconds_per_byte),
         "reduce_seconds_per_byte": topology.reduce_seconds_per_byte,
+        "overhead_s": topology.overhead_s,
     }
 
 

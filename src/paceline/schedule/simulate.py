@@ -5,7 +5,8 @@ Rules (full duplex, one-port where the topology has ports):
   free of earlier steps. There is no barrier between steps, so pipelines and channels overlap.
 - It ends after the latency of its way and the time that its slowest link needs. Transfers of one step that
   share a link (a port, a NIC of several ranks, a trunk) finish together, when the link has carried them all.
-- A link is busy until then, latency included: each step of a rank costs one latency.
+- A link is busy until then, latency included: each step of a rank costs one latency. On top each message
+  (all that goes from one rank to another on a channel in a step) costs `overhead_s` on every link.
 - Combining takes `reduce_seconds_per_byte`, on the destination rank, one after another, beside transfers.
 - Copies within a rank are free. Chunks are S / num_chunks bytes, not rounded to whole elements.
 
@@ -138,9 +139,14 @@ class _Pattern:
         self.latency_s = net.latency_s(path) * slow
         user, hop = np.nonzero(path >= 0)
         link = path[user, hop]
-        work = (self.num_bytes * slow)[user] * net.link_seconds_per_byte[link]
+        overhead = np.zeros(n)
+        if net.overhead_s:
+            overhead[_first_of_each_message(step)] = net.overhead_s
+        overhead *= slow
+        work = (self.num_bytes * slow)[user] * net.link_seconds_per_byte[link] + overhead[user]
         self.links = Servers(link, user, work)
-        self.alone_s = self.latency_s + self.num_bytes * slow * net.seconds_per_byte(path)
+        port_s = overhead * (path >= 0).any(axis=1)
+        self.alone_s = self.latency_s + port_s + self.num_bytes * slow * net.seconds_per_byte(path)
         self.adds = np.flatnonzero(step.kind == REDUCE)
         adder = self.dst[self.adds]
         cost = self.num_bytes[self.adds] * net.reduce_seconds_per_byte * run.slowdown[adder]
@@ -152,6 +158,12 @@ class _Pattern:
         self.src_once, self.dst_once = len(senders) == n, len(receivers) == n
         self.used_ranks = np.union1d(senders, receivers)
         self.used_reducers = self.reducers.ids
+
+
+def _first_of_each_message(step: Step) -> IntArray:
+    """Transfers of one step between the same ranks on the same channel travel as one message."""
+    table = np.stack([step.src_rank, step.dst_rank, step.channel])
+    return np.asarray(np.unique(table, axis=1, return_index=True)[1])
 
 
 def _identity(step: Step) -> tuple[object, ...]:

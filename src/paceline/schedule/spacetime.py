@@ -218,13 +218,15 @@ class Page:
         """Two lines: what arrows mean, what strips mean."""
         arrows = _Line(24, self.height - 58)
         if self._reduces:
-            arrows.arrow("", 0).words("+3  chunk 3 is sent and added to what the receiver has")
-        arrows.arrow(_DASH, 0).words(self._copy_words)
+            arrows.arrow("", "+3").words("chunk 3 is sent and added to what the receiver has")
+        label, words = self._copied
+        arrows.arrow(_DASH, label).words(words)
         if self.program.num_channels > 1:
             for channel in range(min(self.program.num_channels, 4)):
                 arrows.box(_COLOURS[channel]).words(f"channel {channel}")
         strips = _Line(24, self.height - 28)
-        strips.words("Strip: what the rank holds, one cell per chunk, chunk 0 on the left:")
+        cell = "chunk, chunk 0" if self._copied[0] != "2→5" else "block, that from rank 0"
+        strips.words(f"Strip: what the rank holds, one cell per {cell} on the left:")
         p = self.program.num_ranks
         if self._reduces:
             strips.box(_shade(1 / p)).words("one rank's part")
@@ -239,11 +241,11 @@ class Page:
         return contract.base_operation(self.program.operation) in contract.REDUCING
 
     @property
-    def _copy_words(self) -> str:
+    def _copied(self) -> tuple[str, str]:
         operation = contract.base_operation(self.program.operation)
         if operation == "all_to_all":
-            return "2→5  the block from rank 2 for rank 5 is copied"
-        return "3  chunk 3 is copied to the receiver" if operation != "barrier" else "a signal"
+            return "2→5", "the block from rank 2 for rank 5 is copied"
+        return ("3", "chunk 3 is copied to the receiver") if operation != "barrier" else ("", "a signal")
 
 
 class _Line:
@@ -258,12 +260,15 @@ class _Line:
         self._x += 6.9 * len(text) + 16
         return self
 
-    def arrow(self, dash: str, colour: int) -> _Line:
+    def arrow(self, dash: str, label: str) -> _Line:
+        x, y, colour = self._x, self._y, _COLOURS[0]
         self.parts.append(
-            f'<line x1="{self._x}" y1="{self._y}" x2="{self._x + 34}" y2="{self._y}" stroke-width="1.7" '
-            f'stroke="{_COLOURS[colour]}"{dash} marker-end="url(#h{colour})"/>'
+            f'<line x1="{x}" y1="{y}" x2="{x + 56}" y2="{y}" stroke-width="1.7" stroke="{colour}"{dash} '
+            f'marker-end="url(#h0)"/><text x="{x + 24}" y="{y + 4}" font-size="12.5" font-weight="600" '
+            f'text-anchor="middle" fill="{colour}" stroke="#fff" stroke-width="4" paint-order="stroke">'
+            f"{label}</text>"
         )
-        self._x += 42
+        self._x += 64
         return self
 
     def box(self, colour: str) -> _Line:

@@ -9,7 +9,8 @@
 
 `parse(text, num_ranks=P)`: the number of ranks comes from the arguments of the spec where they say it, else
 from `num_ranks`. Every factory takes `gbit` (10⁹ bits per second and direction), `latency_us` (one way, one
-message) and `reduce_gbyte` (10⁹ bytes per second that one rank combines).
+message) and `reduce_gbyte` (10⁹ bytes per second that one rank combines); ethernet and cluster also
+`message_us`, the time that each message keeps its ports busy beyond its bytes.
 """
 
 from __future__ import annotations
@@ -37,10 +38,22 @@ DEFAULT = "ethernet(gbit=10)"
 
 
 def ethernet(
-    *, ranks: int, gbit: float = 10.0, latency_us: float = 50.0, reduce_gbyte: float = _REDUCE_GBYTE
+    *,
+    ranks: int,
+    gbit: float = 10.0,
+    latency_us: float = 50.0,
+    message_us: float = 0.0,
+    reduce_gbyte: float = _REDUCE_GBYTE,
 ) -> Switched:
     """One rank per host, one NIC each: the one-port model."""
-    return cluster(hosts=ranks, local=1, gbit=gbit, latency_us=latency_us, reduce_gbyte=reduce_gbyte)
+    return cluster(
+        hosts=ranks,
+        local=1,
+        gbit=gbit,
+        latency_us=latency_us,
+        message_us=message_us,
+        reduce_gbyte=reduce_gbyte,
+    )
 
 
 def shared_memory(
@@ -58,6 +71,7 @@ def cluster(
     local: int = 2,
     gbit: float = 10.0,
     latency_us: float = 50.0,
+    message_us: float = 0.0,
     local_gbyte: float = 10.0,
     local_latency_us: float = 1.0,
     rails: int = 1,
@@ -77,6 +91,7 @@ def cluster(
         local_seconds_per_byte=_per_byte_of_gbyte(local_gbyte),
         rails=rails,
         reduce_seconds_per_byte=_per_byte_of_gbyte(reduce_gbyte),
+        overhead_s=message_us * 1e-6,
     )
 
 
@@ -117,6 +132,7 @@ def switched(
     group_of_host: Sequence[int] = (),
     trunk_latency_s: float = 0.0,
     trunk_seconds_per_byte: float = 0.0,
+    overhead_s: float = 0.0,
 ) -> Switched:
     """Hosts behind switches, from measured values.
 
@@ -146,6 +162,7 @@ def switched(
         np.concatenate(latency),
         np.concatenate(cost),
         reduce_seconds_per_byte,
+        overhead_s,
         rails,
         tuple(group_of_host),
     )
@@ -235,8 +252,8 @@ def graph(
         values[:, 0].copy(),
         values[:, 1].copy(),
         _per_byte_of_gbyte(reduce_gbyte),
-        tuple(a for a, _ in links),
-        tuple(b for _, b in links),
+        link_src=tuple(a for a, _ in links),
+        link_dst=tuple(b for _, b in links),
     )
 
 
@@ -355,5 +372,5 @@ def _grid(name: str, sides: tuple[int, ...], gbit: float, latency_us: float, red
         np.full(links, latency_us * 1e-6),
         np.full(links, _per_byte_of_gbit(gbit)),
         _per_byte_of_gbyte(reduce_gbyte),
-        sides,
+        sides=sides,
     )
