@@ -59,8 +59,7 @@ class ParameterServer(TrainingStrategy):
         if str(sends) not in ("updates", "gradients") or not rate > 0:
             raise ConfigError(f"sends={sends}, rate={rate}: updates or gradients, and rate > 0 expected")
         policy.make(staleness)  # a wrong policy is refused here, before any work
-        self.staleness, self.rate, self.prefetch = staleness, rate, prefetch
-        self._lr, self._momentum = lr, momentum
+        self.staleness, self.prefetch, self._optimizer = staleness, prefetch, (rate, lr, momentum)
         self._script = Script(replay=replay, record=record)
         self._kept: list[torch.Tensor] | None = None
         self._last_stats: dict[str, Any] = {}
@@ -70,11 +69,11 @@ class ParameterServer(TrainingStrategy):
         super().attach(replica, comm)
         flats = replica.parameters
         n = self.num_shards or min(comm.size, max(1, sum(f.numel() for f in flats)))
-        slices = self._slices = Slices(flats, n)
+        slices = Slices(flats, n)
         self.worker = Sender(slices, flats, n, comm)
 
         def make_shard(j: int, weights: list[torch.Tensor]) -> Shard:
-            optimizer = Optimizer(self.needs_gradients, self.rate, self._lr, self._momentum)
+            optimizer = Optimizer(self.needs_gradients, *self._optimizer)
             return Shard(weights, policy.make(self.staleness), optimizer, comm.size, comm.deferred)
 
         self.host = ShardHost(
@@ -99,8 +98,7 @@ class ParameterServer(TrainingStrategy):
         """Push and pull, as their intervals say."""
         self.replica.adopt()
         if self._kept is not None:
-            for flat, kept in zip(self.replica.parameters, self._kept, strict=True):
-                flat.copy_(kept)
+            torch._foreach_copy_(list(self.replica.parameters), self._kept)
             self._kept = None
         self.worker.step(
             self.host,
@@ -113,18 +111,22 @@ class ParameterServer(TrainingStrategy):
     update_skipped = after_update
 
     def synchronize(self) -> None:
-        """Wait until all living workers have come here; everybody then holds the shards' final weights."""
+        """Wait until all living workers have come here; all then hold the shards' final weights."""
         self.replica.adopt()
         answers = self.worker.finish(self.host, sends_gradients=self.needs_gradients)
         self._last_stats = summarize([a.tensors[-1] for a in answers], [dict(a.header) for a in answers])
         self._script.save(self.comm.rank)
 
+    def rest(self) -> None:
+        """Nobody needs to wait for this worker until it comes back."""
+        self.worker.rest(self.host)
+
     def consensus(self) -> list[torch.Tensor] | None:
         """The weights on the shards. Workers rest meanwhile, and go on from what they had pulled."""
-        self.worker.rest(self.host)
+        self.rest()
         self.comm.barrier().wait()
         flats = self.worker.peek(self.host)
-        self.comm.barrier().wait()
+        self.comm.barrier().wait()  # nobody pushes before all have read
         return flats
 
     def stats(self) -> dict[str, Any]:
@@ -132,7 +134,7 @@ class ParameterServer(TrainingStrategy):
         return dict(self._last_stats)
 
     def state_dict(self) -> dict[str, Any]:
-        """The worker's side and the shards that this rank hosts."""
+        """The worker's side, and the shards of this rank."""
         return {"worker": self.worker.state_dict(), "shards": self.host.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -142,8 +144,7 @@ class ParameterServer(TrainingStrategy):
 
     def traffic(self, model_bytes: int, size: int) -> float:
         """Δ up and W down at their intervals, W to the backup every so many updates."""
-        group = policy.make(self.staleness).group
         backup = size if self.backup is None else self.backup
-        copies = 1 / (self.push * group * backup) if backup and size > 1 else 0.0
+        copies = 1 / (self.push * policy.make(self.staleness).group * backup) if backup and size > 1 else 0.0
         progress = 16 * size * (self.num_shards or size)
         return model_bytes * (1 / self.push + 1 / self.pull + copies) + progress * (1 / self.pull + copies)

@@ -61,6 +61,9 @@ class TrainingStrategy(abc.ABC):
     def update_skipped(self) -> None:  # noqa: B027
         """The minibatch ended without an optimizer step on this rank."""
 
+    def rest(self) -> None:  # noqa: B027
+        """This rank is about to wait for the others outside of this method (a barrier): hold nobody up."""
+
     def synchronize(self) -> None:  # noqa: B027
         """Drain: afterwards every replica holds the final model, bit for bit. All ranks call it."""
 

@@ -332,6 +332,8 @@ class Job:
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
+        for one in self.attachments:
+            one.strategy.rest()
         self.comm.barrier().wait()
 
     def print(self, *values: Any, **keywords: Any) -> None:

@@ -92,6 +92,8 @@ class ShardHost:
         result = shard.exchange(src, message)
         self._back_up(j, shard)
         for later_src, later, reply in self.script.released(j):
+            if isinstance(result, Message):  # its weights are about to change
+                result = Message(result.header, [t.clone() for t in result.tensors])
             _forward(shard.exchange(later_src, later), reply)
             self._back_up(j, shard)
         return result
