@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from paceline import spec
 from paceline.bench.hardware import describe
 from paceline.bench.rows import Comparison, Point, Trial, fastest_seconds
 from paceline.bench.training import Report, Setup, train
+from paceline.bench.virtual import VirtualCluster, run_virtually, scripted
 from paceline.errors import CommError, ConfigError, PacelineError, WorkerFailed
 from paceline.launchers.local import launch
 from paceline.strategies.strategy import class_of, make
@@ -39,13 +41,18 @@ def compare(
     fabric: str | None = None,
     threads: int | None = None,
     progress: bool = True,
+    virtual: VirtualCluster | None = None,
+    record: str = "",
+    replay: str = "",
     on_trial: OnTrial = lambda *_: None,
 ) -> Comparison:
     """Train `task` once per strategy, in the order given, and return what was measured.
 
     Equal for all: global batch, initial weights, order of the data, epochs, threads per worker. The workers
-    are new processes each time; `single` runs in one. Raises ConfigError before any training if a strategy,
-    the task or a number is wrong, and WorkerFailed naming the strategy if a run fails.
+    are new processes each time, or with `virtual` the workers of a simulated cluster; `single` runs in one.
+    `record` keeps the order in which a parameter server handled its messages, `replay` repeats it. Raises
+    ConfigError before any training if a strategy, the task or a number is wrong, and WorkerFailed naming the
+    strategy if a run fails.
     """
     sizes = _sizes(strategies, workers)
     _check_numbers(workers=workers, epochs=epochs, batch_size=batch_size, threads=threads)
@@ -63,7 +70,11 @@ def compare(
     for i, (strategy, size) in enumerate(zip(strategies, sizes, strict=True)):
         on_trial(i, len(strategies), strategy, size, None)
         setup = Setup(task, data, strategy, epochs, batch_size, learning_rate, seed, _per_epoch(epochs))
-        trials.append(_run(setup, size, threads=threads, fabric=fabric, progress=progress))
+        told = dataclasses.replace(setup, strategy=scripted(strategy, record=record, replay=replay))
+        if virtual is not None:
+            trials.append(_trial(setup, size, run_virtually(told, built, size, workers, virtual)))
+        else:
+            trials.append(_run(setup, told, size, threads=threads, fabric=fabric, progress=progress))
         on_trial(i, len(strategies), strategy, size, trials[-1])
     return Comparison(
         task=task,
@@ -76,7 +87,8 @@ def compare(
         test_samples=len(built.test_set),
         seconds_budget=fastest_seconds(trials) if seconds_budget is None else seconds_budget,
         epochs_budget=epochs_budget,
-        fabric=fabric or "",
+        fabric="simulated" if virtual is not None else fabric or "",
+        simulated=None if virtual is None else dataclasses.asdict(virtual),
         learning_rate=learning_rate,
         hardware=describe(),
     )
@@ -114,12 +126,16 @@ def _per_epoch(epochs: int) -> int:
     return wanted + wanted % 2 if epochs % 2 else wanted
 
 
-def _run(setup: Setup, workers: int, **options: Any) -> Trial:
+def _run(setup: Setup, told: Setup, workers: int, **options: Any) -> Trial:
     try:
-        reports: list[Report] = launch(train, num_workers=workers, args=(setup,), **options)
+        reports: list[Report] = launch(train, num_workers=workers, args=(told,), **options)
     except (CommError, WorkerFailed, ConfigError) as error:
         kind: type[PacelineError] = type(error)
         raise kind(f"strategy {setup.strategy}: {error}") from error
+    return _trial(setup, workers, reports)
+
+
+def _trial(setup: Setup, workers: int, reports: Sequence[Report]) -> Trial:
     points = []
     for readings in zip(*(r.readings for r in reports), strict=True):
         first = readings[0]
@@ -140,4 +156,5 @@ def _run(setup: Setup, workers: int, **options: Any) -> Trial:
         wait_s=sum(r.wait_s for r in reports) / len(reports),
         advice=class_of(spec.parse(setup.strategy).name).advice,
         model_parameters=reports[0].model_parameters,
+        staleness=dict(reports[0].strategy_stats),
     )

@@ -37,6 +37,8 @@ class Trial:
     """Seconds that a worker waited for others during training, mean over workers."""
     advice: str = ""
     model_parameters: int = 0
+    staleness: dict[str, Any] = field(default_factory=dict)
+    """`staleness_mean`, `staleness_max`, `staleness_histogram`, … of an asynchronous method."""
 
     @property
     def seconds(self) -> float:
@@ -90,6 +92,8 @@ class Comparison:
     epochs_budget: float
     fabric: str = ""
     learning_rate: float | None = None
+    simulated: dict[str, Any] | None = None
+    """Compute times, network and faults of a simulated cluster (seconds are then virtual); else None."""
     hardware: dict[str, Any] = field(default_factory=dict)
 
     def results(self) -> list[dict[str, Any]]:
@@ -110,6 +114,10 @@ class Comparison:
             "curve": [_point(p) for p in trial.curve],
             "advice": trial.advice,
             "model_parameters": trial.model_parameters,
+            "staleness_mean": trial.staleness.get("staleness_mean"),
+            "staleness_max": trial.staleness.get("staleness_max"),
+            "staleness_histogram": trial.staleness.get("staleness_histogram"),
+            **{k: v for k, v in trial.staleness.items() if not k.startswith("staleness_")},
         }
 
     def to_json(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +47,16 @@ class Report:
     readings: tuple[Reading, ...]
     wait_s: float
     model_parameters: int
+    strategy_stats: Mapping[str, Any]
+    """What the method measured about itself (staleness, consensus distance, …)."""
 
 
-def train(setup: Setup) -> Report:
-    """Train as `setup` says, in a worker started by `launch`."""
+def train(setup: Setup, built: Task | None = None) -> Report:
+    """Train as `setup` says, in a worker started by `launch`, or in a virtual one that is given the task."""
     from torch.utils.data import DataLoader
 
     job = init(seed=setup.seed)
-    task = load(setup.task, data=setup.data)
+    task = load(setup.task, data=setup.data) if built is None else _own(built)
     if setup.learning_rate is not None:
         for group in task.optimizer.param_groups:
             group["lr"] = setup.learning_rate
@@ -76,9 +80,16 @@ def train(setup: Setup) -> Report:
         tuple(readings),
         wait_s=job.stats()["training"]["wait_s"],
         model_parameters=sum(p.numel() for p in task.model.parameters()),
+        strategy_stats=job.strategy.stats(),
     )
     job.close()
     return report
+
+
+def _own(built: Task) -> Task:
+    """The worker's own model and optimizer; the data, which nobody writes, is shared."""
+    model, optimizer = copy.deepcopy((built.model, built.optimizer))
+    return dataclasses.replace(built, model=model, optimizer=optimizer)
 
 
 def evaluation_steps(steps: int, evaluations: int) -> set[int]:

@@ -71,6 +71,27 @@ def compare(
     html_path: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write a page with table and pictures.")
     ] = None,
+    simulate: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="N virtual workers instead of processes; seconds are virtual."),
+    ] = None,
+    compute: Annotated[
+        str,
+        typer.Option(help="Simulated seconds per minibatch: constant, pareto(shape=3), …", metavar="DIST"),
+    ] = "constant",
+    network: Annotated[
+        str, typer.Option(help="Simulated network: ethernet(gbit=1), cluster(hosts=4, local=2), …")
+    ] = "ethernet(gbit=1)",
+    faults: Annotated[str, typer.Option(help="Simulated faults: kill(rank=3, at_s=1.5)+…")] = "",
+    record: Annotated[
+        str, typer.Option(help="Keep the message order of parameter_server.", metavar="FILE")
+    ] = "",
+    replay: Annotated[
+        str, typer.Option(help="Repeat a recorded order in simulation, bit for bit.", metavar="FILE")
+    ] = "",
+    trace: Annotated[
+        Path | None, typer.Option(help="Folder for event logs and Perfetto traces of a simulation.")
+    ] = None,
     progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress bars.")] = True,
 ) -> None:
     """Train TASK once per strategy under equal conditions and say which is best, and whether to distribute.
@@ -81,13 +102,14 @@ def compare(
     for path in (json_path, html_path):
         _check_writable(path)
     from paceline.bench.compare import compare as run
+    from paceline.bench.virtual import VirtualCluster
     from paceline.report import page, table
 
     typer.echo(f"seed {seed}", err=True)
     comparison = run(
         task,
         strategies=split_list(strategies),
-        workers=workers,
+        workers=workers if simulate is None else simulate,
         data=data,
         epochs=epochs,
         batch_size=batch_size,
@@ -98,6 +120,9 @@ def compare(
         fabric=fabric,
         threads=threads,
         progress=progress,
+        virtual=VirtualCluster(compute, network, faults, str(trace or "")) if simulate is not None else None,
+        record=record,
+        replay=replay,
         on_trial=_tell,
     )
     table.show(comparison)

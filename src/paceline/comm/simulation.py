@@ -60,14 +60,15 @@ def simulate(
     log: str | None = None,
     trace: str | None = None,
     record: bool = True,
+    threads: int = 1,
 ) -> SimulatedRun:
     """Run `fn(*args)` on `num_workers` virtual workers; inside, `paceline.init()` joins the virtual cluster.
 
     `compute`: seconds per minibatch, a distribution (see `paceline.comm.compute_time`); `speeds[r]` divides
-    them for worker r. `network`: see `paceline.schedule.topology`. `faults`: see `paceline.comm.faults`;
-    a death is noticed `detect_s` later. `log`, `trace`: files for the event log (JSON lines) and the
-    Chrome/Perfetto trace; `record=False` keeps no events. Raises what a worker raised, or CommError with who
-    waits for whom when nobody can go on.
+    them for worker r. `network`: see `paceline.schedule.topology`. `faults`: see `paceline.comm.faults`; a
+    death is noticed `detect_s` later. `log`, `trace`: files for the event log (JSON lines) and the
+    Chrome/Perfetto trace; `record=False` keeps no events; `threads`: torch's intra-op threads. Raises what a
+    worker raised, or CommError with who waits for whom when nobody can go on.
     """
     if num_workers < 1:
         raise ConfigError(f"num_workers={num_workers}: at least 1 expected")
@@ -98,7 +99,7 @@ def simulate(
 
     start_s = [script.joins.get(r, 0.0) for r in range(num_workers)]
     try:
-        results = world.run([partial(body, r) for r in range(num_workers)], start_s)
+        results = world.run([partial(body, r) for r in range(num_workers)], start_s, threads=threads)
     finally:
         if log:
             events.write(log)

@@ -173,7 +173,9 @@ class World:
 
     # -- running -------------------------------------------------------------------------------------------
 
-    def run(self, bodies: Sequence[Callable[[], Any]], start_s: Sequence[float] | None = None) -> list[Any]:
+    def run(
+        self, bodies: Sequence[Callable[[], Any]], start_s: Sequence[float] | None = None, *, threads: int = 1
+    ) -> list[Any]:
         """Run one body per worker until all are over; returns their results (None for a killed worker).
 
         Raises what a worker raised (the others are unwound), or CommError when all wait for each other.
@@ -187,15 +189,15 @@ class World:
             self.resume_at(start_s[worker.rank] if start_s else 0.0, worker.rank, 0)
         outside = Worker(-1, lambda: None, 0)
         outside.save_random_state()
-        threads, stack = torch.get_num_threads(), threading.stack_size(_STACK_BYTES)
-        torch.set_num_threads(1)
+        threads_before, stack = torch.get_num_threads(), threading.stack_size(_STACK_BYTES)
+        torch.set_num_threads(threads)
         self._main.acquire()
         try:
             self._pass_on(None)
             self._wait_for_end()
         finally:
             threading.stack_size(stack)
-            torch.set_num_threads(threads)
+            torch.set_num_threads(threads_before)
             outside.load_random_state()
         if self._failure is not None:
             raise self._failure

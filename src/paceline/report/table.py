@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
@@ -16,11 +18,12 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
     console = console or Console()
     if not console.is_terminal:
         console.width = max(console.width, _WIDTH)
+    is_stale = any("staleness_mean" in t.staleness for t in comparison.trials)
     marked = [set(c.winners) for c in criteria(comparison)]
     table = Table(
         title=f"{comparison.task}: {comparison.epochs:g} epochs of {comparison.train_samples} samples"
     )
-    table.add_column("strategy", no_wrap=True)
+    table.add_column("strategy", min_width=16, max_width=32, overflow="fold")
     for head in (
         "workers",
         "samples/s",
@@ -30,6 +33,7 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
         f"acc. % at\n{comparison.epochs_budget:g} epochs",
         "bytes sent\n/sample",
         "waited",
+        *(["staleness\nmean/max"] if is_stale else []),
     ):
         table.add_column(head, justify="right")
     for trial, row in zip(comparison.trials, comparison.results(), strict=True):
@@ -49,7 +53,15 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
             *starred[1:],
             amount(trial.bytes_sent_per_sample),
             duration(trial.wait_s),
+            *([_staleness(row)] if is_stale else []),
         )
     console.print(table)
-    console.print("* best of its column. Evaluation is off the clock.", style="dim")
+    clock = "Seconds are virtual: a simulated cluster. " if comparison.simulated else ""
+    console.print(f"* best of its column. {clock}Evaluation is off the clock.", style="dim")
     console.print(verdict(comparison))
+
+
+def _staleness(row: dict[str, Any]) -> str:
+    if row["staleness_mean"] is None:
+        return "–"
+    return f"{row['staleness_mean']:.1f}/{row['staleness_max']}"

@@ -41,6 +41,11 @@ class TrainingStrategy(abc.ABC):
     bucket_bytes: int = 25 << 20
     """Gradient buckets are closed at this size (the first at 1 MiB, so that sending starts early)."""
 
+    @property
+    def name(self) -> str:
+        """The name of the method: its file's."""
+        return type(self).__module__.rsplit(".", 1)[-1]
+
     def attach(self, replica: Any, comm: Communicator) -> None:
         """Meet the model: `replica` as in `paceline.types.Replica`, all ranks with equal parameters."""
         self.replica = replica

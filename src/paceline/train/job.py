@@ -364,7 +364,7 @@ class Job:
             "rank": self.rank,
             "size": self.size,
             "fabric": self.comm.fabric,
-            "strategy": _name(self.attachments[-1].strategy) if self.attachments else None,
+            "strategy": self.strategy.name if self.attachments else None,
             "epoch": self.epoch,
             "steps": self.step,
             "samples": self.samples,
@@ -396,7 +396,3 @@ class Job:
 
 def _listed(item: Any) -> list[Any]:
     return list(item) if isinstance(item, (list, tuple)) else [item]
-
-
-def _name(strategy: TrainingStrategy) -> str:
-    return type(strategy).__module__.rsplit(".", 1)[-1]

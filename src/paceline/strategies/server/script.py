@@ -10,6 +10,8 @@ import json
 from collections import defaultdict, deque
 from pathlib import Path
 
+import torch
+
 from paceline.errors import ConfigError
 from paceline.types import Message, Rank, Reply
 
@@ -53,15 +55,30 @@ class Script:
     def save(self, rank: Rank) -> None:
         """Write what this rank's shards did to `<record>.<rank>`."""
         if self.record_to:
-            content = {"format": 1, "shards": {str(j): order for j, order in sorted(self._order.items())}}
+            content = {
+                "format": 1,
+                "threads": torch.get_num_threads(),
+                "shards": {str(j): order for j, order in sorted(self._order.items())},
+            }
             Path(f"{self.record_to}.{rank}").write_text(json.dumps(content))
+
+
+def recorded_threads(path: str) -> int:
+    """Intra-op threads of the recorded run: another number gives other bits."""
+    try:
+        return int(json.loads(_files(path)[0].read_text())["threads"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a recording of parameter_server: {error}") from None
+
+
+def _files(path: str) -> list[Path]:
+    return sorted(Path(path).parent.glob(f"{Path(path).name}.[0-9]*")) or [Path(path)]
 
 
 def load(path: str) -> dict[int, list[tuple[Rank, int]]]:
     """Read a recording: `path`.0, `path`.1, … of all ranks, or one file. Raises ConfigError."""
-    files = sorted(Path(path).parent.glob(f"{Path(path).name}.[0-9]*")) or [Path(path)]
     order: dict[int, list[tuple[Rank, int]]] = {}
-    for file in files:
+    for file in _files(path):
         try:
             for j, entries in json.loads(file.read_text())["shards"].items():
                 order[int(j)] = [(int(src), int(number)) for src, number in entries]
