@@ -1,0 +1,1 @@
+"""How a worker without a server tells all its peers."""

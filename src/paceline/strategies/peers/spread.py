@@ -1,0 +1,55 @@
+"""One worker's tensors to all others, asynchronously: directly, or relayed over a mesh of bounded degree.
+
+Relayed, worker r sends only to r + 1, r + 2, r + 4, … (modulo N): who is at distance d from the origin
+passes on to the distances d + 2^j for all 2^j > d, a binomial tree for every origin: log₂N neighbours, log₂N
+hops.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from paceline.types import Communicator, Message, Rank
+
+
+class Spread:
+    """Sends to all peers, and keeps what they sent until `take`."""
+
+    def __init__(self, comm: Communicator, channel: str, *, is_relayed: bool) -> None:
+        self._comm, self._channel = comm, channel
+        self.is_relayed = is_relayed
+        self.lost: set[Rank] = set()
+        self._inbox: list[tuple[Rank, list[torch.Tensor]]] = []
+        comm.serve(channel, self._handle)
+        comm.on_lost(self.lost.add)
+
+    def send(self, tensors: list[torch.Tensor], origin: Rank | None = None) -> None:
+        """Post to all peers, or as a relay to those that this rank is responsible for."""
+        size = self._comm.size
+        origin = self._comm.rank if origin is None else origin
+        distance = (self._comm.rank - origin) % size
+        steps = list(range(1, size))
+        if self.is_relayed:
+            powers = [1 << j for j in range(size.bit_length())]
+            steps = [p for p in reversed(powers) if p > distance and distance + p < size]
+        for step in steps:
+            peer = (self._comm.rank + step) % size
+            if peer not in self.lost:
+                self._comm.post(peer, self._channel, Message({"origin": origin}, tensors))
+
+    def take(self) -> list[tuple[Rank, list[torch.Tensor]]]:
+        """What arrived since the last time, as (origin, tensors), in order of arrival."""
+        inbox, self._inbox = self._inbox, []
+        return inbox
+
+    def drain(self) -> None:
+        """Collective: everything that was sent has arrived everywhere, relays included."""
+        for _ in range(self._comm.size.bit_length() if self.is_relayed else 1):
+            self._comm.drain()
+
+    def _handle(self, src: Rank, message: Message) -> None:
+        """On the message service: pass on, and keep for the worker."""
+        origin, tensors = int(message.header["origin"]), list(message.tensors)
+        if self.is_relayed:
+            self.send(tensors, origin)
+        self._inbox.append((origin, tensors))
