@@ -31,7 +31,15 @@ from paceline.schedule.program import (
     turn,
 )
 
-OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather", "reduce_scatter_v", "all_gather_v")
+OPERATIONS = (
+    "all_reduce",
+    "reduce_scatter",
+    "all_gather",
+    "all_to_all",
+    "reduce_scatter_v",
+    "all_gather_v",
+    "all_to_all_v",
+)
 VARIANTS: tuple[dict[str, int], ...] = ({"shots": 1}, {"shots": 2})
 
 
@@ -51,6 +59,9 @@ def build(
         yield step_of(Op(kinds[src], src, INPUT, 0, dst, OUTPUT, 0) for src, dst in pairs)
 
     def two_shot() -> Iterator[Step]:
+        if op == "all_to_all":
+            yield together(*(copy(me, turn(p, k), turn(p, k), to=me, source=INPUT) for k in range(p)))
+            return
         if op == "all_gather":
             yield copy(me, me, 0, to=me, source=INPUT)
         else:
@@ -80,7 +91,7 @@ def cost(
     p, copies = num_ranks, channels * instances
     some, share = int(p > 1), Fraction(p - 1, p)
     if operation != "all_reduce":
-        reduced = Fraction(0) if "gather" in operation else share
+        reduced = share if "reduce" in operation else Fraction(0)
         return Cost(some, (p - 1) * copies, share, reduced)
     if shots == 1:
         return Cost(some, (p - 1) * copies, Fraction(p - 1), Fraction(_reductions(p)))

@@ -28,6 +28,7 @@ from paceline.schedule.program import (
 )
 
 OPERATIONS = ("broadcast", "reduce", "gather", "scatter")
+ALIASES = ("binomial",)
 
 
 def rounds(num_ranks: int) -> int:

@@ -17,6 +17,7 @@ from paceline.schedule.cost import Cost, No, only
 from paceline.schedule.program import INPUT, SCRATCH, Program, Step, copy, ranks, reduce, replicate
 
 OPERATIONS = ("broadcast", "reduce")
+ALIASES = ("pipelined_chain",)
 
 
 def build(

@@ -14,6 +14,7 @@ from paceline.schedule.cost import Cost, No, only
 from paceline.schedule.program import INPUT, Program, Step, copy, ranks, reduce, replicate, turn
 
 OPERATIONS = ("barrier",)
+ALIASES = ("dissemination_barrier",)
 
 
 def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Program:

@@ -15,6 +15,7 @@ from paceline.schedule.cost import Cost, No, only
 from paceline.schedule.program import INPUT, Program, Step, copy, ranks, reduce, replicate
 
 OPERATIONS = ("all_reduce",)
+ALIASES = ("firecaffe",)
 
 
 def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Program:

@@ -16,6 +16,7 @@ from paceline.schedule.cost import Cost, No, only
 from paceline.schedule.program import Program, Step, replicate
 
 OPERATIONS = ring.OPERATIONS
+ALIASES = ("chunked_ring",)
 
 
 def build(

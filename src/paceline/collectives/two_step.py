@@ -32,6 +32,7 @@ from paceline.schedule.program import (
 
 __all__ = ["OPERATIONS", "VARIANTS", "build", "cost", "supports"]
 OPERATIONS = ("all_to_all", "all_to_all_v")
+ALIASES = ("two_step_all_to_all",)
 
 
 def build(

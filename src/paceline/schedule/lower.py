@@ -23,7 +23,7 @@ from paceline.schedule import contract
 from paceline.schedule.lowered import Instruction, Lowered, Run
 from paceline.schedule.ordering import order
 from paceline.schedule.placement import Placement, Row, last_reads
-from paceline.schedule.program import REDUCE, Program
+from paceline.schedule.program import REDUCE, Program, replicate
 from paceline.schedule.tidy import Micro, fuse, merge_copies, retarget
 
 
@@ -35,14 +35,17 @@ def lower(
     fused: bool = True,
     slots: int = 2,
     slices: int = 1,
+    channels: int = 1,
 ) -> Lowered:
     """Lower `program` for execution with `slots` messages in flight per connection.
 
-    Raises ScheduleError where the program itself is wrong: reading memory that nothing has written, or
-    combining different chunks. `verify` proves the result.
+    `channels` splits every chunk over that many times as many channels, `slices` goes to the executor.
+    `fused` off keeps every receive and send apart. Raises ScheduleError where the program itself is wrong:
+    reading memory that nothing has written, or combining different chunks. `verify` proves the result.
     """
     if slots < 1 or slices < 1:
         raise ScheduleError(f"{program}: at least one slot and one slice, got {slots} and {slices}")
+    program = replicate(program, channels)
     work = _Lowering(program, in_place=in_place, zero_copy=zero_copy)
     live = {work.place.home[name] for name in work.place.results}
     micros = merge_copies(retarget(work.run()))

@@ -21,9 +21,10 @@ from typing import NoReturn
 
 from paceline.errors import ScheduleError
 from paceline.schedule import contract
+from paceline.schedule.lower import lower
 from paceline.schedule.lowered import POSTS, RECEIVES, Instruction, Lowered
 from paceline.schedule.matching import Post, check_form, match
-from paceline.schedule.program import Buffer
+from paceline.schedule.program import Buffer, Program
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,19 @@ class Verified:
     dependencies: int
 
 
-def verify(lowered: Lowered) -> Verified:
-    """Prove `lowered` correct; raises ScheduleError otherwise."""
+def verify(lowered: Lowered | Program) -> Verified:
+    """Prove `lowered` correct; raises ScheduleError otherwise.
+
+    A Program is lowered first, in all four ways: in and out of place, staged and zero-copy.
+    """
+    if isinstance(lowered, Program):
+        ways = [(place, zero) for place in (False, True) for zero in (False, True)]
+        proved = [verify(lower(lowered, in_place=place, zero_copy=zero)) for place, zero in ways]
+        return Verified(
+            sum(v.instructions for v in proved),
+            sum(v.messages for v in proved),
+            sum(v.dependencies for v in proved),
+        )
     check_form(lowered)
     posts = match(lowered)
     run = _Run(lowered, posts)
