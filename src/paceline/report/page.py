@@ -7,7 +7,16 @@ from pathlib import Path
 
 from paceline.bench.rows import Comparison
 from paceline.report import charts
-from paceline.report.verdict import Criterion, amount, criteria, duration, percent, verdict
+from paceline.report.verdict import (
+    Criterion,
+    amount,
+    criteria,
+    duration,
+    noise_points,
+    pays,
+    percent,
+    verdict,
+)
 
 
 def write(comparison: Comparison, path: Path) -> None:
@@ -39,7 +48,9 @@ def render(comparison: Comparison) -> str:
 accuracy, or 2 % of speed, are shared.</p>
 <div class="cards">{"".join(_card(c) for c in found)}</div>
 <h2>All figures</h2>
-<p class="hint">One row per strategy, in the order they ran; the best of each criterion is green.</p>
+<p class="hint">One row per strategy, in the order they ran; the best of each criterion is green. With
+{comparison.test_samples:,} test samples, differences below about {noise_points(comparison):.1f} points
+of accuracy may be chance.</p>
 {_table(comparison, found)}
 {_pictures(comparison)}
 {_conditions(comparison)}
@@ -56,7 +67,7 @@ def _head(comparison: Comparison) -> str:
 each time by a different strategy: by one worker, or by {most} workers that share the work and exchange what
 they learned. Every dot below is an evaluation on {comparison.test_samples:,} test samples that were never
 trained on.</p>
-<p class="verdict">{escape(verdict(comparison))}</p>"""
+<p class="verdict{" no" if pays(comparison) is False else ""}">{escape(verdict(comparison))}</p>"""
 
 
 def _card(criterion: Criterion) -> str:

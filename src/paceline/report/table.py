@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from paceline.bench.rows import Comparison
 from paceline.report.verdict import amount, criteria, duration, verdict
 
-_WIDTH = 120
+_WIDTH = 92
+_NAME_WIDTH = 48
 
 
 def show(comparison: Comparison, console: Console | None = None) -> None:
     """Print the four criteria, bytes and waiting of every strategy; the winners are marked with *."""
     console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, _WIDTH)
     is_stale = any("staleness_mean" in t.staleness for t in comparison.trials)
+    # A narrow terminal wraps lines; better than columns that lose their figures.
+    longest = max(len(t.strategy) for t in comparison.trials)
+    console.width = max(console.width, _WIDTH + min(longest, _NAME_WIDTH) + 14 * is_stale)
     marked = [set(c.winners) for c in criteria(comparison)]
     table = Table(
-        title=f"{comparison.task}: {comparison.epochs:g} epochs of {comparison.train_samples} samples"
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        title=f"{comparison.task}: {comparison.epochs:g} epochs of {comparison.train_samples} samples",
     )
-    table.add_column("strategy", min_width=16, max_width=32, overflow="fold")
+    table.add_column("strategy", min_width=16, max_width=_NAME_WIDTH, overflow="fold")
     for head in (
         "workers",
         "samples/s",
@@ -35,7 +40,7 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
         "waited",
         *(["staleness\nmean/max"] if is_stale else []),
     ):
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", no_wrap=True)
     for trial, row in zip(comparison.trials, comparison.results(), strict=True):
         cells = [
             f"{trial.samples_per_s:,.0f}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -80,6 +81,13 @@ def _criterion(
     return Criterion(name, question, explanation, winners, show(best))
 
 
+def pays(comparison: Comparison) -> bool | None:
+    """Whether a distributed strategy beats one worker in speed; None if there is nothing to compare."""
+    single = [t.samples_per_s for t in comparison.trials if t.workers == 1]
+    others = [t.samples_per_s for t in comparison.trials if t.workers > 1]
+    return max(others) >= max(single) * (1 + _SPEED_TIE) if single and others else None
+
+
 def verdict(comparison: Comparison) -> str:
     """Whether to distribute this model on this machine, judged against the single worker."""
     singles = [t for t in comparison.trials if t.workers == 1]
@@ -95,7 +103,7 @@ def verdict(comparison: Comparison) -> str:
     best = max(others, key=lambda t: t.accuracy_at_seconds(budget))
     ratio = fastest.samples_per_s / single.samples_per_s
     gain = best.accuracy_at_seconds(budget) - single.accuracy_at_seconds(budget)
-    if ratio < 1 + _SPEED_TIE:
+    if not pays(comparison):
         return (
             f"Do not distribute this model on this machine: one worker trains {1 / ratio:.1f} times as fast "
             f"as the fastest of the others ({fastest.strategy}). Its steps are too short for the time that "
@@ -112,6 +120,12 @@ def verdict(comparison: Comparison) -> str:
         f"Distributing pays here: {fastest.strategy} trains {ratio:.1f} times as fast as one worker, and "
         f"after {duration(budget)} {best.strategy} {lead} it."
     )
+
+
+def noise_points(comparison: Comparison) -> float:
+    """Differences below this many points of accuracy may be chance: two standard deviations."""
+    best = max(t.best_accuracy for t in comparison.trials)
+    return 200 * math.sqrt(2 * best * (1 - best) / comparison.test_samples)
 
 
 def percent(share: float) -> str:
