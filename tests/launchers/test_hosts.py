@@ -1,0 +1,91 @@
+"""Several hosts: each runs the launcher, and they meet at one address."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from netlab import Lab, why_not
+
+pytestmark = [
+    pytest.mark.net,
+    pytest.mark.xdist_group("processes"),
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+# A lab has no name server; nobody should wait for one.
+ENVIRONMENT = {"RES_OPTIONS": "timeout:1 attempts:1"}
+
+
+def start(lab: Lab, host: int, *arguments: str) -> subprocess.Popen[Any]:
+    return lab.popen(
+        host,
+        [
+            *(sys.executable, "-m", "paceline.cli.main", "run", "--nodes", "2"),
+            *("--rendezvous", f"{lab.address(0)}:29400", *arguments),
+        ],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(*processes: subprocess.Popen[Any]) -> list[tuple[int, str, str]]:
+    return [(p.wait(240), *p.communicate()) for p in processes]
+
+
+def test_digits_trained_on_two_hosts() -> None:
+    script = str(ROOT / "examples" / "digits.py")
+    with Lab(hosts=2) as lab:
+        second = start(lab, 1, "-n", "1", script, "--epochs", "8")  # comes first and waits
+        first = start(lab, 0, "-n", "1", script, "--epochs", "8")
+        results = finish(first, second)
+    assert [code for code, *_ in results] == [0, 0], results
+    told = results[0][1] + results[1][1]
+    assert "2 workers" in told
+    last = [line for line in told.splitlines() if "epoch 8: accuracy" in line]
+    assert float(last[0].split("accuracy ")[1].split(",")[0]) >= 0.9
+
+
+def test_one_secret_for_all_hosts_and_failures_told_on_both(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, time, torch, torch.distributed as dist\n"
+        "from paceline.options import JobOptions\n"
+        "print('secret', JobOptions.from_environment(os.environ).secret, flush=True)\n"
+        "dist.init_process_group('gloo')\n"
+        "dist.barrier()\n"
+        "if dist.get_rank() == 1: raise ValueError('boom')\n"
+        "dist.all_reduce(torch.ones(1))\n"
+        "time.sleep(300)\n"
+    )
+    with Lab(hosts=2) as lab:
+        results = finish(*(start(lab, host, "-n", "1", str(script)) for host in (0, 1)))
+    secrets = {line.split()[-1] for _, out, _ in results for line in out.splitlines() if "secret" in line}
+    assert len(secrets) == 1 and len(secrets.pop()) == 64
+    assert all(code not in (0, None) for code, *_ in results)
+    assert sum("[1] ValueError: boom" in err.splitlines()[-1] for *_, err in results) == 1
+    assert all("frame #" not in err for *_, err in results), "no stacks of the C++ store"
+
+
+def test_secret_file_on_every_host(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\nfrom paceline.options import JobOptions\n"
+        "print('secret', JobOptions.from_environment(os.environ).secret)\n"
+    )
+    key = tmp_path / "key"
+    key.write_text("a shared secret of enough length")
+    key.chmod(0o600)
+    with Lab(hosts=2) as lab:
+        arguments = ("-n", "1", "--secret-file", str(key), str(script))
+        results = finish(*(start(lab, host, *arguments) for host in (0, 1)))
+    secrets = {line.split()[-1] for _, out, _ in results for line in out.splitlines()}
+    assert len(secrets) == 1, results
+    assert key.read_text() not in secrets, "workers get a key made of it, not the file's content"
