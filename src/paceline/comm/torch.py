@@ -78,12 +78,15 @@ class TorchCommunicator(FabricCommunicator):
         device: torch.device | None = None,
         owns_group: bool = False,
         meeting: Meeting | None = None,
+        name: str = "paceline",
     ) -> None:
         super().__init__(dist.get_rank(group), dist.get_world_size(group), hosts)
         self.meeting = meeting
         self.group = group
         self.device = device or torch.device("cpu")
         self._owns_group = owns_group
+        self._name = name
+        self._num_splits = 0
 
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Zeroed 1-D tensor in ordinary memory of this communicator's device."""
@@ -171,14 +174,29 @@ class TorchCommunicator(FabricCommunicator):
         return _TorchWork(self, work, None, "recv")
 
     def _split(self, ranks: list[Rank]) -> FabricCommunicator | None:
+        self._num_splits += 1
         if self.rank not in ranks:
-            return None  # with local synchronisation only the members meet
+            return None
+        name = f"{self._name}.{self._num_splits}[{','.join(map(str, ranks))}]"
         members = ranks
         if self.group is not None:
             members = [dist.get_global_rank(self.group, r) for r in ranks]
-        group = dist.new_group(members, use_local_synchronization=True, sort_ranks=False)
+        # dist.new_group(use_local_synchronization=True) names groups by how many this process has made
+        # before, which members of different groups disagree about: then they wait for each other for ever.
+        c10d: Any = dist.distributed_c10d
+        backend = dist.get_backend(self.group)
+        group, _ = c10d._new_process_group_helper(
+            len(ranks),
+            ranks.index(self.rank),
+            members,
+            dist.Backend(backend),
+            c10d._get_default_store(),
+            name,
+            timeout=c10d._get_default_timeout(backend),
+        )
+        c10d._world.pg_group_ranks[group] = {member: r for r, member in enumerate(members)}
         hosts = [self.hosts[r] for r in ranks]
-        return TorchCommunicator(hosts, group=group, device=self.device, owns_group=True)
+        return TorchCommunicator(hosts, group=group, device=self.device, owns_group=True, name=name)
 
     def _close(self) -> None:
         if self._owns_group and dist.is_initialized():

@@ -88,7 +88,10 @@ class LocalSGD(TrainingStrategy):
         works = [self.comm.all_reduce(totals)]
         if self.average_optimizer:
             self._check_states(works[0], totals, len(tensors))
-        backup = [t.clone() for t in tensors] if weight == 0 else tensors
+        if finishing:
+            works[0].wait()
+            if totals[0] == 0:  # nobody trained since the last average: all hold the same already
+                return bool(totals[1] == self.comm.size)
         flats = [t if t.is_contiguous() else t.contiguous() for t in tensors]
         for flat in flats:
             if weight != 1:
@@ -97,11 +100,8 @@ class LocalSGD(TrainingStrategy):
         for work in works:
             work.wait()
         total, num_finishing, _ = totals.tolist()
-        for tensor, flat, old in zip(tensors, flats, backup, strict=True):
-            if total > 0:
-                tensor.copy_(flat.div_(total))
-            else:  # nobody trained since the last average: all hold the same already
-                tensor.copy_(old)
+        for tensor, flat in zip(tensors, flats, strict=True):
+            tensor.copy_(flat.div_(total))
         return bool(num_finishing == self.comm.size)
 
     def _check_states(self, work: Work, totals: torch.Tensor, count: int) -> None:
@@ -109,10 +109,8 @@ class LocalSGD(TrainingStrategy):
         if totals[2] != count * self.comm.size:
             raise Mismatch(
                 f"rank {self.comm.rank}: local_sgd(average_optimizer=true): the optimizer has {count}"
-                " tensors of"
-                f" state here and another number elsewhere ({totals[2]:g} in all): a parameter got no"
-                " gradient on"
-                " some rank yet; use average_optimizer=false"
+                f" tensors of state here and another number elsewhere ({totals[2]:g} in all): a parameter"
+                " got no gradient on some rank yet; use average_optimizer=false"
             )
 
     def _unify_counters(self) -> None:

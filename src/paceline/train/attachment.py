@@ -248,8 +248,7 @@ class Attachment:
             if not self._warned and self._comm.rank == 0 and self.strategy.needs_gradients:
                 warnings.warn(
                     f"optimizer.step() after {self._backwards} of {self.accumulation_steps} accumulation"
-                    " steps:"
-                    " gradients are reduced now, after any clipping or unscaling",
+                    " steps: gradients are reduced now, after any clipping or unscaling",
                     stacklevel=3,
                 )
             self._warned = True
@@ -274,7 +273,6 @@ class Attachment:
             return
         raise ConfigError(
             f"rank {self._comm.rank}: the optimizer holds {count} parameters, {self._counts[id(optimizer)]}"
-            " when"
-            " prepare() saw it, or a frozen parameter was unfrozen; their gradients would stay local. Call"
-            " job.prepare(model, optimizer, ...) again after adding or unfreezing parameters"
+            " when prepare() saw it, or a frozen parameter was unfrozen; their gradients would stay local."
+            " Call job.prepare(model, optimizer, ...) again after adding or unfreezing parameters"
         )

@@ -15,8 +15,8 @@ class TrainingClock:
         self._comm, self._ledger = comm, comm.ledger
         self._since: float | None = None
         self._gathered_s = 0.0
-        self._other_bytes = 0
-        self._other_wait_s = 0.0
+        self._other_bytes = comm.ledger.payload_bytes  # what was sent before this job is not its training
+        self._other_wait_s = comm.ledger.wait_s
 
     @property
     def seconds(self) -> float:

@@ -38,8 +38,7 @@ def _collect_model(job: Job, attachment: Attachment) -> dict[str, Any]:
     if attachment.is_mid_window:
         raise CheckpointError(
             f"rank {job.rank}: save() between backward() and optimizer.step(), or inside an accumulation"
-            " window:"
-            " gradients are not saved. Save after optimizer.step()"
+            " window: gradients are not saved. Save after optimizer.step()"
         )
     attachment.finish_minibatch()
     replica, strategy = attachment.replica, attachment.strategy
@@ -94,8 +93,8 @@ def _check_fits(job: Job, first: dict[str, Any]) -> None:
     if len(here) != len(there) or len(job.loaders) != len(first["loaders"]):
         raise CheckpointError(
             f"the checkpoint was saved with {len(there)} prepared models and {len(first['loaders'])}"
-            " loaders, this"
-            f" job has {len(here)} and {len(job.loaders)}: load after the same prepare() calls as when saving"
+            f" loaders, this job has {len(here)} and {len(job.loaders)}: load after the same prepare()"
+            " calls as when saving"
         )
     if here != there:
         names = [[n.rsplit(".", 1)[-1] for n in side] for side in (there, here)]
@@ -134,8 +133,7 @@ def _restore_elsewhere(job: Job, first: dict[str, Any], saved_size: int) -> None
         mid = any(position["step"] for position in first["loaders"])
         warnings.warn(
             f"checkpoint of {saved_size} ranks loaded into {job.size}: model, optimizer and epoch are taken"
-            " over,"
-            " random states and the strategy's state start afresh"
+            " over, random states and the strategy's state start afresh"
             + ("; the epoch that was interrupted starts again" if mid else ""),
             stacklevel=4,
         )

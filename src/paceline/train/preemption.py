@@ -62,8 +62,7 @@ class StopAgreement:
         if not self._agreed.wait(_ANSWER_TIMEOUT_S):
             raise CommError(
                 f"rank {self._rank}: a rank was asked to stop (SIGTERM), and after {_ANSWER_TIMEOUT_S:g} s"
-                " not all"
-                " ranks have said at which step they are: one of them is gone"
+                " not all ranks have said at which step they are: one of them is gone"
             )
         assert self._last_step is not None
         return may_stop and finished >= self._last_step

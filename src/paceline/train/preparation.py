@@ -124,17 +124,15 @@ def _check(
         if strangers:
             raise ConfigError(
                 f"{type(optimizer).__name__} holds {len(strangers)} parameters that are not in the model"
-                " (shapes"
-                f" {strangers[:3]}): put all trained modules into one nn.Module and make the optimizer from"
-                " it"
+                f" (shapes {strangers[:3]}): put all trained modules into one nn.Module and make the"
+                " optimizer from it"
             )
     if strategy.needs_gradients and comm.size > 1:
         for name, module in model.named_modules():
             if getattr(module, "sparse", False) is True and any(p.requires_grad for p in module.parameters()):
                 raise ConfigError(
-                    f"module {name} makes sparse gradients, which dense buckets cannot carry; use"
-                    " sparse=False"
-                    " or strategy='local_sgd(...)'"
+                    f"module {name or type(module).__name__} makes sparse gradients, which dense buckets"
+                    " cannot carry; use sparse=False or strategy='local_sgd(...)'"
                 )
 
 

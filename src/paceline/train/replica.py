@@ -176,10 +176,9 @@ class FlatReplica:
     def _check_layout(self, parameter: torch.Tensor, view: torch.Tensor) -> None:
         if (parameter.shape, parameter.dtype, parameter.device) != (view.shape, view.dtype, view.device):
             raise ConfigError(
-                f"parameter {self.name(parameter)} was {tuple(view.shape)} {view.dtype} on {view.device} when"
-                f" prepare() saw it and is {tuple(parameter.shape)} {parameter.dtype} on {parameter.device}"
-                " now;"
-                " change the model before prepare()"
+                f"parameter {self.name(parameter)} was {tuple(view.shape)} {view.dtype} on {view.device}"
+                f" when prepare() saw it and is {tuple(parameter.shape)} {parameter.dtype} on"
+                f" {parameter.device} now; change the model before prepare()"
             )
 
 
