@@ -21,7 +21,7 @@ from paceline.strategies.server.slices import Slices
 from paceline.strategies.strategy import TrainingStrategy
 from paceline.types import Communicator, Work
 
-_PAYLOADS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_PAYLOADS = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class StreamingDiLoCo(TrainingStrategy):
@@ -41,7 +41,7 @@ class StreamingDiLoCo(TrainingStrategy):
         mix: float = 0.0,
         rate: float = 0.7,
         momentum: float = 0.9,
-        payload: str | Spec = "float32",
+        payload: str | Spec = "full",
     ) -> None:
         for name, value, least in (("period", period, 1), ("fragments", fragments, 1), ("delay", delay, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -101,7 +101,7 @@ class StreamingDiLoCo(TrainingStrategy):
 
     def _request(self, f: int) -> None:
         pairs = zip(self._local(f), self._outer[f].start, strict=True)
-        sums = [((local - start) / self.comm.size).to(self._payload) for local, start in pairs]
+        sums = [((local - start) / self.comm.size).to(self._payload or start.dtype) for local, start in pairs]
         self._flying[f] = (self._steps + self.delay, sums, [self.comm.all_reduce(s) for s in sums])
 
     def _apply(self, f: int, *, mix: float | None = None) -> None:
@@ -130,5 +130,5 @@ class StreamingDiLoCo(TrainingStrategy):
         self._flying = {int(f): (due, list(sums), []) for f, (due, sums) in state["flying"].items()}
 
     def traffic(self, model_bytes: int, size: int) -> float:
-        """Every fragment once per period."""
-        return model_bytes * self._payload.itemsize / 4 / self.period
+        """Every fragment once per period; half of it when float32 travels in 16 bits."""
+        return model_bytes / self.period * (0.5 if self._payload else 1.0)

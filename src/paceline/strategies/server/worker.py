@@ -174,7 +174,9 @@ class Sender:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a continued run needs on this worker."""
+        ahead = [[m.header["version"], list(m.tensors)] for m in (r.reply.wait() for r in self._ahead or [])]
         return {
+            "ahead": ahead,
             "base": self._base,
             "pulled": self._pulled,
             "versions": list(self._versions),
@@ -188,3 +190,8 @@ class Sender:
             own.copy_(saved)
         self._versions, self._next_versions = list(state["versions"]), list(state["versions"])
         self._number, self._steps = state["number"], state["steps"]
+        self._ahead = None
+        for version, tensors in state["ahead"]:
+            reply = self._comm.deferred()
+            reply.set(Message({"version": version}, tensors))
+            self._ahead = [*(self._ahead or []), Request(Message(), self._comm.rank, reply)]
