@@ -8,6 +8,8 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from paceline import collectives
 from paceline.collectives import double_binary_tree, ring
@@ -17,6 +19,7 @@ from paceline.schedule.builder import Builder
 from paceline.schedule.cost import Cost, count
 from paceline.schedule.lower import lower
 from paceline.schedule.program import INPUT, OUTPUT, chunk_offsets
+from paceline.schedule.verify import verify
 
 
 @pytest.mark.parametrize("name", collectives.names())
@@ -167,4 +170,38 @@ def test_bad_requests_are_refused() -> None:
         collectives.build("neighbor_exchange", "all_gather", 3)
     with pytest.raises(ConfigError, match="at least one rank"):
         collectives.build("ring", "all_reduce", 0)
+    with pytest.raises(ConfigError, match=r"unknown option of chain 'segmnets'\. Did you mean 'segments'"):
+        collectives.build("chain", "broadcast", 3, segmnets=2)
+    with pytest.raises(ConfigError, match="segments: 1 or more expected, got 0"):
+        collectives.build("chain", "broadcast", 3, segments=0)
+    with pytest.raises(ConfigError, match="at least one channel"):
+        collectives.build("ring", "all_reduce", 3, channels=0)
     assert collectives.find("pairwise_exchange") is collectives.find("recursive_doubling")
+
+
+@pytest.mark.parametrize("segments", [1, 2, 5])
+@pytest.mark.parametrize("name", ["chain", "ring_chunked", "double_binary_tree"])
+def test_any_number_of_segments(name: str, segments: int) -> None:
+    for case in cases((1, 2, 3, 6), algorithms=[name]):
+        options = {"root": case.root, "segments": segments}
+        program = collectives.build(name, case.operation, case.num_ranks, **options)
+        assert count(program) == collectives.cost(name, case.operation, case.num_ranks, **options)
+        assert verify(program).messages >= (case.num_ranks > 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=9))
+def test_ranks_on_any_hosts(hosts: list[str]) -> None:
+    """Unequal hosts, ranks of a host not next to one another, hosts of one rank."""
+    p = len(hosts)
+    for name, operation in (
+        ("hierarchical", "all_reduce"),
+        ("two_step", "all_to_all"),
+        ("hybrid", "all_reduce"),
+    ):
+        if collectives.supports(name, operation, p, hosts=hosts):
+            program = collectives.build(name, operation, p, hosts=hosts)
+            assert count(program) == collectives.cost(name, operation, p, hosts=hosts)
+            verify(program)
+        else:
+            assert name == "hybrid"

@@ -24,7 +24,7 @@ def run(name: str | None, *, every: bool, operation: str | None, ranks: Sequence
     cases = _cases(name, every=every, operation=operation, ranks=ranks)
     summary, started = sweep.Summary(), time.perf_counter()
     for case in _with_progress(cases, shown=not as_json and sys.stderr.isatty()):
-        sweep.verify_case(case, summary)
+        sweep.verify_case(case, summary, twins=operation is None)
     report = _report(cases, summary, ranks, time.perf_counter() - started)
     if as_json:
         typer.echo(json.dumps(report))

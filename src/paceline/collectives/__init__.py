@@ -16,6 +16,10 @@ own. Algorithms that know hosts also take `hosts`, a host's name or number for e
 
 from __future__ import annotations
 
+import importlib
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -44,17 +48,28 @@ def aliases() -> dict[str, str]:
 
 def find(name: str) -> ModuleType:
     """Return the algorithm called `name`, which may be an alias; ConfigError names the nearest."""
-    others = aliases()
-    if name not in others and name not in names():
-        raise ConfigError(registry.unknown("algorithm", name, [*names(), *others]))
-    return registry.load(__name__, others.get(name, name), kind="algorithm")
+    known = _known(tuple(__path__))
+    if name not in known:  # perhaps a file that was added since
+        _known.cache_clear()
+        known = _known(tuple(__path__))
+    if name not in known:
+        raise ConfigError(registry.unknown("algorithm", name, known))
+    return importlib.import_module(f"{__name__}.{known[name]}")
+
+
+@lru_cache(maxsize=8)
+def _known(path: tuple[str, ...]) -> dict[str, str]:
+    """Name or alias → name, of the plug-ins in the folders `path`."""
+    return {n: n for n in names()} | aliases()
 
 
 def supports(name: str, operation: str, num_ranks: int, **options: Any) -> bool | No:
     """True, or a false value that says why algorithm `name` cannot do it."""
     if num_ranks < 1:
         return No(f"at least one rank expected, got {num_ranks}")
-    answer: bool | No = find(name).supports(operation, num_ranks, **options)
+    module = find(name)
+    _check_options(name, module.supports, options)
+    answer: bool | No = module.supports(operation, num_ranks, **options)
     return answer
 
 
@@ -63,20 +78,32 @@ def build(name: str, operation: str, num_ranks: int, *, root: int = 0, **options
 
     `options`: `channels`, `instances`, and the algorithm's own (`segments`, `base`, `hosts` …).
     """
-    answer = supports(name, operation, num_ranks, **_without_copies(options))
+    module = find(name)
+    _check_options(name, module.build, options)
+    own = {k: v for k, v in options.items() if k not in ("channels", "instances")}
+    if min(options.get("channels", 1), options.get("instances", 1)) < 1:
+        raise ConfigError(f"{name}: at least one channel and one instance expected, got {options}")
+    answer = supports(name, operation, num_ranks, **own)
     if not answer:
         raise ConfigError(f"{name} cannot do {operation} on {num_ranks} ranks: {answer}")
     if not 0 <= root < num_ranks:
         raise ConfigError(f"{name} {operation}: root {root} is not one of the ranks 0 … {num_ranks - 1}")
-    program: Program = find(name).build(operation, num_ranks, root=root, **options)
+    program: Program = module.build(operation, num_ranks, root=root, **options)
     return program
 
 
 def cost(name: str, operation: str, num_ranks: int, *, root: int = 0, **options: Any) -> Cost:
     """Claimed cost of algorithm `name`."""
-    claim: Cost = find(name).cost(operation, num_ranks, root=root, **options)
+    module = find(name)
+    _check_options(name, module.cost, options)
+    claim: Cost = module.cost(operation, num_ranks, root=root, **options)
     return claim
 
 
-def _without_copies(options: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in options.items() if k not in ("channels", "instances")}
+def _check_options(name: str, function: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Refuse options that the algorithm does not have; ConfigError says which it has."""
+    if options:
+        taken = [p.name for p in inspect.signature(function).parameters.values() if p.default is not p.empty]
+        for option in options:
+            if option not in taken:
+                raise ConfigError(registry.unknown(f"option of {name}", option, taken))

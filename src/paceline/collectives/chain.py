@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from paceline.schedule.cost import Cost, No, only
+from paceline.schedule.cost import Cost, No, pipelined
 from paceline.schedule.program import INPUT, SCRATCH, Program, Step, copy, ranks, reduce, replicate
 
 OPERATIONS = ("broadcast", "reduce")
@@ -57,7 +57,7 @@ def build(
 
 def supports(operation: str, num_ranks: int, *, segments: int = 8) -> bool | No:
     """Any number of ranks and any root."""
-    return only(OPERATIONS, operation)
+    return pipelined(OPERATIONS, operation, segments)
 
 
 def cost(

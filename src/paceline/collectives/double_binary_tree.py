@@ -15,7 +15,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from paceline.schedule.cost import Cost, No, only
+from paceline.schedule.cost import Cost, No, pipelined
 from paceline.schedule.program import (
     INPUT,
     OUTPUT,
@@ -114,7 +114,7 @@ def build(
 
 def supports(operation: str, num_ranks: int, *, segments: int = 4) -> bool | No:
     """Any number of ranks."""
-    return only(OPERATIONS, operation)
+    return pipelined(OPERATIONS, operation, segments)
 
 
 def cost(

@@ -12,7 +12,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 from paceline.collectives import ring
-from paceline.schedule.cost import Cost, No, only
+from paceline.schedule.cost import Cost, No, pipelined
 from paceline.schedule.program import Program, Step, replicate
 
 OPERATIONS = ring.OPERATIONS
@@ -51,7 +51,7 @@ def build(
 
 def supports(operation: str, num_ranks: int, *, segments: int = 2) -> bool | No:
     """Any number of ranks."""
-    return only(OPERATIONS, operation)
+    return pipelined(OPERATIONS, operation, segments)
 
 
 def cost(

@@ -88,3 +88,10 @@ class No(str):
 def only(operations: tuple[str, ...], operation: str) -> bool | No:
     """Whether `operation` is one of those that an algorithm is meant for."""
     return operation in operations or No(f"it is meant for {', '.join(operations)}")
+
+
+def pipelined(operations: tuple[str, ...], operation: str, segments: int) -> bool | No:
+    """As `only`, for an algorithm that cuts its data in segments."""
+    return (
+        only(operations, operation) if segments >= 1 else No(f"segments: 1 or more expected, got {segments}")
+    )
