@@ -35,7 +35,7 @@ class SimulatedWork:
     def wait(self, timeout_s: float | None = None) -> None:
         """Block in virtual time until done. Raises the operation's error, or Timeout."""
         if not self._signal.is_set:
-            wait(self._signal, self._what(), timeout_s, self._ledger)
+            wait(self._signal, self._what, timeout_s, self._ledger)
         if self.error is not None:
             raise self.error
 

@@ -14,7 +14,7 @@ from paceline.comm.event_log import EventLog
 from paceline.comm.faults import FOREVER, Faults
 from paceline.comm.ledger import Ledger
 from paceline.comm.simulated_network import Network
-from paceline.comm.virtual_time import Signal, Worker, World
+from paceline.comm.virtual_time import Signal, What, Worker, World
 from paceline.errors import CommError, PeerLost
 from paceline.types import Handler, Message
 
@@ -23,7 +23,7 @@ OUTBOX_BYTES = 64 << 20
 Outcome = Message | BaseException
 
 
-def wait(signal: Signal, what: str, timeout_s: float | None, ledger: Ledger | None) -> None:
+def wait(signal: Signal, what: What, timeout_s: float | None, ledger: Ledger | None) -> None:
     """Block in virtual time and count it. Raises Timeout."""
     start_s = signal.world.now
     try:

@@ -26,6 +26,10 @@ _STACK_BYTES = 16 << 20
 _numpy_random: Any = np.random  # its stubs lack get_bit_generator and set_bit_generator
 
 
+What = str | Callable[[], str]
+"""What a worker waits for, in words; a function when it changes while it waits."""
+
+
 class _Unwind(BaseException):
     """Ends a worker's thread: it was killed, or the whole simulation stops."""
 
@@ -40,7 +44,7 @@ class Worker:
         self.baton.acquire()
         self.thread: threading.Thread | None = None
         self.ticket = 0
-        self.waits_for = ""
+        self.waits_for: What = ""
         self.is_killed = False
         self.is_over = False
         self.paused_until = 0.0
@@ -80,7 +84,7 @@ class Signal:
                 self.world.resume_at(self.world.now, rank, ticket)
             self._waiting.clear()
 
-    def wait(self, what: str, timeout_s: float | None = None) -> None:
+    def wait(self, what: What, timeout_s: float | None = None) -> None:
         """Block the running worker until set. Raises Timeout after `timeout_s` virtual seconds."""
         if self.is_set:
             return
@@ -94,7 +98,7 @@ class Signal:
         world.block(what)
         if not self.is_set:
             self._waiting.remove((worker.rank, ticket))
-            raise Timeout(f"rank {worker.rank}: {what}: nothing for {timeout_s:g} s (virtual)")
+            raise Timeout(f"rank {worker.rank}: {_say(what)}: nothing for {timeout_s:g} s (virtual)")
 
 
 class World:
@@ -141,7 +145,7 @@ class World:
         self.resume_at(self.now + seconds, self.running.rank, self.running.ticket + 1)
         self.block(what)
 
-    def block(self, what: str) -> None:
+    def block(self, what: What) -> None:
         """Stop the running worker until an event resumes it."""
         worker = self.running
         if worker.is_killed or self._failure is not None:
@@ -153,11 +157,11 @@ class World:
         if worker.is_killed or self._failure is not None:
             raise _Unwind
 
-    def refuse_in_handler(self, what: str) -> None:
+    def refuse_in_handler(self, what: What) -> None:
         """Raise CommError if a message handler tries to wait."""
         if self.in_handler >= 0:
             raise CommError(
-                f"rank {self.in_handler}: a message handler waits ({what}); handlers must not block: "
+                f"rank {self.in_handler}: a message handler waits ({_say(what)}); handlers must not block: "
                 "return comm.deferred() and set it later"
             )
 
@@ -269,6 +273,10 @@ class World:
 
     def _deadlock(self) -> CommError:
         waiting = [w for w in self.workers if not w.is_over]
-        shown = "; ".join(f"rank {w.rank} waits for {w.waits_for or 'its start'}" for w in waiting[:8])
+        shown = "; ".join(f"rank {w.rank} waits for {_say(w.waits_for) or 'its start'}" for w in waiting[:8])
         more = f"; and {len(waiting) - 8} more" if len(waiting) > 8 else ""
         return CommError(f"deadlock at virtual time {self.now:.6f} s: nobody can go on: {shown}{more}")
+
+
+def _say(what: What) -> str:
+    return what if isinstance(what, str) else what()
