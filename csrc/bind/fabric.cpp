@@ -11,7 +11,9 @@
 
 #include "bind/bind.h"
 #include "core/engine.h"
+#include "core/network_group.h"
 #include "core/reduce.h"
+#include "core/tcp.h"
 
 namespace nb = nanobind;
 
@@ -22,20 +24,53 @@ using Counts = std::vector<std::size_t>;
 using PlainAddress = std::tuple<int, int, std::uint32_t, std::uint32_t, std::uint64_t>;
 
 // A Group with the engine that it lives on; closed at the latest when Python drops it.
-struct Member {
+template <class G>
+struct Holder {
   std::shared_ptr<Engine> engine;
-  std::unique_ptr<Group> group;
+  std::unique_ptr<G> group;
 
-  Member(std::shared_ptr<Engine> e, int rank, int size)
-      : engine(std::move(e)), group(std::make_unique<Group>(*engine, rank, size)) {}
-  ~Member() { close(); }
+  template <class... A>
+  explicit Holder(std::shared_ptr<Engine> e, A&&... rest)
+      : engine(std::move(e)), group(std::make_unique<G>(*engine, std::forward<A>(rest)...)) {}
+  ~Holder() { close(); }
   void close() {
     if (group) engine->close(std::move(group));
   }
-  Group& get() {
+  G& get() {
     if (!group) throw Failed({FailureKind::aborted, -1, "this communicator was closed"});
     return *group;
   }
+};
+
+using Member = Holder<Group>;
+using NetworkMember = Holder<NetworkGroup>;
+
+// A transport that the engine serves for as long as Python or a group holds it.
+struct Network {
+  std::shared_ptr<Engine> engine;
+  std::shared_ptr<TcpTransport> transport;
+
+  Network(std::shared_ptr<Engine> e, int rank, int size, const nb::bytes& secret, const nb::bytes& session,
+          const std::string& interfaces, const std::string& towards)
+      : engine(std::move(e)) {
+    TcpOptions options;
+    options.rank = rank;
+    options.size = size;
+    const auto bytes = [](const nb::bytes& b) {
+      const auto* p = reinterpret_cast<const std::byte*>(b.c_str());
+      return std::vector<std::byte>(p, p + b.size());
+    };
+    options.secret = bytes(secret);
+    options.session = bytes(session);
+    options.interfaces = interfaces;
+    if (!towards.empty()) options.towards = towards;
+    transport = std::make_shared<TcpTransport>(options);
+  }
+  void set_peers(const std::vector<std::string>& endpoints) {
+    transport->set_peers(endpoints);
+    engine->add(transport);
+  }
+  void close() { engine->remove(transport); }
 };
 
 std::vector<Range> ranges(const Counts& counts, std::size_t element) {
@@ -49,7 +84,8 @@ std::vector<Range> ranges(const Counts& counts, std::size_t element) {
 }
 
 // nullptr when it is done already and well: the common case costs no object.
-OperationPointer submit(Member& m, Request&& request, double timeout_s) {
+template <class M>
+OperationPointer submit(M& m, Request&& request, double timeout_s) {
   OperationPointer op = m.engine->submit(m.get(), std::move(request), static_cast<Nanoseconds>(timeout_s * 1e9));
   if (!op->is_done.load()) return op;
   if (op->failure) throw Failed(op->failure);
@@ -86,7 +122,8 @@ OperationPointer exchange(Member& m, int kind, std::uintptr_t source, std::uintp
   return submit(m, std::move(r), timeout_s);
 }
 
-OperationPointer send(Member& m, std::uintptr_t source, std::size_t numel, int dtype, int peer, std::int64_t tag,
+template <class M>
+OperationPointer send(M& m, std::uintptr_t source, std::size_t numel, int dtype, int peer, std::int64_t tag,
                       double timeout_s) {
   Request r = basic(static_cast<int>(Kind::send), source, 0, numel, dtype);
   r.root = peer;
@@ -94,7 +131,8 @@ OperationPointer send(Member& m, std::uintptr_t source, std::size_t numel, int d
   return submit(m, std::move(r), timeout_s);
 }
 
-OperationPointer receive(Member& m, std::uintptr_t output, std::size_t numel, int dtype, int peer, std::int64_t tag,
+template <class M>
+OperationPointer receive(M& m, std::uintptr_t output, std::size_t numel, int dtype, int peer, std::int64_t tag,
                          double timeout_s) {
   Request r = basic(static_cast<int>(Kind::receive), 0, output, numel, dtype);
   r.root = peer;
@@ -103,10 +141,34 @@ OperationPointer receive(Member& m, std::uintptr_t output, std::size_t numel, in
 }
 
 // A negative timeout waits as long as the operation's own deadline.
-void wait(Member& m, Operation& op, double timeout_s) {
+template <class M>
+void wait(M& m, Operation& op, double timeout_s) {
   if (!m.engine->wait(op, timeout_s < 0 ? -1 : static_cast<Nanoseconds>(timeout_s * 1e9)) && m.group)
     m.engine->expire(*m.group, op);
   if (op.failure) throw Failed(op.failure);
+}
+
+OperationPointer run(NetworkMember& m, const std::shared_ptr<Plan>& plan, int kind, std::uintptr_t source,
+                     std::uintptr_t output, std::size_t numel, int dtype, int op, int root, double timeout_s) {
+  Request r = basic(kind, source, output, numel, dtype);
+  r.op = static_cast<ReduceOp>(op);
+  r.root = root;
+  r.plan = plan;
+  return submit(m, std::move(r), timeout_s);
+}
+
+// What groups of both kinds offer.
+template <class M>
+nb::class_<M>& shared_methods(nb::class_<M>& type) {
+  using release = nb::call_guard<nb::gil_scoped_release>;
+  return type.def("send", &send<M>, release())
+      .def("receive", &receive<M>, release())
+      .def("wait", &wait<M>, release())
+      .def("poll", [](M& g, Operation& op) { return g.engine->poll(op); }, release())
+      .def("abort", [](M& g, const std::string& why) {
+        if (g.group) g.engine->abort(*g.group, {FailureKind::aborted, -1, why});
+      }, release())
+      .def("close", &M::close, release());
 }
 
 nb::object allocate(const std::shared_ptr<Engine>& engine, std::size_t num_bytes) {
@@ -167,7 +229,8 @@ void bind_fabric(nb::module_& m) {
       .def_prop_ro("num_segments", [](Engine& e) { return e.arena().num_segments(); })
       .def_prop_ro("allocated_bytes", [](Engine& e) { return e.arena().allocated_bytes(); });
 
-  nb::class_<Member>(m, "Group")
+  nb::class_<Member> group(m, "Group");
+  group
       .def(nb::init<std::shared_ptr<Engine>, int, int>())
       .def_prop_ro("address", [](Member& g) -> PlainAddress {
         const Address a = g.get().address();
@@ -180,15 +243,37 @@ void bind_fabric(nb::module_& m) {
         g.engine->connect(g.get(), addresses);
       }, release())
       .def("combine", &combine, release())
-      .def("exchange", &exchange, release())
-      .def("send", &send, release())
-      .def("receive", &receive, release())
-      .def("wait", &wait, release())
-      .def("poll", [](Member& g, Operation& op) { return g.engine->poll(op); }, release())
-      .def("abort", [](Member& g, const std::string& why) {
-        if (g.group) g.engine->abort(*g.group, {FailureKind::aborted, -1, why});
-      }, release())
-      .def("close", &Member::close, release());
+      .def("exchange", &exchange, release());
+  shared_methods(group);
+
+  nb::class_<Plan>(m, "Plan")
+      .def("__init__", [](Plan* self, const std::vector<std::int64_t>& words, int num_ranks) {
+        new (self) Plan(Plan::parse(words, num_ranks));
+      });
+
+  nb::class_<Network>(m, "Network")
+      .def(nb::init<std::shared_ptr<Engine>, int, int, const nb::bytes&, const nb::bytes&, const std::string&,
+                    const std::string&>())
+      .def_prop_ro("endpoints", [](Network& n) { return n.transport->endpoints(); })
+      .def_prop_ro("wire_bytes", [](Network& n) {
+        std::uint64_t sent = 0;
+        const nb::gil_scoped_release released;
+        n.engine->locked([&] { sent = n.transport->wire_bytes_sent(); });
+        return sent;
+      })
+      .def("set_peers", &Network::set_peers, release())
+      .def("close", &Network::close, release());
+
+  nb::class_<NetworkMember> network_group(m, "NetworkGroup");
+  network_group
+      .def("__init__", [](NetworkMember* self, const Network& n, std::uint32_t id, int rank,
+                          const std::vector<int>& world_ranks) {
+        new (self) NetworkMember(n.engine, std::shared_ptr<Transport>(n.transport), id, rank, world_ranks);
+        const nb::gil_scoped_release released;
+        n.engine->locked([&] { self->group->watch(); });
+      })
+      .def("run", &run, release());
+  shared_methods(network_group);
 }
 
 }  // namespace paceline::bind

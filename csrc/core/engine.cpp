@@ -1,7 +1,10 @@
 #include "core/engine.h"
 
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
 
 #include <algorithm>
 
@@ -26,7 +29,7 @@ class Engine::Driving {
   explicit Driving(Engine& engine) : engine_(engine) {
     if (!engine_.mutex_.try_lock()) {
       engine_.num_claims_.fetch_add(1);
-      engine_.arena_.control().wake(Control::waiter);
+      engine_.wake(Control::waiter);
       engine_.mutex_.lock();
       engine_.num_claims_.fetch_sub(1);
     }
@@ -53,6 +56,8 @@ Engine::Engine() {
 Engine::~Engine() {
   stop();
   Peer::leave(arena_.control_fd());
+  for (const int fd : wake_fds_)
+    if (fd >= 0) ::close(fd);
 }
 
 void Engine::stop() {
@@ -63,11 +68,13 @@ void Engine::stop() {
   if (is_stopping_.exchange(true)) return;
   {
     const Driving lock(*this);
-    for (Group* g : std::vector<Group*>(groups_)) g->fail({FailureKind::aborted, -1, "the engine was stopped"});
+    for (Session* g : std::vector<Session*>(groups_)) g->fail({FailureKind::aborted, -1, "the engine was stopped"});
     groups_.clear();
   }
-  arena_.control().wake(Control::helper);
+  wake(Control::helper);
   if (helper_.joinable()) helper_.join();
+  for (const auto& t : transports_) t->close();
+  transports_.clear();
 }
 
 void Engine::set_ranks_on_host(int num_ranks) {
@@ -90,7 +97,7 @@ void Engine::connect(Group& group, const std::vector<Address>& addresses) {
   group.connect(addresses);
 }
 
-OperationPointer Engine::submit(Group& group, Request request, Nanoseconds timeout) {
+OperationPointer Engine::submit(Session& group, Request request, Nanoseconds timeout) {
   if (is_forked_child()) throw unusable("this process was forked from a rank: only the rank itself communicates");
   if (is_stopping_.load()) throw unusable("the engine was stopped");
   auto op = std::make_shared<Operation>();
@@ -114,8 +121,9 @@ OperationPointer Engine::submit(Group& group, Request request, Nanoseconds timeo
 
 bool Engine::progress() {
   bool moved = false;
+  for (const auto& t : transports_) moved |= t->progress();
   for (std::size_t i = 0; i < groups_.size();) {
-    Group& group = *groups_[i];
+    Session& group = *groups_[i];
     moved |= group.progress();
     if (group.has_pending()) ++i;
     else groups_.erase(groups_.begin() + static_cast<std::ptrdiff_t>(i));
@@ -127,8 +135,8 @@ bool Engine::has_pending() const { return !groups_.empty(); }
 
 void Engine::check() {
   const Nanoseconds now = now_ns();
-  for (Group* g : std::vector<Group*>(groups_)) g->check(now);
-  std::erase_if(groups_, [](Group* g) { return !g->has_pending(); });
+  for (Session* g : std::vector<Session*>(groups_)) g->check(now);
+  std::erase_if(groups_, [](Session* g) { return !g->has_pending(); });
 }
 
 void Engine::completed(Operation& op) {
@@ -142,14 +150,14 @@ void Engine::completed(Operation& op) {
 // The driver goes: what is still pending is for the helper, once a peer rings.
 void Engine::leave() {
   Control& control = arena_.control();
-  std::erase_if(groups_, [](Group* g) { return !g->has_pending(); });
+  std::erase_if(groups_, [](Session* g) { return !g->has_pending(); });
   if (!has_pending()) return control.armed.store(Control::nobody);
   start_helper();
   control.armed.store(Control::helper);
   // Whoever published before it saw the bell armed has not rung.
   bool is_heavy = false;
-  for (Group* g : groups_) is_heavy |= g->is_heavy();
-  if (is_heavy || progress()) control.wake(Control::helper);
+  for (Session* g : groups_) is_heavy |= g->is_heavy();
+  if (is_heavy || has_network_.load() || progress()) wake(Control::helper);
 }
 
 bool Engine::wait(Operation& op, Nanoseconds timeout) {
@@ -189,14 +197,13 @@ void Engine::drive(Operation& op, Nanoseconds until) {
     } else if (idle < num_spins_ + num_yields_) {
       sched_yield();
     } else {
-      std::atomic<std::uint32_t>& bell = control.bells[Control::waiter];
-      const std::uint32_t heard = bell.load();
+      const std::uint32_t heard = control.bells[Control::waiter].load();
       control.armed.store(Control::waiter);
       if (!progress() && num_claims_.load() == 0) {
         check();
         const Nanoseconds now = now_ns();
         if (now >= until) return;
-        if (!is_done()) futex_wait(bell, heard, std::min(look_around, until - now));
+        if (!is_done()) sleep(Control::waiter, heard, nap(std::min(look_around, until - now)), network_fds());
       }
       control.armed.store(Control::nobody);
       idle = num_spins_;  // rung or not: look, yield a little, sleep again
@@ -215,13 +222,13 @@ bool Engine::poll(Operation& op) {
   return op.is_done.load();
 }
 
-void Engine::abort(Group& group, Failure failure) {
+void Engine::abort(Session& group, Failure failure) {
   if (is_forked_child()) return;
   const Driving lock(*this);
   group.fail(failure);
 }
 
-void Engine::expire(Group& group, Operation& op) {
+void Engine::expire(Session& group, Operation& op) {
   const Driving lock(*this);
   if (op.is_done.load()) return;
   op.deadline = 0;
@@ -240,7 +247,10 @@ void Engine::help() {
   std::atomic<std::uint32_t>& bell = control.bells[Control::helper];
   while (!is_stopping_.load()) {
     const std::uint32_t heard = bell.load();
+    std::vector<int> network;  // none while somebody else drives
+    Nanoseconds rest = look_around;
     if (mutex_.try_lock()) {
+      network = network_fds();
       const Driving lock(*this, std::adopt_lock);
       for (int idle = 0; has_pending() && idle < 20 && num_claims_.load() == 0 && num_blocked_.load() == 0;)
         if (progress()) idle = 0;
@@ -249,10 +259,73 @@ void Engine::help() {
         control.armed.store(Control::helper);
         if (progress()) continue;
         check();
+        rest = nap(rest);
+      } else {
+        progress();  // connections are made even while nothing is to be sent
       }
     }
-    futex_wait(bell, heard, look_around);
+    sleep(Control::helper, heard, rest, network);
   }
+}
+
+void Engine::wake(Control::Armed listener) {
+  arena_.control().wake(listener);
+  const std::uint64_t one = 1;
+  if (has_network_.load() && ::write(wake_fds_[listener], &one, sizeof one) < 0) return;  // full: it is awake
+}
+
+std::vector<int> Engine::network_fds() const {
+  std::vector<int> fds;
+  for (const auto& t : transports_) fds.push_back(t->event_fd());
+  return fds;
+}
+
+// Peers on this host ring a bell, which a sleeper that listens to the network does not hear.
+Nanoseconds Engine::nap(Nanoseconds longest) const {
+  return transports_.empty() || peers_.empty() ? longest : std::min<Nanoseconds>(longest, 1'000'000);
+}
+
+// Until rung, until the network has something (if this thread serves it), or `timeout`.
+void Engine::sleep(Control::Armed listener, std::uint32_t heard, Nanoseconds timeout, const std::vector<int>& network) {
+  if (!has_network_.load()) return futex_wait(arena_.control().bells[listener], heard, timeout);
+  std::vector<pollfd> fds{{wake_fds_[listener], POLLIN, 0}};
+  for (const int fd : network) fds.push_back({fd, POLLIN, 0});
+  const timespec limit{timeout / second_ns, timeout % second_ns};
+  ::ppoll(fds.data(), fds.size(), &limit, nullptr);
+  std::uint64_t rung;
+  if ((fds[0].revents & POLLIN) && ::read(wake_fds_[listener], &rung, sizeof rung) < 0) return;
+}
+
+void Engine::add(std::shared_ptr<Transport> transport) {
+  const Driving lock(*this);
+  if (!has_network_.load()) {
+    for (const auto listener : {Control::waiter, Control::helper})
+      wake_fds_[listener] = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    has_network_.store(true);
+  }
+  transports_.push_back(std::move(transport));
+  start_helper();
+}
+
+void Engine::remove(const std::shared_ptr<Transport>& transport) {
+  if (is_forked_child()) return;
+  const Driving lock(*this);
+  if (std::erase(transports_, transport) > 0) transport->close();
+}
+
+void Engine::locked(const std::function<void()>& f) {
+  const Driving lock(*this);
+  f();
+}
+
+void Engine::close(std::unique_ptr<Session> session) {
+  if (is_forked_child()) {
+    (void)session.release();
+    return;
+  }
+  const Driving lock(*this);
+  std::erase(groups_, session.get());
+  session.reset();
 }
 
 void Engine::close(std::unique_ptr<Group> group) {

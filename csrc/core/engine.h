@@ -5,6 +5,7 @@
 // system call, and an operation that is waited for at once never changes threads.
 #pragma once
 #include <atomic>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -15,6 +16,7 @@
 #include "core/arena.h"
 #include "core/group.h"
 #include "core/operation.h"
+#include "core/transport.h"
 
 namespace paceline {
 
@@ -30,16 +32,22 @@ class Engine {
 
   // Starts an operation and spins for it a few microseconds. The pointers of `request` must stay valid until the
   // operation is done. Throws Failed if the group has failed before.
-  OperationPointer submit(Group& group, Request request, Nanoseconds timeout);
+  OperationPointer submit(Session& group, Request request, Nanoseconds timeout);
   // Drives until `op` is done; false if `timeout` (negative: none) passes first.
   bool wait(Operation& op, Nanoseconds timeout);
   // Whether it is done, after one look.
   bool poll(Operation& op);
-  void abort(Group& group, Failure failure);
+  void abort(Session& group, Failure failure);
   // The caller waited long enough for `op`: the group fails with a timeout that names whose move is missing.
-  void expire(Group& group, Operation& op);
+  void expire(Session& group, Operation& op);
   void connect(Group& group, const std::vector<Address>& addresses);
   void close(std::unique_ptr<Group> group);
+  void close(std::unique_ptr<Session> session);  // of any kind that nobody else looks at
+  // From now on `transport` is served whenever somebody drives.
+  void add(std::shared_ptr<Transport> transport);
+  void remove(const std::shared_ptr<Transport>& transport);
+  // Calls `f` as the driver, for what touches groups or transports otherwise.
+  void locked(const std::function<void()>& f);
   // Joins the helper; operations in flight fail. Afterwards only frees are allowed.
   void stop();
 
@@ -62,14 +70,22 @@ class Engine {
   void help();
   void sweep();
   void start_helper();
+  void wake(Control::Armed listener);
+  // What a sleeper should listen to; to be asked for under the lock.
+  std::vector<int> network_fds() const;
+  Nanoseconds nap(Nanoseconds longest) const;
+  void sleep(Control::Armed listener, std::uint32_t heard, Nanoseconds timeout, const std::vector<int>& network);
 
   Arena arena_;
   std::mutex mutex_;
   std::atomic<std::uint32_t> num_claims_{0};   // threads that want the lock while a driver sleeps
   std::atomic<std::uint32_t> epoch_{0};        // moves when an operation completes or the lock is free again
   std::atomic<std::uint32_t> num_blocked_{0};  // threads that sleep on `epoch_`
-  std::vector<Group*> groups_;                 // those with pending operations
+  std::vector<Session*> groups_;               // those with pending operations
   std::vector<std::unique_ptr<Group>> closing_;
+  std::vector<std::shared_ptr<Transport>> transports_;
+  std::atomic<bool> has_network_{false};
+  int wake_fds_[3] = {-1, -1, -1};             // by listener: eventfds that replace the bells once there is a network
   std::map<std::pair<int, int>, std::weak_ptr<Peer>> peers_;
   std::thread helper_;
   std::atomic<bool> is_stopping_{false};

@@ -24,14 +24,7 @@ std::string describe_call(std::uint32_t what, std::uint64_t numel) {
 
 }  // namespace
 
-const char* name_of(Kind kind) {
-  static constexpr const char* names[num_kinds] = {"all_reduce", "reduce",     "reduce_scatter", "broadcast",
-                                                   "all_gather", "gather",     "scatter",        "all_to_all",
-                                                   "barrier",    "send",       "recv"};
-  return names[static_cast<int>(kind)];
-}
-
-Group::Group(Engine& engine, int rank, int size) : engine_(engine), rank_(rank), size_(size), pipes_(*this) {
+Group::Group(Engine& engine, int rank, int size) : Session(engine, rank, size), pipes_(*this) {
   memory_ = static_cast<std::byte*>(engine.arena().allocate(Outbox::num_bytes(size)));
   own_ = Outbox(memory_, size);
 }
@@ -53,65 +46,15 @@ void Group::connect(const std::vector<Address>& addresses) {
   is_connected_ = true;
 }
 
-std::string Group::describe(const Operation& op) const {
-  const Request& r = op.request;
-  std::string text = "rank " + std::to_string(rank_) + ": " + name_of(r.kind);
-  if (r.kind == Kind::send || r.kind == Kind::receive)
-    return text + " (tag " + std::to_string(r.tag) + ", " + std::to_string(r.numel) + " x " + name_of(r.dtype) + ")";
-  return text + " #" + std::to_string(op.sequence) + " (" + std::to_string(r.numel) + " x " + name_of(r.dtype) + ")";
+Task Group::start(Operation& op) {
+  return op.request.kind <= Kind::reduce_scatter ? combine(*this, op) : exchange(*this, op);
 }
 
-void Group::enqueue(const OperationPointer& op) {
-  const Kind kind = op->request.kind;
-  if (kind == Kind::send || kind == Kind::receive) return pipes_.enqueue(op);
-  op->sequence = next_sequence_++;
-  queue_.push_back(op);
-  if (queue_.size() == 1) {
-    start(*op);
-    progress();
-  }
-}
+void Group::succeeded(const Operation& op) { publish(own_.done(), op.sequence); }
 
-void Group::start(Operation& op) {
-  op.task = op.request.kind <= Kind::reduce_scatter ? combine(*this, op) : exchange(*this, op);
-}
-
-bool Group::progress() {
-  bool moved = pipes_.has_pending() && pipes_.progress();
-  if (queue_.empty()) return moved;
-  const OperationPointer op = queue_.front();
-  try {
-    did_move = false;
-    moved |= op->task.step() || did_move;
-    if (op->task.is_done()) {
-      finish(op, {});
-      if (!queue_.empty()) start(*queue_.front());
-    }
-  } catch (const Failed& error) {
-    Failure failure = error.failure;
-    failure.detail = describe(*op) + ": " + failure.detail;
-    fail(failure);
-    moved = true;
-  }
-  return moved;
-}
-
-void Group::finish(const OperationPointer& op, Failure failure) {
-  if (!failure) publish(own_.done(), op->sequence);
-  queue_.pop_front();
-  op->task.reset();
-  op->failure = std::move(failure);
-  engine_.completed(*op);
-}
-
-void Group::fail(const Failure& failure) {
-  if (failure_) return;
-  failure_ = failure;
-  if (is_connected_) {
+void Group::failed(const Failure& failure) {
+  if (is_connected_)
     publish(own_.poison(), static_cast<std::uint64_t>(failure.kind) << 32 | static_cast<std::uint32_t>(failure.rank + 1));
-  }
-  while (!queue_.empty()) finish(OperationPointer(queue_.front()), failure);
-  pipes_.fail_all(failure);
 }
 
 void Group::leave() {
@@ -155,13 +98,7 @@ void Group::check(Nanoseconds now) {
                  describe(op) + ": " + name(r) + (closed ? " closed its communicator" : " is gone: process " +
                  std::to_string(peer(r).pid()) + " has ended") + " before it finished this operation"});
   }
-  if (!queue_.empty() && now >= queue_.front()->deadline) {
-    const Operation& op = *queue_.front();
-    const double waited_s = static_cast<double>(now - op.started) / second_ns;
-    return fail({FailureKind::timeout, op.waiting_for,
-                 describe(op) + ": nothing from " + (op.waiting_for < 0 ? "the peers" : name(op.waiting_for)) + " for " +
-                     std::to_string(waited_s).substr(0, 5) + " s; its process exists: is it stopped or slow?"});
-  }
+  if (const Failure late = lateness(now)) return fail(late);
   pipes_.check(now);
 }
 

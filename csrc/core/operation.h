@@ -22,6 +22,8 @@ enum class Kind : std::uint8_t {
 inline constexpr int num_kinds = 11;
 const char* name_of(Kind kind);
 
+struct Plan;
+
 struct Range {
   std::size_t offset = 0;
   std::size_t num_bytes = 0;
@@ -40,6 +42,7 @@ struct Request {
   std::vector<Range> send;     // exchanging: what each rank gets of `source`
   std::vector<Range> receive;  // exchanging: where what each rank sends goes in `output`
   bool is_same_for_all = false;  // every receiver gets send[0]
+  std::shared_ptr<const Plan> plan;  // over the network: the program that this rank runs
 };
 
 struct Operation {

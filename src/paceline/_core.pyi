@@ -58,6 +58,54 @@ class Engine:
 
 Address = tuple[int, int, int, int, int]
 
+class Plan:
+    def __init__(self, words: Sequence[int], num_ranks: int, /) -> None: ...
+
+class Network:
+    def __init__(
+        self,
+        engine: Engine,
+        rank: int,
+        size: int,
+        secret: bytes,
+        session: bytes,
+        interfaces: str,
+        towards: str,
+        /,
+    ) -> None: ...
+    @property
+    def endpoints(self) -> str: ...
+    @property
+    def wire_bytes(self) -> int: ...
+    def set_peers(self, endpoints: Sequence[str], /) -> None: ...
+    def close(self) -> None: ...
+
+class NetworkGroup:
+    def __init__(self, network: Network, id: int, rank: int, world_ranks: Sequence[int], /) -> None: ...
+    def run(
+        self,
+        plan: Plan,
+        kind: int,
+        source: int,
+        output: int,
+        numel: int,
+        dtype: int,
+        op: int,
+        root: int,
+        timeout_s: float,
+        /,
+    ) -> Operation | None: ...
+    def send(
+        self, source: int, numel: int, dtype: int, peer: int, tag: int, timeout_s: float, /
+    ) -> Operation | None: ...
+    def receive(
+        self, output: int, numel: int, dtype: int, peer: int, tag: int, timeout_s: float, /
+    ) -> Operation | None: ...
+    def wait(self, operation: Operation, timeout_s: float, /) -> None: ...
+    def poll(self, operation: Operation, /) -> bool: ...
+    def abort(self, why: str, /) -> None: ...
+    def close(self) -> None: ...
+
 class Group:
     def __init__(self, engine: Engine, rank: int, size: int, /) -> None: ...
     @property

@@ -18,19 +18,29 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "paceline.comm.native"])
 
 
-def meeting(rank: int, size: int, path: str) -> Meeting:
+def meeting(rank: int, size: int, path: str, *, network: bool = False) -> Meeting:
+    """`network`: every rank pretends to be a host of its own."""
     store = FileStore(path, size)
-    return Meeting(rank, size, rank, size, "test", ("host",) * size, ("",) * size, store, b"secret")
+    hosts = tuple(f"host{r}" if network else "host" for r in range(size))
+    addresses = ("127.0.0.1" if network else "",) * size
+    return Meeting(rank, size, rank, size, "test", hosts, addresses, store, b"secret")
 
 
 def _main(
-    body: Callable[..., Any], rank: int, size: int, path: str, timeout_s: float, pipe: Any, rest: Any
+    body: Callable[..., Any],
+    rank: int,
+    size: int,
+    path: str,
+    network: bool,
+    timeout_s: float,
+    pipe: Any,
+    rest: Any,
 ) -> None:
     import torch
 
     torch.set_num_threads(1)
     try:
-        comm = connect(meeting(rank, size, path), timeout_s=timeout_s)
+        comm = connect(meeting(rank, size, path, network=network), timeout_s=timeout_s)
         try:
             pipe.send((True, body(comm, *rest)))
         finally:
@@ -40,14 +50,16 @@ def _main(
 
 
 def start(
-    size: int, body: Callable[..., Any], *rest: Any, timeout_s: float = 30.0
+    size: int, body: Callable[..., Any], *rest: Any, timeout_s: float = 30.0, network: bool = False
 ) -> tuple[list[Any], list[Any]]:
     """Start `body(comm, *rest)` on every rank; returns processes and the pipes with their results."""
     path = os.path.join(tempfile.mkdtemp(), "store")
     processes, pipes = [], []
     for rank in range(size):
         ours, theirs = CONTEXT.Pipe(duplex=False)
-        process = CONTEXT.Process(target=_main, args=(body, rank, size, path, timeout_s, theirs, rest))
+        process = CONTEXT.Process(
+            target=_main, args=(body, rank, size, path, network, timeout_s, theirs, rest)
+        )
         process.start()
         theirs.close()
         processes.append(process)
@@ -64,10 +76,15 @@ def finish(processes: list[Any], timeout_s: float = 10.0) -> None:
 
 
 def run(
-    size: int, body: Callable[..., Any], *rest: Any, timeout_s: float = 30.0, limit_s: float = 90.0
+    size: int,
+    body: Callable[..., Any],
+    *rest: Any,
+    timeout_s: float = 30.0,
+    limit_s: float = 90.0,
+    network: bool = False,
 ) -> list[Any]:
     """Result of `body(comm, *rest)` of every rank."""
-    processes, pipes = start(size, body, *rest, timeout_s=timeout_s)
+    processes, pipes = start(size, body, *rest, timeout_s=timeout_s, network=network)
     results = []
     try:
         for rank, pipe in enumerate(pipes):

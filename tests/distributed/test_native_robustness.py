@@ -17,6 +17,8 @@ from paceline.errors import CommError, ConfigError, Mismatch, PeerLost, Timeout
 from paceline.types import ReduceOp
 
 pytestmark = pytest.mark.xdist_group("processes")
+SLOW = pytest.mark.slow
+FABRICS = pytest.mark.parametrize("network", [False, True], ids=["shm", "tcp"])
 
 
 def asynchronous_body(comm):
@@ -43,8 +45,9 @@ def asynchronous_body(comm):
     return half.rank
 
 
-def test_asynchronous_work_on_several_communicators():
-    assert run(3, asynchronous_body) == [2, 1, 0]
+@FABRICS
+def test_asynchronous_work_on_several_communicators(network):
+    assert run(3, asynchronous_body, network=network) == [2, 1, 0]
 
 
 def dropped_body(comm):
@@ -74,8 +77,9 @@ def helper_body(comm):
     assert torch.all(big == comm.size) and torch.all(small == comm.size)
 
 
-def test_progress_without_waiting():
-    run(2, helper_body)
+@FABRICS
+def test_progress_without_waiting(network):
+    run(2, helper_body, network=network)
 
 
 def threads_body(comm):
@@ -100,8 +104,9 @@ def threads_body(comm):
     assert not errors and not any(t.is_alive() for t in threads), errors
 
 
-def test_threads():
-    run(2, threads_body)
+@FABRICS
+def test_threads(network):
+    run(2, threads_body, network=network)
 
 
 def messages_body(comm):
@@ -137,8 +142,9 @@ def messages_body(comm):
     assert torch.all(got == (me - 1) % size)
 
 
-def test_messages():
-    run(3, messages_body)
+@FABRICS
+def test_messages(network):
+    run(3, messages_body, network=network)
 
 
 def mismatch_body(comm):
@@ -149,8 +155,9 @@ def mismatch_body(comm):
         comm.all_reduce(torch.ones(1))
 
 
-def test_mismatch():
-    run(2, mismatch_body)
+@FABRICS
+def test_mismatch(network):
+    run(2, mismatch_body, network=network)
 
 
 def refusal_body(comm):
@@ -173,8 +180,9 @@ def refusal_body(comm):
     assert t.item() == comm.size
 
 
-def test_refusals_and_forks():
-    run(2, refusal_body)
+@FABRICS
+def test_refusals_and_forks(network):
+    run(2, refusal_body, network=network)
 
 
 def churn_body(comm, rounds):
@@ -222,11 +230,19 @@ def victim_body(comm, operation, deadline_s, how):
     return None
 
 
-@pytest.mark.parametrize("operation", ["small", "private", "allocated", "broadcast", "recv"])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_lost_peers_are_named(operation, how):
+@pytest.mark.parametrize(
+    "operation",
+    ["small", "private", *(pytest.param(o, marks=SLOW) for o in ("allocated", "broadcast", "recv"))],
+)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
+@FABRICS
+def test_lost_peers_are_named(operation, how, network):
+    if network and operation in ("allocated", "small"):
+        pytest.skip("the same as private over a network")
     deadline_s = 1.0
-    processes, pipes = start(3, victim_body, operation, deadline_s, how, timeout_s=deadline_s)
+    processes, pipes = start(
+        3, victim_body, operation, deadline_s, how, timeout_s=deadline_s, network=network
+    )
     try:
         for rank in (0, 2):
             assert pipes[rank].poll(30), f"rank {rank} hangs"

@@ -6,37 +6,26 @@ through cache-sized stages. Nothing is ever named in the file system: memory dis
 
 from __future__ import annotations
 
-import atexit
 import json
 import time
-from collections import deque
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 
 from paceline import _core
-from paceline.comm.communicator import FabricCommunicator
-from paceline.comm.native_codes import ANY_RANK, DTYPE_CODES, OP_CODES, REDUCIBLE, Kind
-from paceline.comm.native_work import DONE, FailedWork, NativeWork
+from paceline.comm.native_codes import DTYPE_CODES, OP_CODES, Kind
+from paceline.comm.native_core import CoreCommunicator, engine
+from paceline.comm.native_network import NetworkCommunicator, connect_hosts
+from paceline.comm.native_work import DONE
 from paceline.comm.rendezvous import Meeting
 from paceline.errors import CommError, ConfigError, Timeout
 from paceline.types import Rank, ReduceOp, Work
 
-_engine: _core.Engine | None = None
 
-
-def engine() -> _core.Engine:
-    """Return the process's one engine, started when first needed, stopped at exit."""
-    global _engine  # noqa: PLW0603  one engine per process is the point
-    if _engine is None:
-        _engine = _core.Engine()
-        atexit.register(_engine.stop)
-    return _engine
-
-
-def connect(meeting: Meeting, *, timeout_s: float, device: torch.device | None = None) -> NativeCommunicator:
-    """Join the job's ranks through shared memory.
+def connect(
+    meeting: Meeting, *, timeout_s: float, device: torch.device | None = None
+) -> NativeCommunicator | NetworkCommunicator:
+    """Join the job's ranks: through shared memory on one host, over TCP between hosts.
 
     `timeout_s` is the deadline of every operation. Raises ConfigError for other devices than the CPU and when
     ranks cannot open each other's memory, Timeout naming the ranks that did not come.
@@ -44,10 +33,7 @@ def connect(meeting: Meeting, *, timeout_s: float, device: torch.device | None =
     if device is not None and device.type != "cpu":
         raise ConfigError(f"the native fabric moves CPU tensors, got device {device}; use fabric='torch'")
     if len(set(meeting.hosts)) > 1:
-        raise ConfigError(
-            f"rank {meeting.rank}: the native fabric connects one host, this job has"
-            f" {sorted(set(meeting.hosts))}; use fabric='torch'"
-        )
+        return connect_hosts(meeting, timeout_s=timeout_s)
     core = engine()
     core.set_ranks_on_host(meeting.size)
     group = _core.Group(core, meeting.rank, meeting.size)
@@ -73,29 +59,13 @@ def _address_of(meeting: Meeting, rank: Rank, timeout_s: float) -> _core.Address
     return pid, fd, slot, generation, offset
 
 
-class NativeCommunicator(FabricCommunicator):
+class NativeCommunicator(CoreCommunicator):
     """A communicator over one shared-memory group."""
 
-    fabric = "native"
-
     def __init__(self, rank: Rank, hosts: Sequence[str], group: _core.Group, *, timeout_s: float) -> None:
-        super().__init__(rank, len(hosts), hosts)
-        self.timeout_s = timeout_s
+        super().__init__(rank, hosts, group, timeout_s=timeout_s)
         self._group = group
         self._submit = group.combine
-        # Tensors of operations that nobody may be waiting for any more.
-        self._in_flight: deque[tuple[_core.Operation, tuple[torch.Tensor | None, ...]]] = deque()
-
-    def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """Zeroed 1-D tensor in shared memory, which lives until its last view is gone."""
-        if numel == 0:
-            return torch.zeros(0, dtype=dtype)
-        self._code(dtype)
-        return torch.utils.dlpack.from_dlpack(engine().allocate(numel * dtype.itemsize)).view(dtype)
-
-    def now(self) -> float:
-        """Seconds of a monotonic clock."""
-        return time.perf_counter()
 
     # Operations
 
@@ -167,25 +137,6 @@ class NativeCommunicator(FabricCommunicator):
         except CommError as error:
             return self._failed(error)
         return DONE if operation is None else self._pending(operation, ())
-
-    def _send(self, tensor: torch.Tensor, dst: Rank, tag: int) -> Work:
-        code = self._code(tensor.dtype, tensor)
-        try:
-            operation = self._group.send(tensor.data_ptr(), tensor.numel(), code, dst, tag, self.timeout_s)
-        except CommError as error:
-            return self._failed(error)
-        return DONE if operation is None else self._pending(operation, (tensor,))
-
-    def _recv(self, tensor: torch.Tensor, src: Rank | None, tag: int) -> Work:
-        code = self._code(tensor.dtype, tensor)
-        peer = ANY_RANK if src is None else src
-        try:
-            operation = self._group.receive(
-                tensor.data_ptr(), tensor.numel(), code, peer, tag, self.timeout_s
-            )
-        except CommError as error:
-            return self._failed(error)
-        return DONE if operation is None else self._pending(operation, (tensor,))
 
     def _combine(
         self,
@@ -267,39 +218,3 @@ class NativeCommunicator(FabricCommunicator):
         return NativeCommunicator(
             ranks.index(self.rank), [self.hosts[r] for r in ranks], group, timeout_s=self.timeout_s
         )
-
-    def _close(self) -> None:
-        self._group.close()
-        self._in_flight.clear()
-
-    # Works and errors
-
-    def _pending(self, operation: _core.Operation, tensors: tuple[torch.Tensor | None, ...]) -> Work:
-        flying = self._in_flight
-        while flying and flying[0][0].is_done:
-            flying.popleft()
-        flying.append((operation, tensors))
-        return NativeWork(self, operation)
-
-    def _failed(self, error: CommError) -> Work:
-        self.unusable = str(error)
-        return FailedWork(error)
-
-    @staticmethod
-    def _is_reducible(code: int, op: ReduceOp) -> bool:
-        return REDUCIBLE[code][OP_CODES[op]]
-
-    def _code(self, dtype: torch.dtype, tensor: torch.Tensor | None = None) -> int:
-        code = DTYPE_CODES.get(dtype)
-        if code is None or (tensor is not None and not tensor.is_cpu):
-            self._refuse_tensor("tensor", tensor if tensor is not None else torch.empty(0, dtype=dtype), None)
-        return code
-
-    def _refuse_tensor(self, name: str, tensor: torch.Tensor, op: ReduceOp | None) -> NoReturn:
-        what = f"{tensor.dtype} on {tensor.device}"
-        if op is None or not tensor.is_cpu or tensor.dtype not in DTYPE_CODES:
-            raise ConfigError(
-                f"{self._who()}: {name}: the native fabric moves CPU tensors of"
-                f" {', '.join(str(d).removeprefix('torch.') for d in DTYPE_CODES)}; got {what}"
-            )
-        raise ConfigError(f"{self._who()}: {name}: {op.name} is not defined for {what}")

@@ -9,7 +9,7 @@ from paceline import _core
 from paceline.errors import CommError
 
 if TYPE_CHECKING:
-    from paceline.comm.native import NativeCommunicator
+    from paceline.comm.native_core import CoreCommunicator
 
 
 class NativeWork:
@@ -17,7 +17,7 @@ class NativeWork:
 
     __slots__ = ("_comm", "_error", "_operation")
 
-    def __init__(self, comm: NativeCommunicator, operation: _core.Operation) -> None:
+    def __init__(self, comm: CoreCommunicator, operation: _core.Operation) -> None:
         self._comm = comm
         self._operation = operation
         self._error: CommError | None = None
@@ -30,7 +30,7 @@ class NativeWork:
             return
         start = time.perf_counter()
         try:
-            self._comm._group.wait(self._operation, -1.0 if timeout_s is None else timeout_s)
+            self._comm._core_group.wait(self._operation, -1.0 if timeout_s is None else timeout_s)
         except CommError as error:
             self._error = error
             self._comm.unusable = self._comm.unusable or str(error)
@@ -40,7 +40,7 @@ class NativeWork:
 
     def is_done(self) -> bool:
         """Whether `wait` would not block."""
-        return self._operation.is_done or self._comm._group.poll(self._operation)
+        return self._operation.is_done or self._comm._core_group.poll(self._operation)
 
     def exception(self) -> BaseException | None:
         """Return the error of a finished operation, else None."""

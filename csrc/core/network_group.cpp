@@ -1,0 +1,151 @@
+#include "core/network_group.h"
+
+#include <algorithm>
+
+#include "core/engine.h"
+
+namespace paceline {
+
+NetworkGroup::NetworkGroup(Engine& engine, std::shared_ptr<Transport> transport, std::uint32_t id, int rank,
+                           std::vector<int> world_ranks)
+    : Session(engine, rank, static_cast<int>(world_ranks.size())),
+      transport_(std::move(transport)),
+      id_(id),
+      world_ranks_(std::move(world_ranks)) {}
+
+void NetworkGroup::watch() {
+  for (int r = 0; r < size_; ++r)
+    if (r != rank_) {
+      transport_->watch(world_rank(r));
+      exchange_farewell(expected_.emplace_back(), r);
+      transport_->post_receive(expected_.back().transfer);
+    }
+}
+
+void NetworkGroup::exchange_farewell(Farewell& f, int r) {
+  f.transfer.peer = world_rank(r);
+  f.transfer.tag = Tag{1} << 63 | id_;
+  f.transfer.data = reinterpret_cast<std::byte*>(f.words);
+  f.transfer.num_bytes = sizeof f.words;
+  f.transfer.priority = 255;
+}
+
+void NetworkGroup::failed(const Failure& failure) {
+  if (failure.kind == FailureKind::aborted) return;
+  for (int r = 0; r < size_; ++r) {
+    if (r == rank_ || transport_->is_lost(world_rank(r))) continue;
+    Farewell& f = said_.emplace_back();
+    exchange_farewell(f, r);
+    f.words[0] = static_cast<std::uint32_t>(failure.kind);
+    f.words[1] = static_cast<std::uint32_t>(failure.rank + 1);
+    transport_->post_send(f.transfer);
+  }
+  transport_->progress();
+}
+
+Failure NetworkGroup::heard_farewell() const {
+  for (const Farewell& f : expected_) {
+    const auto kind = static_cast<FailureKind>(f.words[0]);
+    if (f.transfer.state != Transfer::State::done || kind == FailureKind::none || kind > FailureKind::aborted) continue;
+    const int culprit = static_cast<int>(f.words[1]) - 1;
+    std::string why = "rank " + std::to_string(rank_) + ": rank " + std::to_string(rank_of(f.transfer.peer)) + " gave up";
+    if (kind == FailureKind::timeout) why += ": it waited too long for rank " + std::to_string(culprit);
+    if (kind == FailureKind::peer_lost) why += " because it lost rank " + std::to_string(culprit);
+    if (kind == FailureKind::mismatch) why += ": its call and that of rank " + std::to_string(culprit) + " did not match";
+    return {kind, culprit, why};
+  }
+  return {};
+}
+
+NetworkGroup::~NetworkGroup() {
+  fail({FailureKind::aborted, rank_, "rank " + std::to_string(rank_) + ": the communicator was closed"});
+  for (auto* list : {&expected_, &said_})
+    for (Farewell& f : *list)
+      if (f.transfer.state == Transfer::State::pending) transport_->cancel(f.transfer);
+}
+
+// id 22 bits, collective or message 1 bit, then sequence and channel, or the caller's tag.
+Tag NetworkGroup::collective_tag(const Operation& op, int channel) const {
+  return Tag{id_} << 41 | (op.sequence & 0xffffffffu) << 8 | static_cast<Tag>(channel);
+}
+
+int NetworkGroup::rank_of(int world) const {
+  const auto found = std::find(world_ranks_.begin(), world_ranks_.end(), world);
+  return found == world_ranks_.end() ? -1 : static_cast<int>(found - world_ranks_.begin());
+}
+
+Failure NetworkGroup::translate(const Transfer& transfer) const {
+  Failure failure = transfer.failure;
+  failure.rank = rank_of(failure.rank >= 0 ? failure.rank : transfer.peer);
+  return failure;
+}
+
+Failure NetworkGroup::explain(const Transfer& transfer) const {
+  const Failure told = heard_farewell();
+  return told ? told : translate(transfer);
+}
+
+Task NetworkGroup::start(Operation& op) { return execute(*this, op); }
+
+void NetworkGroup::enqueue_message(const OperationPointer& op) {
+  const Request& r = op->request;
+  Message& m = messages_.emplace_back();
+  m.op = op;
+  m.transfer.peer = r.root == any_rank ? any_rank : world_rank(r.root);
+  m.transfer.tag = Tag{id_} << 41 | Tag{1} << 40 | (static_cast<Tag>(r.tag) & 0xffffffffffu);
+  m.transfer.num_bytes = r.numel * size_of(r.dtype);
+  const bool is_send = r.kind == Kind::send;
+  m.transfer.data = is_send ? const_cast<std::byte*>(r.source) : r.output;
+  if (is_send) transport_->post_send(m.transfer);
+  else transport_->post_receive(m.transfer);
+  progress_messages();
+}
+
+bool NetworkGroup::progress_messages() {
+  bool moved = false;
+  for (auto it = messages_.begin(); it != messages_.end();) {
+    if (it->transfer.state == Transfer::State::pending) {
+      ++it;
+      continue;
+    }
+    moved = true;
+    if (it->transfer.state == Transfer::State::failed) {
+      Failure failure = explain(it->transfer);
+      failure.detail = describe(*it->op) + ": " + failure.detail;
+      fail(failure);
+      return true;
+    }
+    it->op->request.root = rank_of(it->transfer.peer);
+    const OperationPointer op = it->op;
+    it = messages_.erase(it);
+    engine_.completed(*op);
+  }
+  return moved;
+}
+
+void NetworkGroup::fail_messages(const Failure& failure) {
+  for (Message& m : messages_) {
+    if (m.transfer.state == Transfer::State::pending) transport_->cancel(m.transfer);
+    m.op->failure = failure;
+    engine_.completed(*m.op);
+  }
+  messages_.clear();
+}
+
+void NetworkGroup::check(Nanoseconds now) {
+  if (!has_pending()) return;
+  if (const Failure told = heard_farewell()) return fail(told);
+  if (!queue_.empty())
+    for (int r = 0; r < size_; ++r)
+      if (r != rank_ && transport_->is_lost(world_rank(r)) && !progress())
+        return fail({FailureKind::peer_lost, r,
+                     (queue_.empty() ? std::string() : describe(*queue_.front()) + ": ") + "the connection to rank " +
+                         std::to_string(r) + " is lost"});
+  if (const Failure late = lateness(now)) return fail(late);
+  for (const Message& m : messages_)
+    if (now >= m.op->deadline)
+      return fail({FailureKind::timeout, m.op->request.root,
+                   describe(*m.op) + ": rank " + std::to_string(m.op->request.root) + " did not answer in time"});
+}
+
+}  // namespace paceline
