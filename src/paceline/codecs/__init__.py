@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from paceline.codecs.codec import Codec
     from paceline.codecs.reducer import Reducer
 
-NOT_PLUGINS = ("codec", "kernel", "reference", "payload", "ledger", "reducer")
+NOT_PLUGINS = ("codec", "kernel", "reference", "payload", "ledger", "reducer", "flat_sums")
 
 
 def make(codec: str | spec.Spec | Codec, *, checksum: bool = False, use_reference: bool = False) -> Codec:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from paceline.errors import ConfigError
+from paceline.spec import Spec
 from paceline.strategies.outer.optimizer import OuterStrategy
 from paceline.types import Communicator
 
@@ -31,10 +32,10 @@ class BMUF(OuterStrategy):
         rate: float = 1.0,
         nesterov: bool = True,
         reset_optimizer: bool = True,
+        codec: str | Spec | None = None,
     ) -> None:
-        super().__init__(
-            period=period, rate=rate, momentum=0.0 if momentum is None else momentum, nesterov=nesterov
-        )
+        inertia = 0.0 if momentum is None else momentum
+        super().__init__(period=period, rate=rate, momentum=inertia, nesterov=nesterov, codec=codec)
         self._momentum_follows_size = momentum is None
         self._reset_optimizer = reset_optimizer
         if not isinstance(nesterov, bool):

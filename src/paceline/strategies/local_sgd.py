@@ -15,26 +15,36 @@ from typing import Any
 
 import torch
 
-from paceline.errors import ConfigError, Mismatch
+from paceline.codecs.flat_sums import FlatSums
+from paceline.errors import ConfigError
+from paceline.spec import Spec
+from paceline.strategies.outer import optimizer_state
 from paceline.strategies.strategy import TrainingStrategy
-from paceline.types import ReduceOp, Work
+from paceline.types import Communicator
 
 
 class LocalSGD(TrainingStrategy):
-    """Average the replicas every `period` minibatches."""
+    """Average the replicas every `period` minibatches; `codec` encodes what each has learned since."""
 
-    advice = (
-        "Sends the model once per period: for slow networks. 8 to 16 is usual; far above 20 costs accuracy."
-    )
+    advice = "Sends the model once per period: for slow networks. 8 to 16 is usual; far more costs accuracy."
     replicas_differ = True
 
-    def __init__(self, *, period: int = 16, average_optimizer: bool = False) -> None:
+    def __init__(
+        self, *, period: int = 16, average_optimizer: bool = False, codec: str | Spec | None = None
+    ) -> None:
         if isinstance(period, bool) or not isinstance(period, int) or period < 1:
             raise ConfigError(f"local_sgd: period={period!r}: a whole number of minibatches >= 1 expected")
-        self.period = period
-        self.average_optimizer = average_optimizer
-        self._done = 0  # minibatches since the last average …
-        self._real = 0  # … and those of them on data of this rank's own
+        self.period, self.average_optimizer = period, average_optimizer
+        self._sums = None if codec is None else FlatSums(codec)
+        self._done = self._real = 0  # minibatches since the last average; those on data of this rank's own
+
+    def attach(self, replica: Any, comm: Communicator) -> None:
+        """With a codec, progress since the last average is what travels."""
+        super().attach(replica, comm)
+        self._start: list[torch.Tensor] = []
+        if self._sums is not None:
+            self._start = [flat.clone() for flat in replica.parameters]
+            self._sums.attach(replica.parameters, replica.trained)
 
     def before_update(self) -> None:
         """A rank without data repeats a batch to keep step: the update must not change anything."""
@@ -75,67 +85,65 @@ class LocalSGD(TrainingStrategy):
         tensors = list(self.replica.parameters)
         if self.average_optimizer:
             tensors += [t for _, t in self.replica.optimizer_state() if t.is_floating_point() and t.ndim]
-        all_finish = self._weighted_mean(tensors, finishing=finishing)
+        all_finish = self._weighted_mean(tensors, finishing=finishing, is_round=True)
         if self.average_optimizer:
-            self._unify_counters()
+            optimizer_state.unify_counters(self.replica, self.comm)
+        if self._start:
+            torch._foreach_copy_(self._start, list(self.replica.parameters))
         self._done = self._real = 0
         return all_finish
 
-    def _weighted_mean(self, tensors: list[torch.Tensor], *, finishing: bool) -> bool:
+    def _weighted_mean(self, tensors: list[torch.Tensor], *, finishing: bool, is_round: bool = False) -> bool:
         """Replace `tensors` by their means over ranks, weighted by minibatches of this round."""
         weight = self._real / self.period  # 1 in a full round: nothing to multiply
         totals = torch.tensor([weight, float(finishing), len(tensors)], dtype=torch.float64)
         works = [self.comm.all_reduce(totals)]
         if self.average_optimizer:
-            self._check_states(works[0], totals, len(tensors))
+            optimizer_state.check_count(works[0], totals, len(tensors), self.comm)
         if finishing:
             works[0].wait()
             if totals[0] == 0:  # nobody trained since the last average: all hold the same already
                 return bool(totals[1] == self.comm.size)
         flats = [t if t.is_contiguous() else t.contiguous() for t in tensors]
-        for flat in flats:
-            if weight != 1:
-                flat.mul_(weight)
-            works.append(self.comm.all_reduce(flat))
+        starts = self._start if is_round else []
+        if starts:
+            torch._foreach_sub_(flats[: len(starts)], starts)
+        if weight != 1:
+            torch._foreach_mul_(flats, weight)
+        works += [self.comm.all_reduce(flat) for flat in flats[len(starts) :]]
+        if self._sums is not None and starts:
+            self._sums.sum(flats[: len(starts)], self.comm)
         for work in works:
             work.wait()
         total, num_finishing, _ = totals.tolist()
+        if starts:
+            torch._foreach_add_(flats[: len(starts)], starts, alpha=total)
         for tensor, flat in zip(tensors, flats, strict=True):
             tensor.copy_(flat.div_(total))
         return bool(num_finishing == self.comm.size)
 
-    def _check_states(self, work: Work, totals: torch.Tensor, count: int) -> None:
-        work.wait()
-        if totals[2] != count * self.comm.size:
-            raise Mismatch(
-                f"rank {self.comm.rank}: local_sgd(average_optimizer=true): the optimizer has {count}"
-                f" tensors of state here and another number elsewhere ({totals[2]:g} in all): a parameter"
-                " got no gradient on some rank yet; use average_optimizer=false"
-            )
-
-    def _unify_counters(self) -> None:
-        counters = [t for _, t in self.replica.optimizer_state() if not (t.is_floating_point() and t.ndim)]
-        if counters:
-            flat = torch.stack([c.detach().double().reshape(()) for c in counters if c.numel() == 1])
-            self.comm.all_reduce(flat, op=ReduceOp.MAX).wait()
-            for counter, value in zip([c for c in counters if c.numel() == 1], flat, strict=True):
-                counter.fill_(value.item())
-
     def state_dict(self) -> dict[str, Any]:
         """Where in the round this rank is."""
-        return {"done": self._done, "real": self._real}
+        codec = [] if self._sums is None else self._sums.state_dict()
+        return {"done": self._done, "real": self._real, "codec": codec, "start": self._start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue in the round."""
         self._done, self._real = state["done"], state["real"]
+        if self._sums is not None and state["start"]:
+            self._sums.load_state_dict(state["codec"])
+            torch._foreach_copy_(self._start, state["start"])
+
+    def stats(self) -> dict[str, Any]:
+        """`codec`: its bytes by cause, encode seconds and extra memory on this rank."""
+        return {} if self._sums is None else {"codec": self._sums.stats()}
 
     def traffic(self, model_bytes: int, size: int) -> float:
         """The model once per period, and with `average_optimizer` the optimizer's tensors once more each."""
         if size == 1:
             return 0.0
-        extra = 0
-        if self.average_optimizer and hasattr(self, "replica"):
-            extra = sum(
-                t.nbytes for _, t in self.replica.optimizer_state() if t.is_floating_point() and t.ndim
-            )
+        state = self.replica.optimizer_state() if self.average_optimizer and hasattr(self, "replica") else ()
+        extra: int = sum(t.nbytes for _, t in state if t.is_floating_point() and t.ndim)
+        if self._sums is not None:
+            model_bytes = int(self._sums.traffic([flat.numel() for flat in self._start], size))
         return (model_bytes + extra) / self.period

@@ -8,6 +8,7 @@ Cost: the model once per `period` minibatches.   [tested]
 
 from __future__ import annotations
 
+from paceline.spec import Spec
 from paceline.strategies.outer.optimizer import OuterStrategy
 
 
@@ -17,8 +18,15 @@ class SlowMo(OuterStrategy):
     advice = "local_sgd with slow momentum: better accuracy at the same period; 0.5 to 0.7 is usual."
     ends_behind = True
 
-    def __init__(self, *, period: int = 12, rate: float = 1.0, momentum: float = 0.5) -> None:
-        super().__init__(period=period, rate=rate, momentum=momentum, nesterov=False)
+    def __init__(
+        self,
+        *,
+        period: int = 12,
+        rate: float = 1.0,
+        momentum: float = 0.5,
+        codec: str | Spec | None = None,
+    ) -> None:
+        super().__init__(period=period, rate=rate, momentum=momentum, nesterov=False, codec=codec)
 
     def start_block(self) -> None:
         """Inner state stays."""

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from paceline.codecs.flat_sums import FlatSums
 from paceline.errors import ConfigError
+from paceline.spec import Spec
 from paceline.strategies.strategy import TrainingStrategy
 from paceline.types import Communicator
 
@@ -51,12 +53,21 @@ class OuterStrategy(TrainingStrategy):
     ends_behind: bool = True
     """Whether the final model is W_g (BMUF) or the start of the next block (DiLoCo)."""
 
-    def __init__(self, *, period: int, rate: float, momentum: float, nesterov: bool) -> None:
+    def __init__(
+        self,
+        *,
+        period: int,
+        rate: float,
+        momentum: float,
+        nesterov: bool,
+        codec: str | Spec | None = None,
+    ) -> None:
         if isinstance(period, bool) or not isinstance(period, int) or period < 1:
             raise ConfigError(f"period={period!r}: a whole number of minibatches >= 1 expected")
         if not rate > 0 or not 0 <= momentum < 1:
             raise ConfigError(f"rate={rate}, momentum={momentum}: rate > 0 and 0 <= momentum < 1 expected")
         self.period, self._rate, self._momentum, self._nesterov = period, rate, momentum, nesterov
+        self._sums = None if codec is None else FlatSums(codec)
         self._done = self._real = 0
         self._kept: list[torch.Tensor] | None = None
 
@@ -70,6 +81,8 @@ class OuterStrategy(TrainingStrategy):
         self.outer = OuterSGD(
             list(replica.parameters), rate=self._rate, momentum=self._momentum, nesterov=self._nesterov
         )
+        if self._sums is not None:
+            self._sums.attach(replica.parameters, replica.trained)
 
     def before_update(self) -> None:
         """A rank without data repeats a batch to keep step; what that changes is undone."""
@@ -106,13 +119,24 @@ class OuterStrategy(TrainingStrategy):
         self.replica.adopt()
         weight = self._real / self.period
         totals = torch.tensor([weight, float(finishing)], dtype=torch.float64)
-        means = [flat * weight for flat in self.replica.parameters]
-        for work in [self.comm.all_reduce(totals), *(self.comm.all_reduce(m) for m in means)]:
+        starts = self.outer.start
+        if self._sums is None:
+            means = [flat * weight for flat in self.replica.parameters]
+            works = [self.comm.all_reduce(totals), *(self.comm.all_reduce(m) for m in means)]
+        else:  # progress since the start is what codecs are good at, not the weights themselves
+            means = [(f - s) * weight for f, s in zip(self.replica.parameters, starts, strict=True)]
+            works = [self.comm.all_reduce(totals)]
+            if self.comm.size > 1:
+                self._sums.sum(means, self.comm)
+        for work in works:
             work.wait()
         total, num_finishing = totals.tolist()
         self._done = self._real = 0
         if total > 0:
-            self.outer.step([m.div_(total) for m in means])
+            torch._foreach_div_(means, total)
+            if self._sums is not None:
+                torch._foreach_add_(means, starts)
+            self.outer.step(means)
             self._set(self.outer.start)
             self.start_block()
         return bool(num_finishing == self.comm.size)
@@ -128,6 +152,7 @@ class OuterStrategy(TrainingStrategy):
             "momentum": self.outer.buffer,
             "done": self._done,
             "real": self._real,
+            "codec": [] if self._sums is None else self._sums.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -136,7 +161,15 @@ class OuterStrategy(TrainingStrategy):
         for own, value in zip([*self.outer.start, *self.outer.buffer], saved, strict=True):
             own.copy_(value)
         self._done, self._real = state["done"], state["real"]
+        if self._sums is not None:
+            self._sums.load_state_dict(state.get("codec", []))
+
+    def stats(self) -> dict[str, Any]:
+        """`codec`: its bytes by cause, encode seconds and extra memory on this rank."""
+        return {} if self._sums is None else {"codec": self._sums.stats()}
 
     def traffic(self, model_bytes: int, size: int) -> float:
-        """The model once per period."""
+        """The model, as the codec encodes it, once per period."""
+        if self._sums is not None and size > 1:
+            return self._sums.traffic([flat.numel() for flat in self.outer.start], size) / self.period
         return model_bytes / self.period
