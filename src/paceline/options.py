@@ -27,6 +27,9 @@ class JobOptions:
     checkpoint: str | None = None
     """Where to save on SIGTERM, and to resume from if a checkpoint is there."""
     progress: bool = True
+    bar_columns: int = 0
+    """Width for a progress bar of lines that end in a carriage return, which the launcher draws on its
+    terminal; 0: it has none."""
     secret: str = ""
     """Hex; authenticates the workers' own connections. Empty: made by rank 0 and shared through the store."""
 

@@ -37,7 +37,7 @@ def build():
     data = torch.utils.data.TensorDataset(torch.zeros(8, 2), torch.zeros(8, dtype=torch.long))
     def loss(outputs, targets):
         {body}
-    return paceline.Task(model, torch.optim.SGD(model.parameters(), lr=0.1), data, data, loss, batch_size=4)
+    return paceline.Task(model, torch.optim.SGD(model.parameters(), lr=10.0), data, data, loss, batch_size=4)
 """
 
 

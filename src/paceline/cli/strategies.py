@@ -30,7 +30,7 @@ def strategies(
 
     console = Console()
     if not console.is_terminal:
-        console.width = 160  # whole lines for grep
+        console.width = 400  # whole lines for grep
     table = Table(
         "strategy", "arguments and defaults", "advice", box=None, pad_edge=False, padding=(0, 3, 0, 0)
     )

@@ -81,7 +81,9 @@ class Agent(SimpleElasticAgent):
     def _shared_environment(self, group: WorkerGroup) -> dict[str, str]:
         """What all workers of this host find in their environment; names as torchrun's."""
         spec = group.spec
-        options = dataclasses.replace(self._job.options, secret=self._secret(group))
+        options = dataclasses.replace(
+            self._job.options, secret=self._secret(group), bar_columns=self._console.bar_columns
+        )
         environment = {
             **os.environ,
             **self._job.environment,

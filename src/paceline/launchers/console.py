@@ -7,6 +7,7 @@ bar) stays at the bottom while other lines scroll above it.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import threading
 from typing import TextIO
@@ -50,6 +51,11 @@ class Console:
             with self._lock:
                 self._bar = f"{self._prefix(rank, self._err)}{text}" if text.strip() else ""
                 self._put(self._err, f"{_CLEAR}{self._bar}")
+
+    @property
+    def bar_columns(self) -> int:
+        """Columns for a worker's bar; 0 without a terminal."""
+        return max(20, shutil.get_terminal_size().columns - 8) if self._draws_bars else 0
 
     def note(self, text: str) -> None:
         """A line of the launcher itself."""

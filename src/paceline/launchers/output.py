@@ -30,7 +30,8 @@ class LineReader:
         if returned:
             yield _visible(head + b"\r" + tail), False
             # Kept with its return: whatever replaces the text below replaces all of it.
-            rest = b"\r" + (tail or head.rpartition(b"\r")[2])
+            shown = _visible(head + b"\r" + tail)
+            rest = b"\r" + shown.encode() if shown else b""
         if len(rest) > _MAX_LINE_BYTES:
             yield _visible(rest), True
             rest = b""
@@ -44,9 +45,12 @@ class LineReader:
 
 
 def _visible(line: bytes) -> str:
-    """What a terminal would show of a line with carriage returns: the last text written over it."""
-    parts = [p for p in line.split(b"\r") if p]
-    return parts[-1].decode("utf-8", "replace") if parts else ""
+    """What a terminal would show of a line with carriage returns: the last text, unless it was erased."""
+    text = b""
+    for part in line.split(b"\r"):
+        before, erased, after = part.rpartition(b"\x1b[K")
+        text = after if erased else (before + after or text)
+    return text.decode("utf-8", "replace")
 
 
 class TracebackKeeper:

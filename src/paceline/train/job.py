@@ -107,7 +107,7 @@ class Job:
         self.registered: dict[str, Any] = {}
         """Schedulers, scalers and whatever else `save` includes, by name."""
         self._seed = seed
-        self._progress = ProgressBar(enabled=progress and self.is_main)
+        self._progress = ProgressBar(enabled=progress and self.is_main, columns=self.options.bar_columns)
         self._logbook = Logbook(Path(log_dir) if log_dir is not None else default_folder())
         self.clock = TrainingClock(comm)
         self._resume_at: int | None = None  # first epoch of the next `epochs`, set by `load`
