@@ -15,6 +15,7 @@ from paceline import collectives
 from paceline.collectives import double_binary_tree, ring
 from paceline.collectives.sweep import cases
 from paceline.errors import ConfigError
+from paceline.schedule import contract
 from paceline.schedule.builder import Builder
 from paceline.schedule.cost import Cost, count
 from paceline.schedule.lower import lower
@@ -205,3 +206,11 @@ def test_ranks_on_any_hosts(hosts: list[str]) -> None:
             verify(program)
         else:
             assert name == "hybrid"
+
+
+def test_both_ways_to_write_postconditions_agree() -> None:
+    for case in cases((1, 3, 4)):
+        program = case.build()
+        for rank in range(case.num_ranks):
+            rows = contract.contributors(program, rank).tolist()
+            assert contract.masks(program, rank) == [sum(n << r for r, n in enumerate(row)) for row in rows]

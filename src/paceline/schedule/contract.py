@@ -167,8 +167,15 @@ def contributors(program: Collective, rank: int) -> npt.NDArray[np.int64]:
 
 
 def masks(program: Collective, rank: int) -> list[int]:
-    """Return the postcondition of `rank` as bit sets of contributors, one per OUTPUT chunk."""
-    return [sum(1 << r for r in np.flatnonzero(row).tolist()) for row in contributors(program, rank)]
+    """Postcondition of `rank` as bit sets of contributors, one per OUTPUT chunk: `contributors` in short."""
+    s, op = shape(program), base_operation(program.operation)
+    if not defines_output(program, rank):
+        return [0] * s.output_chunks
+    if op in REDUCING:
+        return [(1 << program.num_ranks) - 1] * s.output_chunks
+    if op in ("broadcast", "scatter"):
+        return [1 << program.root] * s.output_chunks
+    return [1 << chunk // s.chunks_per_block for chunk in range(s.output_chunks)]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ What it does, in this order:
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import lru_cache
 
 from paceline.errors import ScheduleError
 from paceline.schedule import contract
@@ -70,6 +71,14 @@ def lower(
     )
 
 
+@lru_cache(maxsize=2)
+def _named(program: Program) -> tuple[list[list[Row]], dict[int, int]]:
+    """Every step by names, and when names are last read: the same however a program is lowered."""
+    place = Placement(program, in_place=False)
+    rows = [place.rows(s) for s in program.steps()]
+    return rows, last_reads(rows, place.name_width)
+
+
 class _Lowering:
     """Walks the steps and appends micro-instructions of all ranks in one global order."""
 
@@ -77,8 +86,7 @@ class _Lowering:
         self.program, self.zero_copy = program, zero_copy
         self.place = Placement(program, in_place=in_place)
         self.micros: list[Micro] = []
-        self._rows = [self.place.rows(s) for s in program.steps()]
-        self._last_read = last_reads(self._rows, self.place.name_width)
+        self._rows, self._last_read = _named(program)
         self._exposed: dict[int, list[Micro]] = defaultdict(list)
         self._unreclaimed: dict[tuple[int, int, int], list[Micro]] = defaultdict(list)
         self._sent: dict[tuple[int, int, int], list[Micro]] = defaultdict(list)
