@@ -214,3 +214,11 @@ def test_both_ways_to_write_postconditions_agree() -> None:
         for rank in range(case.num_ranks):
             rows = contract.contributors(program, rank).tolist()
             assert contract.masks(program, rank) == [sum(n << r for r, n in enumerate(row)) for row in rows]
+
+
+def test_programs_too_large_to_hold_are_refused() -> None:
+    for name, operation in (("all_pairs", "all_reduce"), ("bruck", "all_to_all"), ("two_step", "all_to_all")):
+        with pytest.raises(ConfigError, match="at most 1024"):
+            collectives.build(name, operation, 4096)
+    for name in ("hierarchical", "hybrid", "double_binary_tree", "bcube"):
+        assert count(collectives.build(name, "all_reduce", 4096)).sent <= 3

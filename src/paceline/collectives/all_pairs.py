@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from paceline.schedule.contract import base_operation
-from paceline.schedule.cost import Cost, No, only
+from paceline.schedule.cost import Cost, No, few_enough, only
 from paceline.schedule.program import (
     COPY,
     INPUT,
@@ -81,7 +81,9 @@ def build(
 
 def supports(operation: str, num_ranks: int, *, shots: int = 2) -> bool | No:
     """Any number of ranks."""
-    return only(OPERATIONS, operation) if shots in (1, 2) else No(f"1 or 2 shots expected, got {shots}")
+    if shots not in (1, 2):
+        return No(f"1 or 2 shots expected, got {shots}")
+    return few_enough(num_ranks, num_ranks) and only(OPERATIONS, operation)
 
 
 def cost(

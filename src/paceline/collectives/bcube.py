@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from paceline.schedule.contract import base_operation
-from paceline.schedule.cost import Cost, No, only
+from paceline.schedule.cost import Cost, No, few_enough, only
 from paceline.schedule.program import (
     INPUT,
     OUTPUT,
@@ -89,9 +89,10 @@ def build(
 
 def supports(operation: str, num_ranks: int, *, base: int | None = None) -> bool | No:
     """Powers of the base."""
-    if not stages(num_ranks, base):
+    found = stages(num_ranks, base)
+    if found is None:
         return No(f"{num_ranks} ranks are no power of base {base}")
-    return only(OPERATIONS, operation)
+    return few_enough(num_ranks, found[0] - 1) and only(OPERATIONS, operation)
 
 
 def cost(

@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 
 from paceline.schedule.contract import base_operation
-from paceline.schedule.cost import Cost, No, only
+from paceline.schedule.cost import Cost, No, few_enough, only
 from paceline.schedule.program import INPUT, SCRATCH, Program, Step, copy, ranks, replicate, together, turn
 
 OPERATIONS = ("all_gather", "all_to_all", "all_gather_v", "all_to_all_v")
@@ -57,6 +57,8 @@ def _all_to_all(p: int) -> Iterator[Step]:
 
 def supports(operation: str, num_ranks: int) -> bool | No:
     """Any number of ranks."""
+    if base_operation(operation) == "all_to_all" and not (answer := few_enough(num_ranks, num_ranks)):
+        return answer
     return only(OPERATIONS, operation)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from paceline.collectives._hosts import VARIANTS, Hosts, fits, members
 from paceline.schedule.cost import Cost, No, only
-from paceline.schedule.program import INPUT, IntArray, Program, Step, copy, ranks, reduce, replicate
+from paceline.schedule.program import INPUT, Program, Step, copy, ranks, reduce, replicate
 
 __all__ = ["OPERATIONS", "VARIANTS", "build", "cost", "supports"]
 OPERATIONS = ("all_reduce",)
@@ -35,26 +35,23 @@ def build(
     m, shards = len(groups), min(len(g) for g in groups)
     owners = np.array([g[:shards] for g in groups])  # shape (M, L)
 
-    local = _pairs((rank, owner, i) for g in groups for i, owner in enumerate(g[:shards]) for rank in g)
-    across = _pairs(
-        (owners[a, i], owners[b, i], i * m + b) for i in range(shards) for b in range(m) for a in range(m)
-    )
+    rank = np.concatenate([np.repeat(g, shards) for g in groups])
+    owner = np.concatenate([np.tile(g[:shards], len(g)) for g in groups])
+    shard = np.tile(ranks(shards), p)
+    rank, owner, shard = (column[rank != owner] for column in (rank, owner, shard))
+    a, b, i = (index.ravel() for index in np.indices((m, m, shards)))
+    a, b, i = (index[a != b] for index in (a, b, i))
+    src, dst, chunk = owners[a, i], owners[b, i], i * m + b
 
     def steps() -> Iterator[Step]:
         yield copy(ranks(p), ranks(p), 0, source=INPUT, count=shards * m)
-        yield reduce(local[0], local[1], local[2] * m, count=m)
-        yield reduce(*across)
-        yield copy(across[1], across[0], across[2])
-        yield copy(local[1], local[0], local[2] * m, count=m)
+        yield reduce(rank, owner, shard * m, count=m)
+        yield reduce(src, dst, chunk)
+        yield copy(dst, src, chunk)
+        yield copy(owner, rank, shard * m, count=m)
 
     program = Program("hierarchical", operation, p, shards * m, steps)
     return replicate(program, channels * instances)
-
-
-def _pairs(rows: Iterator[tuple[int, int, int]]) -> tuple[IntArray, IntArray, IntArray]:
-    """Columns (source, destination, chunk) of the rows between different ranks."""
-    table = np.array([r for r in rows if r[0] != r[1]], dtype=np.intp).reshape(-1, 3)
-    return table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy()
 
 
 def supports(operation: str, num_ranks: int, *, hosts: Hosts = None) -> bool | No:

@@ -16,7 +16,7 @@ from fractions import Fraction
 import numpy as np
 
 from paceline.collectives._hosts import VARIANTS, Hosts, fits, members
-from paceline.schedule.cost import Cost, No, only
+from paceline.schedule.cost import Cost, No, few_enough, only
 from paceline.schedule.program import (
     COPY,
     INPUT,
@@ -90,7 +90,7 @@ def _room(groups: list[list[int]]) -> dict[tuple[int, int], int]:
 
 def supports(operation: str, num_ranks: int, *, hosts: Hosts = None) -> bool | No:
     """Any number of ranks on any hosts."""
-    return fits(num_ranks, hosts) and only(OPERATIONS, operation)
+    return few_enough(num_ranks, num_ranks) and fits(num_ranks, hosts) and only(OPERATIONS, operation)
 
 
 def cost(

@@ -95,3 +95,11 @@ def pipelined(operations: tuple[str, ...], operation: str, segments: int) -> boo
     return (
         only(operations, operation) if segments >= 1 else No(f"segments: 1 or more expected, got {segments}")
     )
+
+
+def few_enough(num_ranks: int, peers: int) -> bool | No:
+    """Whether a step in which every rank has so many peers is small enough to be held: 2^22 transfers."""
+    most = (1 << 22) // num_ranks
+    return peers <= most or No(
+        f"every one of {num_ranks} ranks with {peers} peers in one step; at most {most}"
+    )
