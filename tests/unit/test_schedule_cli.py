@@ -197,6 +197,7 @@ def test_compare_prints_a_table_and_skips_what_cannot() -> None:
         (["simulate", "ring", "--ranks", "4", "--late", "5"], "--late"),
         (["simulate", "ring", "--ranks", "4", "--late", "9:1"], "rank 9"),
         (["simulate", "all_pairs", "--ranks", "16384"], "too many"),
+        (["simulate", "bruck", "--operation", "all_to_all", "--ranks", "16384"], "too many"),
         (["simulate", "bcube(base=4)", "--ranks", "6"], "6 ranks"),
         (["show", "ring", "--ranks", "500"], "at most"),
         (["verify"], "--all"),

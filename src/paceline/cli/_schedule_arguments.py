@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from paceline.errors import ConfigError
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
-_MAX_TRANSFERS_PER_STEP = 1 << 24
+_MAX_TRANSFERS_PER_STEP = 1 << 22
+_SAMPLE_RANKS = 128
 
 
 def algorithm(text: str, *, channels: int = 1) -> tuple[str, dict[str, Any]]:
@@ -70,11 +72,30 @@ def oversized(name: str, operation: str, num_ranks: int, **options: Any) -> str:
     plain = {k: v for k, v in options.items() if k not in ("channels", "instances", "root")}
     if num_ranks < 1 or not collectives.supports(name, operation, num_ranks, **plain):
         return ""  # `build` says it better
-    cost = collectives.cost(name, operation, num_ranks, **options)
-    transfers = num_ranks * cost.messages // max(cost.steps, 1)
+    transfers = _largest_step(name, operation, num_ranks, options)
     if transfers <= _MAX_TRANSFERS_PER_STEP:
         return ""
-    return f"{name} {operation} on {num_ranks} ranks has steps of {transfers} messages: too many to simulate"
+    return f"{name} {operation} on {num_ranks} ranks has steps of {transfers:.1g} transfers: too many to hold"
+
+
+def _largest_step(name: str, operation: str, num_ranks: int, options: Mapping[str, Any]) -> float:
+    """How many transfers the largest step has; for many ranks as it grows from 128 to 256 ranks."""
+    from paceline import collectives
+
+    few = {k: v for k, v in options.items() if k not in ("hosts", "root")}
+
+    def largest(p: int) -> int:
+        program = collectives.build(name, operation, p, **few)
+        return max((len(step) for step in program.steps()), default=1)
+
+    if num_ranks <= 2 * _SAMPLE_RANKS:
+        return 0
+    try:
+        small, large = largest(_SAMPLE_RANKS), largest(2 * _SAMPLE_RANKS)
+    except ConfigError:  # it does not do these numbers of ranks
+        cost = collectives.cost(name, operation, num_ranks, **options)
+        return num_ranks * cost.messages / max(cost.steps, 1)
+    return float(large * (num_ranks / (2 * _SAMPLE_RANKS)) ** math.log2(large / small))
 
 
 def ranks(text: str) -> list[int]:

@@ -33,19 +33,21 @@ class Servers:
     """Who uses which server (link, reducer) in a step; the plan is made once for a pattern of transfers."""
 
     def __init__(self, server: IntArray, user: IntArray, work_s: FloatArray) -> None:
-        self.is_shared = len(server) > len(np.unique(server))
+        uses = np.bincount(server)
+        self.ids = np.flatnonzero(uses)
+        self.is_shared = bool(len(self.ids) < len(server))
+        if not self.is_shared:  # whoever asks how its users share it has nothing to ask
+            return
         order = np.argsort(server, kind="stable")
         self.server, self.user, self.work_s = server[order], user[order], work_s[order]
-        self.first = np.flatnonzero(np.diff(self.server, prepend=-1))
-        self.sizes = np.diff(np.append(self.first, len(self.server)))
-        self.ids = self.server[self.first]
+        self.sizes = uses[self.ids]
+        self.first = np.cumsum(self.sizes) - self.sizes
 
     def finish(self, start_s: FloatArray, num_users: int) -> FloatArray:
         """When each user is served, shape (num_users,); users of no server: their start."""
         finish = start_s.copy()
-        if len(self.first):
-            ends = last_finish(start_s[self.user], self.work_s, self.server, self.first)
-            np.maximum.at(finish, self.user, np.repeat(ends, self.sizes))
+        ends = last_finish(start_s[self.user], self.work_s, self.server, self.first)
+        np.maximum.at(finish, self.user, np.repeat(ends, self.sizes))
         return finish
 
     def latest(self, time_s: FloatArray) -> FloatArray:

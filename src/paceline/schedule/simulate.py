@@ -12,7 +12,7 @@ Rules (full duplex, one-port where the topology has ports):
 
 All of this is monotone: a later start, a slower rank or link never makes anything end earlier.
 
-Once a step that only shifts chunks (`Step` columns are the same arrays) moves every clock by the same amount,
+Once a step that repeats the one before with other chunks moves every clock by the same amount,
 it always will: such steps are counted instead of computed, and 16,384 ranks in a ring take a second.
 """
 
@@ -124,7 +124,7 @@ class _Pattern:
     """Everything about a step that does not depend on which chunks it moves, or on the time."""
 
     def __init__(self, step: Step, run: _Run) -> None:
-        self.columns = _identity(step)
+        self._columns = _all_but_chunks(step)
         self.src, self.dst = step.src_rank, step.dst_rank
         n, net = len(step), run.topology
         away = self.src != self.dst
@@ -154,10 +154,16 @@ class _Pattern:
         self.reduce_alone_s = cost
         self.num = n
         self.used_links = self.links.ids
-        senders, receivers = np.unique(self.src), np.unique(self.dst)
-        self.src_once, self.dst_once = len(senders) == n, len(receivers) == n
-        self.used_ranks = np.union1d(senders, receivers)
+        sends = np.bincount(self.src, minlength=net.num_ranks)
+        receives = np.bincount(self.dst, minlength=net.num_ranks)
+        self.src_once, self.dst_once = sends.max() == 1, receives.max() == 1
+        self.used_ranks = np.flatnonzero(sends + receives)
         self.used_reducers = self.reducers.ids
+
+    def fits(self, step: Step) -> bool:
+        """Whether `step` differs only in which chunks it moves."""
+        pairs = zip(self._columns, _all_but_chunks(step), strict=True)
+        return all(a is b or np.array_equal(a, b) for a, b in pairs)
 
 
 def _first_of_each_message(step: Step) -> IntArray:
@@ -166,14 +172,14 @@ def _first_of_each_message(step: Step) -> IntArray:
     return np.asarray(np.unique(table, axis=1, return_index=True)[1])
 
 
-def _identity(step: Step) -> tuple[object, ...]:
+def _all_but_chunks(step: Step) -> tuple[IntArray, ...]:
     return (
-        step.kind,
         step.src_rank,
-        step.src_buffer,
         step.dst_rank,
-        step.dst_buffer,
         step.count,
+        step.kind,
+        step.src_buffer,
+        step.dst_buffer,
         step.channel,
     )
 
@@ -241,9 +247,7 @@ class _Run:
             step = _without_empty(whole)
             if not len(step):
                 continue
-            if pattern is None or any(
-                a is not b for a, b in zip(pattern.columns, _identity(step), strict=True)
-            ):
+            if pattern is None or not pattern.fits(step):
                 if steady is not None:
                     steady.leave()
                 pattern = _Pattern(step, self)
