@@ -121,11 +121,11 @@ def test_show_writes_only_the_chosen_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("p", [1, 6])
+@pytest.mark.parametrize("p", [1, 4])
 def test_everything_can_be_shown(p: int, tmp_path: Path) -> None:
     for name, module in collectives.algorithms().items():
         for operation in module.OPERATIONS:
-            if collectives.supports(name, operation, p):
+            if not operation.endswith("_v") and collectives.supports(name, operation, p):
                 run_json(
                     *("show", name, "--operation", operation, "--ranks", str(p)), "--output", str(tmp_path)
                 )
