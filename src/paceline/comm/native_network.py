@@ -52,6 +52,7 @@ def connect_hosts(meeting: Meeting, *, timeout_s: float) -> NetworkCommunicator:
     comm = NetworkCommunicator(
         meeting.rank, meeting.hosts, network, list(range(meeting.size)), ids=[0], timeout_s=timeout_s
     )
+    comm.meeting = meeting
     comm.barrier().wait()
     return comm
 
@@ -203,6 +204,7 @@ class NetworkCommunicator(CoreCommunicator):
         )
 
     def _close(self) -> None:
+        self.ledger.wire_bytes = self._network.wire_bytes
         super()._close()
         if self._is_world:
             self._network.close()
