@@ -101,6 +101,9 @@ def mutate(name: str, sample: int | None) -> Counter[str]:
                 continue
             what = f"{case}: {kind} {op}"
             assert same_result(program, mutant), f"{what}: accepted, but gives another result"
+            assert kind not in ("remove", "redirect chunk"), (
+                f"{what}: shipped programs have no idle operation"
+            )
             if kind == "duplicate":
                 assert op.kind == COPY or program.operation == "barrier", what
             seen[f"{kind}: survived, equivalent"] += 1
