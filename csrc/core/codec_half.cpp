@@ -100,12 +100,13 @@ PACELINE_INLINE void fp16_body(const float* x, float* residual, std::size_t nume
   for (std::size_t start = 0; start < numel; start += block) {
     const std::size_t length = smaller(block, numel - start);
     float* rest = HasResidual ? residual + start : nullptr;
-    const std::uint32_t largest = load_block<HasResidual>(x + start, rest, length, length, values);
+    std::uint32_t largest;
+    const float* source = load_block<HasResidual>(x + start, rest, length, length, values, largest);
     const std::uint32_t exponent = scale_exponent(largest);
     const float up = float_of(exponent << 23);
     const float down = float_of((254u - exponent) << 23);
     scales[start / block] = down;
-    pack_half(values, up, down, length, local, rest);
+    pack_half(source, up, down, length, local, rest);
     std::memcpy(codes + 2 * start, local, 2 * length);
   }
 }

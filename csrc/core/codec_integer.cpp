@@ -63,7 +63,8 @@ PACELINE_INLINE void encode_body(const float* x, float* residual, std::size_t nu
     const std::size_t length = smaller(block, numel - start);
     const std::size_t padded = rounded_up(length, 32);
     float* rest = HasResidual ? residual + start : nullptr;
-    const std::uint32_t largest = load_block<HasResidual>(x + start, rest, length, padded, values);
+    std::uint32_t largest;
+    const float* source = load_block<HasResidual>(x + start, rest, length, padded, values, largest);
     const bool is_finite = largest < 0x7f800000u;
     const float scale = is_finite ? float_of(largest) / static_cast<float>(kLimit) : float_of(0x7fc00000u);
     // Below the smallest normal float the quotient would overflow: such a block is sent as zeros.
@@ -74,14 +75,14 @@ PACELINE_INLINE void encode_body(const float* x, float* residual, std::size_t nu
       for (std::size_t i = 0; i < padded; ++i) codes[i] = 0;
     } else {
       for (std::size_t i = 0; i < padded; ++i) {
-        codes[i] = static_cast<std::int8_t>(quantized<Stochastic>(values[i] * inverse, kLimit, key, start + i));
+        codes[i] = static_cast<std::int8_t>(quantized<Stochastic>(source[i] * inverse, kLimit, key, start + i));
       }
     }
     pack<Bits>(codes, length, bytes + start / 32 * code_bytes<Bits>(32));
     if (HasResidual) {
       const float sent_scale = scales[start / block];
       for (std::size_t i = 0; i < length; ++i) {
-        rest[i] = remainder_of(values[i], static_cast<float>(codes[i]) * sent_scale, rest[i]);
+        rest[i] = remainder_of(source[i], static_cast<float>(codes[i]) * sent_scale, rest[i]);
       }
     }
   }

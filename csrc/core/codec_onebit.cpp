@@ -89,8 +89,8 @@ PACELINE_INLINE void encode_body(const float* x, float* residual, std::size_t nu
     float* rest = HasResidual ? residual + start : nullptr;
     const float* source = x + start;
     if (HasResidual || padded != length) {
-      load_block<HasResidual>(x + start, rest, length, padded, values);
-      source = values;
+      std::uint32_t largest;
+      source = load_block<HasResidual>(x + start, rest, length, padded, values, largest);
     }
     const float mean = scan(source, padded, signs) / static_cast<float>(length);
     const std::uint16_t scale_bits = bfloat_of(mean);
