@@ -19,7 +19,7 @@ from paceline.spec import Spec
 from paceline.strategies.server.host import ShardHost
 from paceline.strategies.server.script import Script
 from paceline.strategies.server.shard import Optimizer, Shard
-from paceline.strategies.server.slices import Slices
+from paceline.strategies.server.slices import Slices, default_shards
 from paceline.strategies.server.tally import summarize
 from paceline.strategies.server.worker import Sender
 from paceline.strategies.staleness import policy
@@ -68,7 +68,7 @@ class ParameterServer(TrainingStrategy):
         """Every rank hosts its share of the shards, filled from its own copy of the equal parameters."""
         super().attach(replica, comm)
         flats = replica.parameters
-        n = self.num_shards or min(comm.size, max(1, sum(f.numel() for f in flats)))
+        n = self.num_shards or default_shards(sum(f.nbytes for f in flats), comm.size)
         slices = Slices(flats, n)
         self.worker = Sender(slices, flats, n, comm)
 
@@ -146,5 +146,5 @@ class ParameterServer(TrainingStrategy):
         """Δ up and W down at their intervals, W to the backup every so many updates."""
         backup = size if self.backup is None else self.backup
         copies = 1 / (self.push * policy.make(self.staleness).group * backup) if backup and size > 1 else 0.0
-        progress = 16 * size * (self.num_shards or size)
+        progress = 16 * size * (self.num_shards or default_shards(model_bytes, size))
         return model_bytes * (1 / self.push + 1 / self.pull + copies) + progress * (1 / self.pull + copies)

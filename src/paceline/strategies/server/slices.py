@@ -45,3 +45,8 @@ def owner(shard: int, num_shards: int, num_workers: int, lost: set[int]) -> int:
     """Rank that owns a shard now: the first living one from its home on."""
     first = home(shard, num_shards, num_workers)
     return next(r % num_workers for r in range(first, first + num_workers) if r % num_workers not in lost)
+
+
+def default_shards(model_bytes: int, num_workers: int) -> int:
+    """One shard per 256 KiB, at most one per worker: below, messages cost more than a shared load saves."""
+    return min(num_workers, max(1, model_bytes // (256 << 10)))

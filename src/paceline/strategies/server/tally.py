@@ -18,6 +18,7 @@ class Tally:
         self._histograms: list[dict[int, int]] = [{} for _ in range(num_workers)]
         self._seen = [False] * num_workers
         self._is_open = True
+        self._table: torch.Tensor | None = None
 
     def add(self, src: int, staleness: int) -> None:
         """One update of worker `src` was applied."""
@@ -32,11 +33,14 @@ class Tally:
 
     def counts(self) -> torch.Tensor:
         """int64, shape (workers, largest staleness + 1)."""
+        if self._table is not None and not self._is_open:
+            return self._table
         width = max((s for h in self._histograms for s in h), default=0) + 1
         table = torch.zeros(len(self._histograms), width, dtype=torch.int64)
         for src, histogram in enumerate(self._histograms):
             for staleness, count in histogram.items():
                 table[src, staleness] = count
+        self._table = table
         return table
 
     def totals(self) -> dict[str, int]:

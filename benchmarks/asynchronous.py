@@ -1,0 +1,212 @@
+"""Simulated experiments with asynchronous methods; makes the pictures of docs/asynchronous.md.
+
+    python benchmarks/asynchronous.py shape       accuracy of staleness policies, 30 workers, digits, 3 seeds
+    python benchmarks/asynchronous.py periods     accuracy of averaging periods 1, 5, 20, 200
+    python benchmarks/asynchronous.py stragglers  throughput against workers under Pareto compute times
+    python benchmarks/asynchronous.py servers     throughput against shards, 32 workers, 1 Gbit/s
+
+Each prints its figures as JSON and writes docs/pictures/asynchronous_<name>.svg.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from math import exp, gamma, lgamma
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paceline.bench.compare import compare
+from paceline.bench.virtual import VirtualCluster
+from paceline.comm import current
+from paceline.comm.simulation import simulate
+from paceline.strategies.strategy import make
+
+PICTURES = Path(__file__).resolve().parents[1] / "docs" / "pictures"
+COLOURS = ["#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed"]
+Series = dict[str, list[tuple[float, float]]]
+
+
+def shape(seeds: int = 3, epochs: int = 12, workers: int = 30) -> Any:
+    strategies = [
+        "all_reduce",
+        "parameter_server(staleness=constant)",
+        "parameter_server(staleness=inverse)",
+        "parameter_server(staleness=softsync(c=4)+inverse)",
+    ]
+    curves: Series = {}
+    best: dict[str, list[float]] = {s: [] for s in strategies}
+    for seed in range(seeds):
+        for trial in accuracies(strategies, seed=seed, epochs=epochs, workers=workers):
+            best[trial.strategy].append(trial.curve[-1].accuracy)
+            if seed == 0:
+                curves[trial.strategy] = [(p.epoch, 100 * p.accuracy) for p in trial.curve]
+    draw("shape", f"{workers} workers, same learning rate", "epochs", "test accuracy, %", curves)
+    return {s: {"median": statistics.median(v), "seeds": v} for s, v in best.items()}
+
+
+def periods(seeds: int = 3, epochs: int = 24, workers: int = 30) -> Any:
+    found: dict[int, list[float]] = {1: [], 5: [], 20: [], 200: []}
+    for seed in range(seeds):
+        for trial in accuracies(
+            [f"local_sgd(period={k})" for k in found], seed=seed, epochs=epochs, workers=workers
+        ):
+            period = int(trial.strategy.split("=")[1].rstrip(")"))
+            found[period].append(100 * trial.curve[-1].accuracy)
+    medians = {k: statistics.median(v) for k, v in found.items()}
+    points = [(float(i), medians[k]) for i, k in enumerate(found)]
+    names = ["1", "5", "20", "200"]
+    draw(
+        "periods",
+        f"parameter averaging, {workers} workers",
+        "period",
+        "accuracy, %",
+        {"digits": points},
+        names,
+    )
+    return medians
+
+
+def accuracies(strategies: list[str], *, seed: int, epochs: int, workers: int) -> Any:
+    virtual = VirtualCluster("pareto(shape=3)", "ethernet(gbit=1)")
+    options: dict[str, Any] = {"epochs": epochs, "batch_size": 2 * workers, "seed": seed, "virtual": virtual}
+    return compare("digits", strategies=strategies, workers=workers, progress=False, **options).trials
+
+
+def stragglers(steps: int = 2000) -> Any:
+    sizes, minimum_s = [1, 2, 4, 8, 16, 32], 0.01
+    measured, formula, alone = [], [], []
+    for p in sizes:
+        measured.append((float(p), p / throughput_s(p, steps, is_synchronous=True)))
+        slowest = minimum_s * exp(lgamma(p + 1) - lgamma(p + 1 - 1 / 3)) * gamma(1 - 1 / 3)
+        formula.append((float(p), p / slowest))
+        alone.append((float(p), p / throughput_s(p, max(60, steps // p), is_synchronous=False)))
+    series = {"synchronous": measured, "synchronous, formula": formula, "asynchronous": alone}
+    draw("stragglers", "Pareto(3) compute times, 10 ms at least", "workers", "minibatches per s", series)
+    return series
+
+
+def throughput_s(num_workers: int, steps: int, *, is_synchronous: bool) -> float:
+    """Virtual seconds per step of one worker, mean over workers."""
+
+    def body() -> float:
+        comm: Any = current.provided()
+        method = make("parameter_server(shards=1, backup=0)")
+        method.attach(Flat(10), comm)
+        for _ in range(steps):
+            comm.charge_compute()
+            comm.barrier().wait() if is_synchronous else method.after_update()
+        own_s = float(comm.now()) / steps
+        method.synchronize()
+        return own_s
+
+    fast = "ethernet(gbit=100, latency_us=1)"
+    run = simulate(
+        body, num_workers=num_workers, compute="pareto(shape=3)", network=fast, record=False, seed=1
+    )
+    return statistics.fmean(run)
+
+
+def servers(workers: int = 32, compute_s: float = 0.25, numel: int = 250_000, steps: int = 12) -> Any:
+    measured, formula, tree = [], [], []
+    for shards in (1, 2, 4, 8):
+        slice_s = 4 * numel / shards * 8e-9
+        bound = min(workers / (workers - 1) / slice_s, workers / (compute_s + 2 * shards * slice_s))
+        measured.append((float(shards), served(workers, compute_s, numel, steps, shards)))
+        formula.append((float(shards), bound))
+        tree.append((float(shards), workers / (compute_s + reduced_s(workers, numel))))
+    series = {"parameter server": measured, "closed queue": formula, "all-reduce": tree}
+    draw("servers", f"{workers} workers, 1 MB model, 1 Gbit/s", "shards", "minibatches per s", series)
+    return series
+
+
+def served(workers: int, compute_s: float, numel: int, steps: int, shards: int) -> float:
+    def body() -> list[float]:
+        comm: Any = current.provided()
+        method = make(f"parameter_server(shards={shards}, backup=0)")
+        method.attach(Flat(numel), comm)
+        ends = []
+        for _ in range(steps):
+            comm.charge_compute()
+            method.after_update()
+            ends.append(float(comm.now()))
+        method.synchronize()
+        return ends
+
+    text = f"constant(mean_s={compute_s})"
+    run = simulate(body, num_workers=workers, compute=text, network="ethernet(gbit=1)", record=False)
+    return workers * (steps - 4) / (max(e[-1] for e in run) - max(e[3] for e in run))
+
+
+def reduced_s(workers: int, numel: int) -> float:
+    def body() -> float:
+        comm: Any = current.provided()
+        comm.all_reduce(torch.zeros(numel)).wait()
+        return float(comm.now())
+
+    return float(simulate(body, num_workers=workers, network="ethernet(gbit=1)")[0])
+
+
+class Flat:
+    """A replica that is only flat parameters."""
+
+    def __init__(self, numel: int) -> None:
+        self.parameters = [torch.zeros(numel)]
+        self.gradients: list[torch.Tensor] = []
+        self.has_samples, self.weight = True, 1.0
+
+    def adopt(self) -> None:
+        pass
+
+
+def draw(name: str, title: str, x: str, y: str, series: Series, ticks: list[str] | None = None) -> None:
+    """A line chart as SVG."""
+    xs = [p[0] for s in series.values() for p in s]
+    top = max(p[1] for s in series.values() for p in s) * 1.08
+    width, height, left, base = 720, 400, 70, 340
+    low, span = min(xs), (max(xs) - min(xs)) or 1.0
+
+    def at(px: float, py: float) -> tuple[float, float]:
+        return left + (px - low) / span * (width - left - 30), base - py / top * (base - 50)
+
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">',
+        f'<rect width="{width}" height="{height}" fill="white"/><text x="{left}" y="26" font-size="16">{title}</text>',
+        f'<text x="{width / 2}" y="{height - 12}" text-anchor="middle" font-size="13">{x}</text>',
+        f'<text x="16" y="{base / 2 + 25}" font-size="13" transform="rotate(-90 16 {base / 2 + 25})" '
+        f'text-anchor="middle">{y}</text>',
+    ]
+    for i in range(5):
+        value = top * i / 4
+        _, gy = at(low, value)
+        out.append(f'<line x1="{left}" x2="{width - 30}" y1="{gy:.1f}" y2="{gy:.1f}" stroke="#e5e7eb"/>')
+        out.append(
+            f'<text x="{left - 8}" y="{gy + 4:.1f}" text-anchor="end" font-size="11">{value:.3g}</text>'
+        )
+    for i, tick in enumerate(sorted(set(xs))):
+        label = ticks[i] if ticks else f"{tick:g}"
+        out.append(
+            f'<text x="{at(tick, 0)[0]:.1f}" y="{base + 18}" text-anchor="middle" font-size="11">{label}</text>'
+        )
+    for i, (label, points) in enumerate(series.items()):
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (at(*p) for p in points))
+        dash = ' stroke-dasharray="5 4"' if "formula" in label or "queue" in label else ""
+        out.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[i]}" stroke-width="2"{dash}/>')
+        a, b = at(*points[-1])
+        out.append(
+            f'<text x="{left + 10}" y="{56 + 17 * i}" font-size="12" fill="{COLOURS[i]}">{label}</text>'
+        )
+        out.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{COLOURS[i]}"/>')
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    (PICTURES / f"asynchronous_{name}.svg").write_text("\n".join([*out, "</svg>"]) + "\n")
+
+
+if __name__ == "__main__":
+    for chosen in sys.argv[1:] or ["shape", "periods", "stragglers", "servers"]:
+        experiment = {"shape": shape, "periods": periods, "stragglers": stragglers, "servers": servers}[
+            chosen
+        ]
+        print(json.dumps({chosen: experiment()}, indent=1), flush=True)
