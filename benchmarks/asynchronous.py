@@ -110,11 +110,13 @@ def throughput_s(num_workers: int, steps: int, *, is_synchronous: bool) -> float
     return statistics.fmean(run)
 
 
-def servers(workers: int = 32, compute_s: float = 0.25, numel: int = 250_000, steps: int = 12) -> Any:
+def servers(workers: int = 32, compute_s: float = 0.05, numel: int = 250_000, steps: int = 16) -> Any:
     measured, formula, tree = [], [], []
     for shards in (1, 2, 4, 8):
         slice_s = 4 * numel / shards * 8e-9
-        bound = min(workers / (workers - 1) / slice_s, workers / (compute_s + 2 * shards * slice_s))
+        bound = min(
+            workers / (slice_s * (workers - 1 + shards - 1)), workers / (compute_s + 2 * shards * slice_s)
+        )
         measured.append((float(shards), served(workers, compute_s, numel, steps, shards)))
         formula.append((float(shards), bound))
         tree.append((float(shards), workers / (compute_s + reduced_s(workers, numel))))
@@ -138,7 +140,7 @@ def served(workers: int, compute_s: float, numel: int, steps: int, shards: int) 
 
     text = f"constant(mean_s={compute_s})"
     run = simulate(body, num_workers=workers, compute=text, network="ethernet(gbit=1)", record=False)
-    return workers * (steps - 4) / (max(e[-1] for e in run) - max(e[3] for e in run))
+    return workers * (steps - 6) / (max(e[-1] for e in run) - max(e[5] for e in run))
 
 
 def reduced_s(workers: int, numel: int) -> float:
@@ -174,7 +176,8 @@ def draw(name: str, title: str, x: str, y: str, series: Series, ticks: list[str]
 
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">',
-        f'<rect width="{width}" height="{height}" fill="white"/><text x="{left}" y="26" font-size="16">{title}</text>',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="{left}" y="26" font-size="16">{title}</text>',
         f'<text x="{width / 2}" y="{height - 12}" text-anchor="middle" font-size="13">{x}</text>',
         f'<text x="16" y="{base / 2 + 25}" font-size="13" transform="rotate(-90 16 {base / 2 + 25})" '
         f'text-anchor="middle">{y}</text>',
@@ -189,16 +192,16 @@ def draw(name: str, title: str, x: str, y: str, series: Series, ticks: list[str]
     for i, tick in enumerate(sorted(set(xs))):
         label = ticks[i] if ticks else f"{tick:g}"
         out.append(
-            f'<text x="{at(tick, 0)[0]:.1f}" y="{base + 18}" text-anchor="middle" font-size="11">{label}</text>'
+            f'<text x="{at(tick, 0)[0]:.1f}" y="{base + 18}" text-anchor="middle" '
+            f'font-size="11">{label}</text>'
         )
     for i, (label, points) in enumerate(series.items()):
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (at(*p) for p in points))
         dash = ' stroke-dasharray="5 4"' if "formula" in label or "queue" in label else ""
         out.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[i]}" stroke-width="2"{dash}/>')
         a, b = at(*points[-1])
-        out.append(
-            f'<text x="{left + 10}" y="{56 + 17 * i}" font-size="12" fill="{COLOURS[i]}">{label}</text>'
-        )
+        head = f'<text x="{left + 10}" y="{56 + 17 * i}" font-size="12" fill="{COLOURS[i]}">'
+        out.append(f"{head}{label}</text>")
         out.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{COLOURS[i]}"/>')
     PICTURES.mkdir(parents=True, exist_ok=True)
     (PICTURES / f"asynchronous_{name}.svg").write_text("\n".join([*out, "</svg>"]) + "\n")
