@@ -69,7 +69,9 @@ def worker(arguments: argparse.Namespace) -> None:
     if not dist.is_initialized():
         store = dist.PrefixStore("ddp", job.meeting.store)
         dist.init_process_group("gloo", store=store, rank=job.rank, world_size=job.size)
-    theirs = nn.parallel.DistributedDataParallel(build(arguments.width), gradient_as_bucket_view=True)
+    theirs = nn.parallel.DistributedDataParallel(
+        build(arguments.width), gradient_as_bucket_view=arguments.bucket_view
+    )
     their_optimizer = torch.optim.SGD(theirs.parameters(), lr=0.01)
     ours = build(arguments.width)
     ours, our_optimizer = job.prepare(
@@ -100,6 +102,7 @@ def report(arguments: argparse.Namespace, pairs: list[dict[str, float]], paramet
         "batch_per_rank": arguments.batch,
         "steps_per_side": arguments.steps,
         "strategy": arguments.strategy,
+        "ddp_bucket_view": arguments.bucket_view,
         "fabric": arguments.fabric or "torch",
         "torch": torch.__version__,
         "ddp_step_s": statistics.median(pair["ddp"] for pair in pairs),
@@ -121,6 +124,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="samples per rank")
     parser.add_argument("--steps", type=int, default=10, help="steps of each side in a pair")
     parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--bucket-view", action="store_true", help="DDP with gradient_as_bucket_view=True")
     parser.add_argument("--strategy", default="all_reduce")
     parser.add_argument("--fabric", default=None, help="torch or native; default: the package's")
     parser.add_argument("--json", help="write the full result here")

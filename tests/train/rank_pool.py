@@ -42,7 +42,7 @@ class RankPool:
             pipe.send((body, ranks, arguments, keywords))
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes[:ranks]):
-            if not pipe.poll(90 if not failures else 5):
+            if not pipe.poll(180 if not failures else 5):
                 self.close()
                 raise AssertionError(f"rank {rank} hangs in {body.__name__}; failures so far: {failures}")
             is_ok, value = pipe.recv()

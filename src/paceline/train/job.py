@@ -144,9 +144,10 @@ class Job:
         `others`: an optimizer or a list of them, then a DataLoader or a list of them; each may be left out.
         The model and the optimizers are the same objects afterwards; a loader becomes a `ShardedLoader`.
         `strategy` is a spec such as "local_sgd(period=16)"; default all_reduce. The loss must be a mean over
-        the batch. `accumulation_steps`: backward passes per optimizer step. `batch`: whether the loader's
-        batch size counts "per_worker" or is the "global" one, divided over the ranks. `shard=False`: each
-        rank's loader already gives its own data. `scheduler` (or a list) and `scaler` are only registered, so
+        the batch. BatchNorm statistics stay local while training and are averaged over the ranks for
+        evaluation and at the end. `accumulation_steps`: backward passes per step. `batch`: whether the batch
+        size counts "per_worker" or is the "global" one, divided over the ranks. `shard=False`: each rank's
+        loader already gives its own data. `scheduler` (or a list) and `scaler` are only registered, so
         that checkpoints hold them. Preparing a model again replaces its earlier preparation.
         Raises ConfigError for what cannot be prepared, Mismatch when ranks prepare different things.
         """
