@@ -55,5 +55,6 @@ def cost(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, in
     if operation == "scatter":
         return Cost(some, others * copies, Fraction(others, num_ranks))
     if operation == "gather":
-        return Cost(some, some * copies, Fraction(some, num_ranks))
-    return Cost(some, some * copies, Fraction(some), Fraction(others))
+        path = Fraction(others, num_ranks)  # into the root
+        return Cost(some, some * copies, Fraction(some, num_ranks), path_sent=path)
+    return Cost(some, some * copies, Fraction(some), Fraction(others), path_sent=Fraction(others))
