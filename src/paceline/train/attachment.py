@@ -41,6 +41,8 @@ class Attachment:
         self.has_loader = False
         self.on_update: Callable[[], None] | None = None
         """Called after each minibatch's update."""
+        self.on_gradients: Callable[[], None] | None = None
+        """Called when all gradients are complete, at the end of backward."""
         self._size = comm.size
         self._comm = comm
         self._no_sync = False
@@ -106,6 +108,10 @@ class Attachment:
             yield
         finally:
             self._no_sync = before
+
+    def keep(self, handle: Any) -> None:
+        """Call `handle.remove()` when this is detached."""
+        self._handles.append(handle)
 
     def detach(self) -> None:
         """Take all hooks off."""
@@ -184,6 +190,8 @@ class Attachment:
         self.strategy.backward_done()
         if self.replica.buckets and self._size > 1:
             self._return_unused()
+        if self.on_gradients is not None:
+            self.on_gradients()
 
     def _send_full_buckets(self) -> None:
         buckets = self.replica.buckets

@@ -22,12 +22,14 @@ from paceline.errors import ConfigError
 from paceline.options import JobOptions
 from paceline.strategies.strategy import TrainingStrategy, make
 from paceline.train import checkpoint as checkpoints
-from paceline.train import persistence, preparation, random_state
+from paceline.train import exchange, persistence, preparation, random_state, statistics
 from paceline.train.attachment import Attachment
 from paceline.train.clock import TrainingClock
 from paceline.train.data import ShardedLoader, shard
 from paceline.train.evaluate import Forward, evaluate
 from paceline.train.logbook import Logbook, default_folder
+from paceline.train.precision import MixedPrecision
+from paceline.train.precision import check as check_precision
 from paceline.train.preemption import Preempted, StopAgreement
 from paceline.train.progress import ProgressBar
 
@@ -138,6 +140,7 @@ class Job:
         shard: bool = True,
         scheduler: Any = None,
         scaler: Any = None,
+        precision: str | None = None,
     ) -> Any:
         """Make model, optimizer(s) and loader(s) ready; returns what was given, in the same order.
 
@@ -148,11 +151,13 @@ class Job:
         evaluation and at the end. `accumulation_steps`: backward passes per step. `batch`: whether the batch
         size counts "per_worker" or is the "global" one, divided over the ranks. `shard=False`: each rank's
         loader already gives its own data. `scheduler` (or a list) and `scaler` are only registered, so
-        that checkpoints hold them. Preparing a model again replaces its earlier preparation.
+        that checkpoints hold them. `precision`: "fp32", or "bf16" / "fp16" for autocast, fp16 with loss
+        scaling of its own. Preparing a model again replaces its earlier preparation.
         Raises ConfigError for what cannot be prepared, Mismatch when ranks prepare different things.
         """
         if batch not in ("per_worker", "global"):
             raise ConfigError(f"batch={batch!r}: 'per_worker' or 'global' expected")
+        dtype = check_precision(precision)
         optimizers = [o for item in others for o in _listed(item) if isinstance(o, torch.optim.Optimizer)]
         inner = self.unwrap(model)
         chosen = make(self.options.strategy or strategy or DEFAULT_STRATEGY)
@@ -166,6 +171,8 @@ class Job:
             )
             self.attachments.append(attachment)
             attachment.on_update = self._after_update
+            if dtype is not None:
+                self.register(precision=MixedPrecision(dtype, attachment, self.comm))
             results = [self._prepared(item, batch=batch, divided=shard) for item in others]
         for i, one in enumerate(_listed(scheduler)):
             if one is not None:
@@ -331,6 +338,14 @@ class Job:
         self.step += 1
         self._boundary()
 
+    def all_reduce_metrics(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """{"loss": (sum, count), …} of every rank → {"loss": mean, …}; plain numbers are added up."""
+        return exchange.all_reduce_metrics(values, self.comm)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's plain value (numbers, strings, lists, dicts, tensors), in rank order; no pickle."""
+        return exchange.gather_objects(value, self.comm)
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         for one in self.attachments:
@@ -360,25 +375,7 @@ class Job:
         evaluation and checkpoints. Payload bytes are what this rank handed to operations (see comm.ledger);
         `wire_bytes` is None where the fabric cannot see them.
         """
-        total = self.comm.ledger.snapshot()
-        return {
-            "rank": self.rank,
-            "size": self.size,
-            "fabric": self.comm.fabric,
-            "strategy": self.strategy.name if self.attachments else None,
-            "epoch": self.epoch,
-            "steps": self.step,
-            "samples": self.samples,
-            "seconds": self.clock.seconds,
-            "minibatches": sum(a.minibatches for a in self.attachments),
-            "model_bytes": sum(a.replica.model_bytes for a in self.attachments),
-            **total,
-            **(self.attachments[-1].strategy.stats() if self.attachments else {}),
-            "training": {
-                "payload_bytes": self.clock.payload_bytes,
-                "wait_s": self.clock.wait_s,
-            },
-        }
+        return statistics.collect(self)
 
     def close(self) -> None:
         """Leave the job; idempotent, also called at exit."""
