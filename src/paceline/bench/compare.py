@@ -17,6 +17,7 @@ from paceline.errors import CommError, ConfigError, PacelineError, WorkerFailed
 from paceline.launchers.local import launch
 from paceline.strategies.strategy import class_of, make
 from paceline.tasks.load import load
+from paceline.train.random_state import seed_worker
 
 _POINTS = 10
 """Evaluations per run, about; the half of the epochs is always one of them."""
@@ -57,6 +58,7 @@ def compare(
     sizes = _sizes(strategies, workers)
     _check_numbers(workers=workers, epochs=epochs, batch_size=batch_size, threads=threads)
     _check_positive(learning_rate=learning_rate, seconds_budget=seconds_budget, epochs_budget=epochs_budget)
+    seed_worker(seed, 0)  # virtual workers copy this model; processes build their own after the same seeding
     built = load(task, data=data)
     epochs = epochs or built.epochs
     batch_size = batch_size or built.batch_size

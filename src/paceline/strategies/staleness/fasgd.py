@@ -15,6 +15,8 @@ import torch
 from paceline.errors import ConfigError
 from paceline.strategies.staleness.policy import StalenessPolicy
 
+_LEAST = 0.1  # a coordinate that hardly varies is sped up tenfold at most
+
 
 class FASGD(StalenessPolicy):
     """Damp coordinates whose updates are noisy, and late updates by 1 / max(1, s)."""
@@ -54,7 +56,7 @@ class FASGD(StalenessPolicy):
         if self._average_inverse:
             update.mul_(relative)
         else:
-            update.div_(relative.clamp_(min=1e-3))
+            update.div_(relative.clamp_(min=_LEAST))
 
     def state_dict(self) -> dict[str, Any]:
         """The moving averages."""
