@@ -60,7 +60,7 @@ int socket_error(const Fd& socket);
 
 struct LinkOptions {
   int buffer_bytes = 0;          // 0: the kernel tunes it
-  int unsent_bytes = 512 << 10;  // between hosts: writable only while fewer bytes wait in the kernel, so that
+  int unsent_bytes = 1 << 20;    // between hosts: writable only while fewer bytes wait in the kernel, so that
                                  // urgent ones overtake. Within a host nothing waits, and it would cost wake-ups.
   int dead_after_s = 30;         // unacknowledged data, or a silent host, for so long breaks the connection
 };

@@ -1,7 +1,10 @@
 #include "core/tcp.h"
 
+#include <linux/sockios.h>
 #include <sys/epoll.h>
+#include <sys/ioctl.h>
 #include <sys/timerfd.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -14,6 +17,7 @@ namespace paceline {
 namespace {
 
 constexpr int kBacklog = 1024;
+constexpr double kFarewell_s = 1.0;  // for the last bytes to reach peers
 
 std::vector<std::string> split(const std::string& list) {
   std::vector<std::string> parts;
@@ -176,6 +180,18 @@ std::uint64_t TcpTransport::wire_bytes_sent() const {
   return sum;
 }
 
+// Closing a socket with unread input resets the connection, and a reset discards what is still on its way out.
+void TcpTransport::wait_for_delivery() {
+  const double end = now_s() + kFarewell_s;
+  for (const auto& link : graveyard_) {
+    for (int unsent = 1; unsent > 0 && now_s() < end;) {
+      if (::ioctl(link->descriptor(), SIOCOUTQ, &unsent) != 0 || unsent <= 1) break;  // the end counts as one
+      std::array<std::byte, 4096> ignored;
+      if (::recv(link->descriptor(), ignored.data(), ignored.size(), 0) <= 0) ::usleep(200);
+    }
+  }
+}
+
 void TcpTransport::close() {
   if (is_closed_) return;
   FrameHeader goodbye;
@@ -188,6 +204,7 @@ void TcpTransport::close() {
   for (Transfer* transfer : inbox_.take_receives_if([](const Transfer&) { return true; }))
     fail(*transfer, FailureKind::aborted, -1, "the transport was closed");
   is_closed_ = true;
+  wait_for_delivery();
   guests_.clear();
   graveyard_.clear();
   listeners_.clear();

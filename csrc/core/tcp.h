@@ -114,6 +114,7 @@ class TcpTransport final : public Transport, private FrameSink {
   void settle_outgoing(int peer, Outgoing& message);
   static void fail(Transfer& transfer, FailureKind kind, int rank, std::string why);
 
+  void wait_for_delivery();
   double now_s() const;
   std::string name_of(int peer) const;
 
