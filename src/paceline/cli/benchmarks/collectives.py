@@ -1,0 +1,105 @@
+"""`paceline bench collectives`: latency and bandwidth of every collective, beside Gloo and MPI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_UNITS = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "B": 1}
+
+
+def collectives(
+    operations: Annotated[
+        str, typer.Option(help="Operations, separated by commas, or `all`.")
+    ] = "all_reduce",
+    sizes: Annotated[
+        str, typer.Option(help="Buffer sizes: 4, 32KB, 1MB … (powers of 1024), separated by commas.")
+    ] = "4,1KB,32KB,256KB,1MB,4MB,16MB,64MB",
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks, separated by commas.")] = "2",
+    peers: Annotated[
+        str,
+        typer.Option(
+            help="auto (gloo, and this environment's mpi4py if there), none, or a list of gloo, mpi and "
+            "NAME=PYTHON for the mpi4py of another environment."
+        ),
+    ] = "auto",
+    fabrics: Annotated[
+        str, typer.Option(help="Paceline's: native (shared memory), tcp (the native fabric without it).")
+    ] = "native",
+    blocks: Annotated[int, typer.Option(help="Blocks of calls per library; the median counts.", min=1)] = 7,
+    block_seconds: Annotated[float, typer.Option(help="About the length of a block.")] = 0.05,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the rows here; - prints them instead of the table.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write pictures with the physical limit here.")] = None,
+) -> None:
+    """Time collectives of Paceline, Gloo and MPI on this machine, side by side.
+
+    Example: paceline bench collectives --operations all_reduce,all_gather --sizes 4,1MB --ranks 2,4
+    --peers gloo,mpich=/opt/mpich/bin/python --html collectives.html
+    """
+    from rich.console import Console
+
+    from paceline.bench import collectives as bench
+    from paceline.report import collectives as report
+
+    names = list(bench.OPERATIONS) if operations == "all" else _items(operations)
+    console = Console(stderr=True)
+    result = bench.measure(
+        operations=names,
+        sizes=[parse_size(text) for text in _items(sizes)],
+        ranks=[_whole("--ranks", text) for text in _items(ranks)],
+        peers=bench.parse_peers(peers),
+        fabrics=_items(fabrics),
+        blocks=blocks,
+        block_s=block_seconds,
+        on_row=lambda row: console.print(
+            f"[dim]{row.operation}, {row.ranks} ranks, {report.size_text(row.num_bytes)}: "
+            f"{report.label(row)} {report.time_text(row.median_s)}[/dim]"
+        ),
+    )
+    if json_file and str(json_file) == "-":
+        typer.echo(result.to_json(), nl=False)
+    else:
+        report.show(result)
+        if json_file:
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            json_file.write_text(result.to_json())
+    if html:
+        report.write(result, html)
+
+
+def parse_size(text: str) -> int:
+    """'4', '32KB', '1 MB' → bytes."""
+    from paceline.errors import ConfigError
+
+    upper = text.upper().replace(" ", "").replace("IB", "B")
+    for unit, factor in _UNITS.items():
+        if upper.endswith(unit):
+            upper, scale = upper.removesuffix(unit), factor
+            break
+    else:
+        scale = 1
+    try:
+        return int(float(upper) * scale)
+    except ValueError:
+        raise ConfigError(f"--sizes: {text!r} is not a size; write 4, 32KB or 1MB") from None
+
+
+def _items(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _whole(option: str, text: str) -> int:
+    from paceline.errors import ConfigError
+
+    if not text.isdigit():
+        raise ConfigError(f"{option}: {text!r} is not a whole number")
+    return int(text)
+
+
+def register(group: typer.Typer) -> None:
+    """Add the command."""
+    group.command()(collectives)
