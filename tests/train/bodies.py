@@ -217,6 +217,24 @@ def odd_parameters(job: Job) -> dict[str, Any]:
     return {"digest": digest(model), "layouts": layouts, "minibatches": job.stats()["minibatches"]}
 
 
+def compiled(job: Job) -> tuple[str, str, bool]:
+    """torch.compile before prepare trains like eager; unwrap gives the module back."""
+    digests = []
+    for compiles in (True, False):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
+        model: Any = torch.compile(module) if compiles else module
+        optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+        model, optimizer = job.prepare(model, optimizer)
+        for step in range(3):
+            model(torch.full((2, 6), float(step + job.rank))).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert job.unwrap(model) is module
+        digests.append([round(x, 5) for x in flat(module)])
+    return str(digests[0]), str(digests[1]), "0.weight" in module.state_dict()
+
+
 def error_of(job: Job, what: str) -> str:
     """The message of the error that a wrong use gives."""
     model: Any = nn.Linear(3, 1)

@@ -122,6 +122,13 @@ def test_odd_parameters(three: RankPool) -> None:
     assert all(r["layouts"] == [True] * 3 and r["minibatches"] == 3 for r in results)
 
 
+@pytest.mark.slow
+def test_compiled_models_train_alike(three: RankPool) -> None:
+    results = three.run(bodies.compiled, ranks=2)
+    assert all(compiled == eager and plain for compiled, eager, plain in results)
+    assert len({compiled for compiled, *_ in results}) == 1
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [
