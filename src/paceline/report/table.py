@@ -11,7 +11,7 @@ from rich.table import Table
 from paceline.bench.rows import Comparison
 from paceline.report.verdict import amount, criteria, duration, verdict
 
-_WIDTH = 92
+_WIDTH = 100
 _NAME_WIDTH = 48
 
 
