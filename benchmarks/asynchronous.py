@@ -30,7 +30,7 @@ COLOURS = ["#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed"]
 Series = dict[str, list[tuple[float, float]]]
 
 
-def shape(seeds: int = 3, epochs: int = 12, workers: int = 30) -> Any:
+def shape(seeds: int = 3, epochs: int = 16, workers: int = 30, learning_rate: float = 0.02) -> Any:
     strategies = [
         "all_reduce",
         "parameter_server(staleness=constant)",
@@ -40,7 +40,9 @@ def shape(seeds: int = 3, epochs: int = 12, workers: int = 30) -> Any:
     curves: Series = {}
     best: dict[str, list[float]] = {s: [] for s in strategies}
     for seed in range(seeds):
-        for trial in accuracies(strategies, seed=seed, epochs=epochs, workers=workers):
+        for trial in accuracies(
+            strategies, workers=workers, seed=seed, epochs=epochs, learning_rate=learning_rate
+        ):
             best[trial.strategy].append(trial.curve[-1].accuracy)
             if seed == 0:
                 curves[trial.strategy] = [(p.epoch, 100 * p.accuracy) for p in trial.curve]
@@ -70,10 +72,10 @@ def periods(seeds: int = 3, epochs: int = 24, workers: int = 30) -> Any:
     return medians
 
 
-def accuracies(strategies: list[str], *, seed: int, epochs: int, workers: int) -> Any:
+def accuracies(strategies: list[str], *, workers: int, **options: Any) -> Any:
     virtual = VirtualCluster("pareto(shape=3)", "ethernet(gbit=1)")
-    options: dict[str, Any] = {"epochs": epochs, "batch_size": 2 * workers, "seed": seed, "virtual": virtual}
-    return compare("digits", strategies=strategies, workers=workers, progress=False, **options).trials
+    given: dict[str, Any] = {"batch_size": 2 * workers, "virtual": virtual, "progress": False, **options}
+    return compare("digits", strategies=strategies, workers=workers, **given).trials
 
 
 def stragglers(steps: int = 2000) -> Any:
