@@ -179,7 +179,7 @@ nb::object allocate(const std::shared_ptr<Engine>& engine, std::size_t num_bytes
   void* p = engine->arena().allocate(num_bytes);
   nb::capsule owner(new Block{engine, p}, [](void* self) noexcept {
     const std::unique_ptr<Block> block(static_cast<Block*>(self));
-    if (!Engine::is_forked_child()) block->engine->arena().free(block->pointer);
+    if (!block->engine->is_forked_child()) block->engine->arena().free(block->pointer);
   });
   return nb::cast(nb::ndarray<std::uint8_t, nb::ndim<1>, nb::device::cpu>(p, {num_bytes}, owner));
 }

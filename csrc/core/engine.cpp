@@ -15,13 +15,13 @@ constexpr std::size_t heavy_bytes = 512 << 10;  // from here on a submit leaves 
 constexpr int submit_spins = 400;               // about as long as the peers of a small operation take
 constexpr Nanoseconds look_around = 50'000'000; // how often sleepers check deadlines and the life of peers
 
-std::atomic<bool> forked{false};
+std::atomic<std::uint32_t> num_forks{0};  // between the first process with an engine and this one
 
 Failed unusable(const char* why) { return Failed({FailureKind::aborted, -1, why}); }
 
 }  // namespace
 
-bool Engine::is_forked_child() { return forked.load(std::memory_order_relaxed); }
+bool Engine::is_forked_child() const { return num_forks.load(std::memory_order_relaxed) != born_after_; }
 
 // Holds the lock; makes a sleeping or spinning driver give way.
 class Engine::Driving {
@@ -48,8 +48,9 @@ class Engine::Driving {
 };
 
 Engine::Engine() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { num_forks.fetch_add(1); });
   (void)registered;
+  born_after_ = num_forks.load();
   Peer::enter(arena_.control_fd(), &arena_);
 }
 

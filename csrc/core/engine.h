@@ -54,8 +54,8 @@ class Engine {
   // Spinning only pays while every rank of the host has a core of its own.
   void set_ranks_on_host(int num_ranks);
   std::size_t num_closing_groups();
-  // True in a child made by fork(): it shares memory with peers that do not know it, so it must not touch anything.
-  static bool is_forked_child();
+  // True in a child made by fork() after this engine: it shares memory with peers that do not know it, so it must not touch anything.
+  bool is_forked_child() const;
 
   // For groups, under the lock.
   void completed(Operation& op);
@@ -89,6 +89,7 @@ class Engine {
   std::map<std::pair<int, int>, std::weak_ptr<Peer>> peers_;
   std::thread helper_;
   std::atomic<bool> is_stopping_{false};
+  std::uint32_t born_after_ = 0;  // forks before this engine was made
   int num_spins_ = 2000;
   int num_yields_ = 50;
 };

@@ -39,6 +39,7 @@ struct Execution {
   std::vector<bool> is_done;
   std::vector<Task> lanes;
   ReduceOp combine;
+  std::size_t first_missing = 0;
 
   Execution(NetworkGroup& g, Operation& o) : group(g), op(o), plan(*o.request.plan) {
     scratch = std::make_unique_for_overwrite<std::byte[]>(plan.scratch_bytes);
@@ -85,10 +86,14 @@ struct Execution {
       group.transport().post_receive(p.transfer);
     }
   }
-  bool has_arrived(int from, int channel) {
+  // Of all that is missing, blame falls on what the earliest instruction waits for: the rest may follow from it.
+  bool has_arrived(std::size_t index, int from, int channel) {
     const Transfer& t = connections[{from, channel}].posted.front().transfer;
     check(t);
-    if (t.state == Transfer::State::pending) op.waiting_for = from;
+    if (t.state == Transfer::State::pending && index <= first_missing) {
+      first_missing = index;
+      op.waiting_for = from;
+    }
     return t.state == Transfer::State::done;
   }
   Blocks::Block take_arrived(int from, int channel) {
@@ -170,6 +175,7 @@ struct Execution {
 
   bool advance() {
     reap();
+    first_missing = plan.instructions.size();
     bool all = true;
     for (Task& lane : lanes) {
       while (!lane.is_done() && lane.step()) group.did_move = true;
@@ -188,7 +194,7 @@ Task run_lane(Execution& e, int lane) {
       const std::size_t at = k * slice_bytes, n = std::min(i.num_bytes - at, slice_bytes);
       Blocks::Block block;
       if (i.from >= 0) {
-        co_await Until([&] { return e.has_arrived(i.from, i.channel); });
+        co_await Until([&] { return e.has_arrived(index, i.from, i.channel); });
         block = e.take_arrived(i.from, i.channel);
       } else if (i.verb != Verb::send || !(n == 0 || e.contiguous(i.source, at, n))) {
         block = e.group.blocks().take();

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from shm_ranks import CONTEXT, finish, run, start
+from shm_ranks import CONTEXT, finish, meeting, run, start
 
 from paceline.comm import native
 from paceline.errors import CommError, ConfigError, Mismatch, PeerLost, Timeout
@@ -185,6 +185,27 @@ def test_refusals_and_forks(network):
     run(2, refusal_body, network=network)
 
 
+def forked_rank_body(comm):
+    """A child forked from a rank may be a rank of another job."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            path = f"/tmp/paceline-fork-{os.getpid()}"
+            alone = native.connect(meeting(0, 1, path), timeout_s=5)
+            alone.all_reduce(t := alone.allocate(5, torch.float32).fill_(2)).wait()
+            alone.close()
+            os.unlink(path)
+            os._exit(0 if float(t.sum()) == 10 else 1)
+        except BaseException:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    comm.barrier().wait()
+
+
+def test_a_forked_child_can_be_a_rank():
+    run(2, forked_rank_body)
+
+
 def churn_body(comm, rounds):
     def state():
         return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
@@ -306,8 +327,6 @@ def test_allocated_memory_lives_until_its_last_view():
 
 
 def _exit_with_work_in_flight(path):
-    from shm_ranks import meeting
-
     comm = native.connect(meeting(0, 1, path), timeout_s=5)
     comm.recv(torch.empty(3), None, tag=3)  # never comes; the helper thread is running
 

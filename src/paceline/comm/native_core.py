@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -18,13 +19,14 @@ from paceline.errors import CommError, ConfigError
 from paceline.types import Rank, ReduceOp, Work
 
 _engine: _core.Engine | None = None
+_engine_pid = 0
 
 
 def engine() -> _core.Engine:
     """Return the process's one engine, started when first needed, stopped at exit."""
-    global _engine  # noqa: PLW0603  one engine per process is the point
-    if _engine is None:
-        _engine = _core.Engine()
+    global _engine, _engine_pid
+    if _engine is None or _engine_pid != os.getpid():  # a forked child that is a rank itself needs its own
+        _engine, _engine_pid = _core.Engine(), os.getpid()
         atexit.register(_engine.stop)
     return _engine
 
