@@ -17,7 +17,18 @@ SANITIZERS = {
 }
 # What each program needs of csrc/core.
 TCP = ["sha256", "socket", "handshake", "link", "tcp", "tcp_links", "tcp_messages", "crc32c"]
-GROUP = ["arena", "peer", "group", "pipes", "engine", "combine", "exchange", "reduce", "reduce_generic"]
+GROUP = [
+    "arena",
+    "peer",
+    "session",
+    "group",
+    "pipes",
+    "engine",
+    "combine",
+    "exchange",
+    "reduce",
+    "reduce_generic",
+]
 PROGRAMS = {"digest_test": ["sha256", "socket"], "tcp_test": TCP, "group_test": GROUP}
 
 
