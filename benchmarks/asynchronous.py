@@ -50,11 +50,15 @@ def shape(seeds: int = 3, epochs: int = 16, workers: int = 30, learning_rate: fl
     return {s: {"median": statistics.median(v), "seeds": v} for s, v in best.items()}
 
 
-def periods(seeds: int = 3, epochs: int = 24, workers: int = 30) -> Any:
+def periods(seeds: int = 3, epochs: int = 16, workers: int = 30, learning_rate: float = 0.02) -> Any:
     found: dict[int, list[float]] = {1: [], 5: [], 20: [], 200: []}
     for seed in range(seeds):
         for trial in accuracies(
-            [f"local_sgd(period={k})" for k in found], seed=seed, epochs=epochs, workers=workers
+            [f"local_sgd(period={k})" for k in found],
+            workers=workers,
+            seed=seed,
+            epochs=epochs,
+            learning_rate=learning_rate,
         ):
             period = int(trial.strategy.split("=")[1].rstrip(")"))
             found[period].append(100 * trial.curve[-1].accuracy)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 from paceline.comm import compute_time, current
@@ -64,6 +65,8 @@ def simulate(
 ) -> SimulatedRun:
     """Run `fn(*args)` on `num_workers` virtual workers; inside, `paceline.init()` joins the virtual cluster.
 
+    As with `paceline.launch`, a function that takes one argument more gets its rank first.
+
     `compute`: seconds per minibatch, a distribution (see `paceline.comm.compute_time`); `speeds[r]` divides
     them for worker r. `network`: see `paceline.schedule.topology`. `faults`: see `paceline.comm.faults`; a
     death is noticed `detect_s` later. `log`, `trace`: files for the event log (JSON lines) and the
@@ -88,12 +91,13 @@ def simulate(
         seed=seed,
         detect_s=detect_s,
     )
+    passes_rank = _passes_rank(fn, args)
     group = SimulatedGroup(cluster, range(num_workers))
 
     def body(rank: int) -> Any:
         current.provide(SimulatedCommunicator(group, rank))
         try:
-            return fn(*args)
+            return fn(rank, *args) if passes_rank else fn(*args)
         finally:
             current.provide(None)
 
@@ -107,3 +111,17 @@ def simulate(
             events.write_trace(trace)
     killed = [w.rank for w in world.workers if w.is_killed]
     return SimulatedRun(results, world.now, killed, world.num_events, events)
+
+
+def _passes_rank(fn: Callable[..., Any], args: Sequence[Any]) -> bool:
+    try:
+        takes = signature(fn)
+    except (ValueError, TypeError):
+        return False
+    for given, passes_rank in ((tuple(args), False), ((0, *args), True)):
+        try:
+            takes.bind(*given)
+        except TypeError:
+            continue
+        return passes_rank
+    raise ConfigError(f"simulate: the function takes {takes}, which does not fit {len(args)} arguments")
