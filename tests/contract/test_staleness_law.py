@@ -19,7 +19,7 @@ def steps_for(num_workers: int) -> int:
 
 
 @pytest.mark.parametrize("compute", COMPUTE)
-@pytest.mark.parametrize("num_workers", [8, 32, 64])
+@pytest.mark.parametrize("num_workers", [8, 32, pytest.param(64, marks=pytest.mark.slow)])
 def test_closed_loop_staleness_is_n_minus_1(num_workers: int, compute: str) -> None:
     run = train(
         "parameter_server(shards=1)", num_workers=num_workers, steps=steps_for(num_workers), compute=compute
@@ -33,7 +33,9 @@ def test_closed_loop_staleness_is_n_minus_1(num_workers: int, compute: str) -> N
 
 
 @pytest.mark.parametrize("compute", COMPUTE)
-@pytest.mark.parametrize("c", [2, 4, 8])
+@pytest.mark.parametrize(
+    "c", [pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_softsync_staleness_is_n_minus_1_over_c(c: int, compute: str) -> None:
     run = train(
         f"parameter_server(shards=1, staleness=softsync(c={c}))", num_workers=32, steps=120, compute=compute
