@@ -158,6 +158,7 @@ def run(
         max_restarts=max_restarts,
         grace_s=grace,
         environment=_stand_ins(horovod=as_horovod, apex=as_apex),
+        local_rank_option=None if module else _local_rank_option(Path(script), arguments or []),
     )
     raise typer.Exit(_run(job))
 
@@ -214,6 +215,26 @@ def _check_hosts(hosts: str, workers: int) -> None:
         )
     if slots and (not slots.isdigit() or int(slots) < workers):
         raise ConfigError(f"-H {hosts}: room for {workers} workers (-np) expected, got {slots or 'none'}")
+
+
+def _local_rank_option(script: Path, arguments: list[str]) -> str | None:
+    """The option by which an older script wants its local rank: the one that its own parser declares."""
+    import ast
+
+    try:
+        tree = ast.parse(script.read_text())
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return None  # the worker will say what is wrong with it
+    declared = {
+        argument.value
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_argument"
+        for argument in call.args
+        if isinstance(argument, ast.Constant)
+    }
+    wanted = [o for o in ("--local_rank", "--local-rank") if o in declared]
+    given = any(a.startswith(("--local_rank", "--local-rank")) for a in arguments)
+    return wanted[0] if wanted and not given else None
 
 
 def _stand_ins(*, horovod: bool, apex: bool) -> dict[str, str]:

@@ -63,7 +63,7 @@ class Agent(SimpleElasticAgent):
         shared = self._shared_environment(worker_group)
         commands = {
             w.global_rank: (
-                self._job.command,
+                self._command(w.local_rank),
                 shared
                 | {
                     "RANK": str(w.global_rank),
@@ -77,6 +77,10 @@ class Agent(SimpleElasticAgent):
         }
         self._workers.start(commands)
         return {local: w.pid for local, w in enumerate(self._workers.all)}
+
+    def _command(self, local_rank: int) -> tuple[str, ...]:
+        option = self._job.local_rank_option
+        return (*self._job.command, f"{option}={local_rank}") if option else self._job.command
 
     def _shared_environment(self, group: WorkerGroup) -> dict[str, str]:
         """What all workers of this host find in their environment; names as torchrun's."""

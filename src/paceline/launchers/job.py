@@ -41,6 +41,8 @@ class JobSpec:
     join_timeout_s: float = 600.0
     """How long a host waits for the others."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    local_rank_option: str | None = None
+    """"--local_rank" or "--local-rank": given to each worker with its local rank, as old launchers did."""
 
     def __post_init__(self) -> None:
         _at_least("workers (-n)", self.num_workers, 1)
