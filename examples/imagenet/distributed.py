@@ -10,6 +10,9 @@ import model as models
 import recipe
 import torch
 import torch.distributed as dist
+
+# Imported after init_process_group (as optimizers do), this module would keep the group alive until exit.
+import torch.distributed.nn
 from torch.nn.parallel import DistributedDataParallel
 
 

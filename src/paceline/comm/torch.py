@@ -17,6 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions take the default group as it is when they are imported. Imported after the group exists (as
+# optimizers do, by way of the compiler), they would hold it until the interpreter ends, with Gloo's threads
+# running: about one exit in twenty then aborts ("terminate called without an active exception").
+import torch.distributed.nn
 from torch._C._distributed_c10d import PrefixStore
 
 from paceline.comm.communicator import FabricCommunicator

@@ -29,6 +29,7 @@ _DIRECT = 16  # workers up to which everybody sends to everybody
 class DecentralizedThreshold(TrainingStrategy):
     """Send what has reached ±`tau`; or let τ adapt to a `density` of hits. `entropy` codes the indexes.
 
+    `rate` multiplies every update; by default 1/N, so that N workers together make the step of their mean.
     `relay`: pass messages on over a mesh of log₂N neighbours; by default with more than 16 workers.
     `dense_steps`: so many first minibatches add up everything, in step, while gradients are still large.
     """
@@ -43,11 +44,11 @@ class DecentralizedThreshold(TrainingStrategy):
         tau: float | None = None,
         density: float | None = None,
         entropy: bool = False,
-        rate: float = 1.0,
+        rate: float | None = None,
         dense_steps: int = 0,
         relay: bool | None = None,
     ) -> None:
-        if not rate > 0:
+        if rate is not None and not rate > 0:
             raise ConfigError(f"decentralized_threshold: rate={rate!r}: a number above 0 expected")
         if type(dense_steps) is not int or dense_steps < 0:
             raise ConfigError(f"decentralized_threshold: dense_steps={dense_steps!r}: 0 or more expected")
@@ -58,6 +59,7 @@ class DecentralizedThreshold(TrainingStrategy):
     def attach(self, replica: Any, comm: Communicator) -> None:
         """Listen to peers; `base` is the model that ±τ updates are applied to."""
         super().attach(replica, comm)
+        self._rate = self._rate or 1 / comm.size
         self._base = [flat.clone() for flat in replica.parameters]
         residuals = [torch.zeros(flat.numel(), device=flat.device) for flat in self._base]
         self._states: list[dict[str, Any]] = [{"residual": residual} for residual in residuals]
@@ -106,22 +108,19 @@ class DecentralizedThreshold(TrainingStrategy):
         return self._agreed() if self.comm.size > 1 else None
 
     def _agreed(self) -> list[torch.Tensor]:
-        count = torch.ones(1, dtype=torch.float64)
-        means = [flat.double() for flat in self._base]
+        count, means = torch.ones(1, dtype=torch.float64), [flat.double() for flat in self._base]
         left = [state["residual"].double() for state in self._states]
         for work in [self.comm.all_reduce(t) for t in [count, *means, *left]]:
             work.wait()
-        return [
-            (mean / count.item() + rest).to(flat.dtype)
-            for mean, rest, flat in zip(means, left, self._base, strict=True)
-        ]
+        every = zip(means, left, self._base, strict=True)
+        return [(mean / count.item() + rest).to(flat.dtype) for mean, rest, flat in every]
 
     def _take_in(self) -> None:
         for origin, payloads in self._spread.take() if self.comm.size > 1 else []:
             self._received += 1
             if len(payloads) != len(self._base):
                 raise ProtocolError(
-                    f"rank {origin} sent {len(payloads)} payloads, {len(self._base)} expected"
+                    f"rank {origin}: {len(self._base)} payloads expected, got {len(payloads)}"
                 )
             self._apply(payloads)
 
