@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: install demo test slow check quick docs bench clean
+.PHONY: install demo test slow exhaustive check quick docs bench clean
 
 install: $(STAMP)
 
@@ -27,14 +27,18 @@ check: install
 
 # One worker per core; tests that start many processes carry their own limits.
 test: install
-	$(PYTEST) -n 2 --dist loadgroup -m "not gpu and not slow"
+	$(PYTEST) -n 2 --dist loadgroup -m "not gpu and not slow and not exhaustive"
 
 # The tests left out of `make test` because they take minutes; CI runs them.
 slow: install
-	$(PYTEST) -n 2 --dist loadgroup -m "slow and not gpu"
+	$(PYTEST) -n 2 --dist loadgroup -m "slow and not gpu and not exhaustive"
+
+# Sweeps of many minutes, for a quiet machine.
+exhaustive: install
+	$(PYTEST) -n 2 --dist loadgroup -m "exhaustive and not gpu" --timeout 3000
 
 quick: install
-	$(PYTEST) -n 2 --dist loadgroup -m "not gpu and not slow and not net" -x -q tests/unit tests/meta
+	$(PYTEST) -n 2 --dist loadgroup -m "not gpu and not slow and not exhaustive and not net" -x -q tests/unit tests/meta
 
 clean:
 	rm -rf build dist $(VENV) runs

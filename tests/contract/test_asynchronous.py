@@ -127,7 +127,7 @@ def test_others_go_on_when_a_worker_is_killed(strategy: str, seed: int) -> None:
     survive(strategy, seed)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("strategy", KILLED)
 def test_others_go_on_at_200_moments(strategy: str) -> None:
     for seed in range(200):

@@ -97,6 +97,9 @@ def sweep_body(comm):
     return checked
 
 
-@pytest.mark.parametrize("size", [3, *(pytest.param(p, marks=pytest.mark.slow) for p in (2, 4, 5, 6, 7, 8))])
+LONG = [pytest.param(p, marks=pytest.mark.exhaustive) for p in (2, 4, 5, 6, 7, 8)]
+
+
+@pytest.mark.parametrize("size", [3, *LONG])
 def test_executor_equals_interpreter(size):
     assert min(run(size, sweep_body, network=True, limit_s=200)) > 30
