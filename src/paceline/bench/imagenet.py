@@ -28,6 +28,8 @@ class Way:
     arguments: tuple[str, ...] = ()
     workers: int | None = None
     """Fixed number of workers; None: as asked for."""
+    options: tuple[str, ...] = ()
+    """For the launcher."""
 
 
 def ways(strategies: Sequence[str]) -> list[Way]:
@@ -40,7 +42,11 @@ def ways(strategies: Sequence[str]) -> list[Way]:
         Way("DDP, mixed precision", "mixed_precision.py", "torchrun"),
         Way("Horovod script", "horovod_style.py", "horovod"),
     ]
-    ours = [Way(f"Paceline {s}", "paceline_style.py", "paceline", ("--strategy", s)) for s in strategies]
+    ours = [
+        Way(f"Paceline {s}, {f}", "paceline_style.py", "paceline", ("--strategy", s), options=("--fabric", f))
+        for f in ("torch", "native")
+        for s in strategies
+    ]
     return plain + ours
 
 
@@ -55,7 +61,7 @@ def command(way: Way, folder: Path, workers: int, arguments: Sequence[str]) -> l
     if way.starter == "torchrun":
         launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
         return [*launcher, script, *rest]
-    paceline = [python, "-m", "paceline.cli.main", "run", "-n", str(workers)]
+    paceline = [python, "-m", "paceline.cli.main", "run", "-n", str(workers), *way.options]
     return [*paceline, *(["--as-horovod"] if way.starter == "horovod" else []), script, *rest]
 
 
