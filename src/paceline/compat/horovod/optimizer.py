@@ -18,6 +18,7 @@ from paceline.compat.horovod.compression import Compression
 from paceline.compat.horovod.constants import Adasum, Average, Operation
 from paceline.compat.horovod.functions import broadcast_object
 from paceline.compat.horovod.world import ProcessSet, global_process_set
+from paceline.schedule.program import chunk_offsets
 
 
 class _Reducer:
@@ -56,8 +57,7 @@ class _Reducer:
             # All ranks must form the same groups: rank 0's order counts.
             order = broadcast_object([self.names[p] for p in self.parameters], process_set=self.process_set)
             ordered = sorted(self.parameters, key=lambda p: order.index(self.names[p]))
-            size, extra = divmod(len(ordered), groups)
-            bounds = [i * size + min(i, extra) for i in range(groups + 1)]
+            bounds = chunk_offsets(len(ordered), groups).tolist()
             lists = [ordered[a:b] for a, b in pairwise(bounds)]
         elif isinstance(groups, list):
             lists = groups
