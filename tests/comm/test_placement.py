@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+import torch.distributed as dist
+
+from paceline.comm import rendezvous
 from paceline.comm.placement import Placement, who_am_i
 from paceline.comm.rendezvous import host_identity, meet
 from paceline.errors import ConfigError
@@ -76,3 +80,19 @@ def test_alone_one_has_a_secret_and_a_host() -> None:
     first, second = meet({}), meet({}, host="b", secret="00ff")
     assert first.hosts == (host_identity(),) and len(first.secret) == 32
     assert second.hosts == ("b",) and second.secret == b"\x00\xff"
+
+
+def test_a_given_secret_stays_out_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not meet({}, secret="00ff").store.check(["secret"])
+    assert meet({}).store.check(["secret"])
+
+
+def test_ranks_with_and_without_a_secret_are_told_apart(tmp_path: Path) -> None:
+    store = dist.FileStore(str(tmp_path / "meeting"), 2)
+    card = '{"host": "h", "address": "", "has_secret": true}'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rendezvous, "_open_store", lambda *_: store)
+        patch.setattr(rendezvous, "_meetings", 7)
+        dist.PrefixStore("paceline/7", store).set("card/0", card)
+        with pytest.raises(ConfigError, match=r"rank 1: ranks \[1\] of 2 were started without"):
+            meet({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})

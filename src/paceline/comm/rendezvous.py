@@ -64,12 +64,13 @@ def meet(
     store = PrefixStore(f"paceline/{_meetings}", _open_store(place, environment, timeout_s))
     _meetings += 1
     address = _own_address(place)
-    card = {"host": host or host_identity(), "address": address}
+    card = {"host": host or host_identity(), "address": address, "has_secret": bool(secret)}
+    if place.rank == 0 and not secret:
+        store.set("secret", new_secret())
     store.set(f"card/{place.rank}", json.dumps(card))
-    if place.rank == 0:
-        store.set("secret", secret or new_secret())
     _await_cards(store, place, timeout_s)
     cards = [json.loads(store.get(f"card/{r}")) for r in range(place.size)]
+    _check_secrets(place, [bool(c["has_secret"]) for c in cards])
     return Meeting(
         place.rank,
         place.size,
@@ -81,6 +82,15 @@ def meet(
         store=store,
         secret=bytes.fromhex(secret or store.get("secret").decode()),
     )
+
+
+def _check_secrets(place: Placement, given: list[bool]) -> None:
+    if any(given) and not all(given):
+        without = [r for r, has in enumerate(given) if not has]
+        raise ConfigError(
+            f"rank {place.rank}: ranks {without} of {place.size} were started without the job's secret, the"
+            " others with it; start all of them by the same launcher"
+        )
 
 
 def host_identity() -> str:

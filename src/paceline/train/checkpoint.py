@@ -22,7 +22,7 @@ import paceline
 from paceline._core import crc32c
 from paceline.comm.communicator import FabricCommunicator
 from paceline.errors import CheckpointError
-from paceline.train.preparation import broadcast_plain
+from paceline.train import plain
 
 _FORMAT = 1
 MANIFEST = "manifest.json"
@@ -80,7 +80,7 @@ def read(
     file is missing, damaged or not a checkpoint.
     """
     folder = Path(path)
-    manifest = broadcast_plain(_read_manifest(folder) if comm.rank == 0 else None, comm)
+    manifest = plain.broadcast(_read_manifest(folder) if comm.rank == 0 else None, comm)
     failure = manifest.get("failure", "")
     own: dict[str, Any] = {}
     first: dict[str, Any] = {}

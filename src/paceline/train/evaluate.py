@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 
 from paceline.comm.communicator import FabricCommunicator
 from paceline.errors import ConfigError
-from paceline.train import preparation, random_state
+from paceline.train import plain, preparation, random_state
 from paceline.train.attachment import Attachment
 from paceline.train.data import ShardedLoader
 from paceline.train.sharding import share
@@ -137,7 +137,7 @@ def _indices(dataset: Any, loader: DataLoader[Any] | None, comm: FabricCommunica
     if loader.batch_size is None:
         batches: Any = loader.batch_sampler
         chosen = (i for batch in batches for i in batch) if comm.rank == 0 else ()
-    drawn: list[int] = preparation.broadcast_plain(list(chosen) if comm.rank == 0 else [], comm)
+    drawn: list[int] = plain.broadcast(list(chosen) if comm.rank == 0 else [], comm)
     return drawn
 
 
@@ -211,7 +211,7 @@ def gather_rows(parts: list[torch.Tensor], comm: FabricCommunicator) -> torch.Te
     rows[comm.rank] = 0 if mine is None else len(mine)
     comm.all_reduce(rows).wait()
     # Data is divided from the front: rank 0 has rows if anyone has, so its shapes speak for all.
-    trailing, dtype_name = preparation.broadcast_plain(kind, comm)
+    trailing, dtype_name = plain.broadcast(kind, comm)
     dtype = getattr(torch, dtype_name)
     row_numel = int(torch.tensor(trailing).prod()) if trailing else 1
     source = torch.empty(0, dtype=dtype) if mine is None else mine.contiguous().view(-1)

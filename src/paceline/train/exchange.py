@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from paceline.comm.communicator import FabricCommunicator
 from paceline.errors import ConfigError, Mismatch
+from paceline.train import plain
 
 
 def all_reduce_metrics(values: Mapping[str, Any], comm: FabricCommunicator) -> dict[str, float]:
@@ -41,10 +41,9 @@ def gather_objects(value: Any, comm: FabricCommunicator) -> list[Any]:
 
     Values travel in torch's format and are read with `weights_only`. ConfigError for other types.
     """
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
+    data = plain.pack(value)
     try:
-        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+        plain.unpack(data)
     except Exception as error:
         raise ConfigError(
             f"rank {comm.rank}: gather_objects carries numbers, strings, lists, dicts and tensors; got "
@@ -52,11 +51,10 @@ def gather_objects(value: Any, comm: FabricCommunicator) -> list[Any]:
         ) from error
     if comm.size == 1:
         return [value]
-    data = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
     sizes = torch.empty(comm.size, dtype=torch.int64)
     comm.all_gather(sizes, torch.tensor([data.numel()])).wait()
     counts = sizes.tolist()
     gathered = torch.empty(sum(counts), dtype=torch.uint8)
     comm.all_gather_v(gathered, data, counts=counts).wait()
     parts = torch.split(gathered, counts)
-    return [torch.load(io.BytesIO(p.numpy().tobytes()), weights_only=True) for p in parts]
+    return [plain.unpack(p) for p in parts]

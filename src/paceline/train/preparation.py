@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from paceline.comm.communicator import FabricCommunicator
 from paceline.errors import ConfigError, Mismatch
 from paceline.strategies.strategy import TrainingStrategy
+from paceline.train import plain
 from paceline.train.attachment import Attachment
 from paceline.train.replica import FlatReplica
 
@@ -42,7 +42,7 @@ def attach(
             comm.broadcast(flat).wait()
         broadcast_all([*replica.frozen, *replica.buffers()], comm)
         for optimizer in optimizers:
-            state = broadcast_plain(optimizer.state_dict(), comm)
+            state = plain.broadcast(optimizer.state_dict(), comm)
             if comm.rank > 0:
                 optimizer.load_state_dict(state)
     strategy.attach(replica, comm)
@@ -75,20 +75,6 @@ def unflatten(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
     with torch.no_grad():
         for piece, tensor in zip(torch.split(flat, [t.numel() for t in tensors]), tensors, strict=True):
             tensor.copy_(piece.view(tensor.shape))
-
-
-def broadcast_plain(value: Any, comm: FabricCommunicator) -> Any:
-    """Rank 0's `value` (tensors and plain values) on every rank; read with `weights_only`."""
-    payload = io.BytesIO()
-    if comm.rank == 0:
-        torch.save(value, payload)
-    length = torch.tensor([payload.getbuffer().nbytes])
-    comm.broadcast(length).wait()
-    data = torch.empty(int(length), dtype=torch.uint8)
-    if comm.rank == 0:
-        data.copy_(torch.frombuffer(payload.getbuffer(), dtype=torch.uint8))
-    comm.broadcast(data).wait()
-    return value if comm.rank == 0 else torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
 
 
 def _check(

@@ -1,0 +1,33 @@
+"""Numbers, strings, lists, dicts and tensors as bytes, in torch's format; reading executes nothing."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+
+from paceline.comm.communicator import FabricCommunicator
+
+
+def pack(value: Any) -> torch.Tensor:
+    """Return `value` as a uint8 tensor of shape (num_bytes,)."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+
+
+def unpack(data: torch.Tensor) -> Any:
+    """Inverse of `pack`; raises pickle.UnpicklingError for anything that is not plain (`weights_only`)."""
+    return torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
+
+
+def broadcast(value: Any, comm: FabricCommunicator) -> Any:
+    """Rank 0's `value` on every rank; what the others pass is not looked at."""
+    data = pack(value if comm.rank == 0 else None)
+    length = torch.tensor([data.numel()])
+    comm.broadcast(length).wait()
+    if comm.rank > 0:
+        data = torch.empty(int(length), dtype=torch.uint8)
+    comm.broadcast(data).wait()
+    return value if comm.rank == 0 else unpack(data)
