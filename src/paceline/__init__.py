@@ -12,7 +12,7 @@ _EXPORTS = {
     "init": "paceline.train.job",
     "Job": "paceline.train.job",
     "ddp_hook": "paceline.train.ddp_hook",
-    "launch": "paceline.launchers.local",
+    "launch": "paceline.launchers.launch",
     "simulate": "paceline.comm.simulation",
     "Task": "paceline.tasks.task",
     "ReduceOp": "paceline.types",

@@ -14,7 +14,7 @@ from paceline.bench.rows import Comparison, Point, Trial, fastest_seconds
 from paceline.bench.training import Report, Setup, train
 from paceline.bench.virtual import VirtualCluster, run_virtually, scripted
 from paceline.errors import CommError, ConfigError, PacelineError, WorkerFailed
-from paceline.launchers.local import launch
+from paceline.launchers.launch import launch
 from paceline.strategies.strategy import class_of, make
 from paceline.tasks.load import load
 from paceline.train.random_state import seed_worker

@@ -3,4 +3,4 @@
 A module that is listed by `registry.names` is an engine; the others are what engines share.
 """
 
-NOT_PLUGINS = ("agent", "call", "console", "failure", "guard", "job", "output", "workers")
+NOT_PLUGINS = ("agent", "call", "console", "engine", "failure", "guard", "job", "launch", "output", "workers")

@@ -75,7 +75,7 @@ class Agent(SimpleElasticAgent):
             )
             for w in worker_group.workers
         }
-        self._workers.start(commands)
+        self._workers.start(commands, cwd=self._job.working_directory)
         return {local: w.pid for local, w in enumerate(self._workers.all)}
 
     def _command(self, local_rank: int) -> tuple[str, ...]:

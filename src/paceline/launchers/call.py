@@ -36,8 +36,10 @@ class Call:
                 "put the call under `if __name__ == '__main__':`"
             )
         self._passes_rank = _passes_rank(fn, args)
-        # Without the key of multiprocessing's own connections: workers have no use for it.
-        preparation = {k: v for k, v in spawn.get_preparation_data("worker").items() if k != "authkey"}
+        # Without the key of multiprocessing's own connections, for which workers have no use, and without the
+        # current directory, which the job may set.
+        preparation = spawn.get_preparation_data("worker")
+        preparation = {k: v for k, v in preparation.items() if k not in ("authkey", "dir")}
         try:
             content = pickle.dumps((preparation, pickle.dumps((fn, tuple(args), self._passes_rank))))
         except Exception as error:
@@ -62,6 +64,11 @@ class Call:
     def result(self, rank: int) -> Any:
         """What the function returned on `rank`."""
         return pickle.loads((Path(self._folder.name) / f"result.{rank}").read_bytes())
+
+    def results(self) -> list[Any]:
+        """What the function returned on every rank that left a result, in order of rank."""
+        found = sorted(int(p.suffix[1:]) for p in Path(self._folder.name).glob("result.[0-9]*"))
+        return [self.result(rank) for rank in found]
 
     def exception(self, rank: int) -> BaseException | None:
         """What the function raised on `rank`, if it could be carried over."""

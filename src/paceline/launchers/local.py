@@ -13,22 +13,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from paceline.errors import CommError, ConfigError, PacelineError, Timeout, WorkerFailed
-from paceline.launchers.call import Call
+from paceline.errors import CommError, ConfigError, Timeout
 from paceline.launchers.console import Console
+from paceline.launchers.engine import Engine, Outcome
 from paceline.launchers.job import JobSpec, address_towards, is_local, parse_endpoint, resolve
-from paceline.options import JobOptions
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import WorkerSpec
 
     from paceline.launchers.agent import Agent
-    from paceline.launchers.failure import Failure
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _MONITOR_S = 0.05
@@ -36,54 +33,22 @@ _RUN_ID = "paceline"
 LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended on this host."""
+class Local(Engine):
+    """Processes on this host, by torch's elastic agent."""
 
-    exit_code: int
-    failure: Failure | None = None
-    signal: signal.Signals | None = None
-    """The signal that the launcher received, if that is why the job ended."""
+    needs_rendezvous = True
 
+    def check(self, job: JobSpec) -> None:
+        """Nothing is reserved here: only cpus have a meaning, as threads."""
+        super().check(job)
+        if job.resources is not None and (job.resources.gpus or job.resources.memory_bytes):
+            raise ConfigError(
+                "engine local reserves neither gpus nor memory; of --resources only cpus= counts"
+            )
 
-def launch(
-    fn: Callable[..., Any],
-    *,
-    num_workers: int,
-    args: Sequence[Any] = (),
-    strategy: str | None = None,
-    fabric: str | None = None,
-    checkpoint: str | None = None,
-    threads: int | None = None,
-    max_restarts: int = 0,
-    progress: bool = True,
-    grace_s: float | None = None,
-) -> list[Any]:
-    """Run `fn(*args)` in `num_workers` new processes and return their results, in order of rank.
-
-    `fn` must be importable by name (top level of a module or of the script), as for multiprocessing's spawn.
-    If it takes one argument more than `args` holds, its rank is passed first. In it, `paceline.init()` and
-    `torch.distributed.init_process_group()` find the other workers. Results and arguments are pickled.
-
-    Raises WorkerFailed, with rank and traceback, if a worker raises or dies; a PacelineError is raised again
-    as itself. The other workers are ended first.
-    """
-    options = JobOptions(strategy=strategy, fabric=fabric, checkpoint=checkpoint, progress=progress)
-    with Call(fn, args) as call:
-        job = JobSpec(
-            command=call.command,
-            num_workers=num_workers,
-            options=options,
-            threads=threads,
-            max_restarts=max_restarts,
-            grace_s=grace_s,
-        )
-        outcome = run(job)
-        if outcome.failure is not None:
-            raise _error(outcome.failure, call.exception(outcome.failure.rank))
-        if outcome.signal is not None:
-            _be_ended_by(outcome.signal)
-        return [call.result(rank) for rank in range(num_workers)]
+    def run(self, job: JobSpec, *, console: Console) -> Outcome:
+        """Run `job` to its end; afterwards none of its processes is left. The failure is not printed."""
+        return run(job, console=console)
 
 
 def run(job: JobSpec, *, console: Console | None = None) -> Outcome:
@@ -165,7 +130,7 @@ def _worker_spec(job: JobSpec, console: Console) -> WorkerSpec:
         entrypoint=job.command[0],
         args=job.command[1:],
         rdzv_handler=handler,
-        max_restarts=job.max_restarts,
+        max_restarts=job.max_restarts or 0,
         monitor_interval=_MONITOR_S,
         local_addr=local,
     )
@@ -185,24 +150,6 @@ def _await_store(host: str, port: int, timeout_s: float) -> None:
                     "the host with that address must run `paceline run` too"
                 ) from None
             time.sleep(0.2)
-
-
-def _error(failure: Failure, original: BaseException | None) -> PacelineError:
-    text = "\n".join([failure.headline, *failure.traceback])
-    if isinstance(original, PacelineError):
-        error: PacelineError = type(original)(text)
-    else:
-        error = WorkerFailed(text)
-    error.__cause__ = original
-    return error
-
-
-def _be_ended_by(number: signal.Signals) -> None:
-    """What this process would have done on the signal, had `launch` not been running."""
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    signal.raise_signal(number)
-    raise SystemExit(128 + number)  # a handler of the caller's returned
 
 
 def _signal_exception() -> type[Any]:

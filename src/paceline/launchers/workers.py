@@ -25,12 +25,15 @@ _DRAIN_S = 2.0
 class Worker:
     """One process: its rank, its streams, how it ended."""
 
-    def __init__(self, rank: int, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, rank: int, command: Sequence[str], environment: Mapping[str, str], cwd: Path | None = None
+    ) -> None:
         # Its own session: a Ctrl-C at the terminal reaches the launcher alone, which then stops the workers
         # in order; and the whole group can be signalled at once.
         self._process = subprocess.Popen(
             command,
             env=dict(environment),
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -83,11 +86,13 @@ class Workers:
         self._closing = threading.Event()
         self.all: list[Worker] = []
 
-    def start(self, commands: Mapping[int, tuple[Sequence[str], Mapping[str, str]]]) -> None:
-        """Start one process per rank: rank → (command, environment)."""
+    def start(
+        self, commands: Mapping[int, tuple[Sequence[str], Mapping[str, str]]], *, cwd: Path | None = None
+    ) -> None:
+        """Start one process per rank: rank → (command, environment); `cwd`: None for this process's."""
         self._closing.clear()
         for rank, (command, environment) in commands.items():
-            worker = Worker(rank, command, {**environment, guard.VARIABLE: self._token})
+            worker = Worker(rank, command, {**environment, guard.VARIABLE: self._token}, cwd)
             self.all.append(worker)
             for fd in (worker.out_fd, worker.err_fd, worker.death_fd):
                 self._selector.register(fd, selectors.EVENT_READ, worker)
