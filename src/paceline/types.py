@@ -148,7 +148,7 @@ class Communicator(Protocol):
     def split(self, ranks: Sequence[Rank]) -> Communicator | None:
         """A communicator of `ranks` (all must call it); None on ranks that are not in it."""
 
-    def close(self) -> None: ...
+    def close(self, *, goodbye: bool = True) -> None: ...
 
 
 class Bucket(Protocol):

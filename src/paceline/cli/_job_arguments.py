@@ -100,7 +100,10 @@ Ship = Annotated[
 MinWorkers = Annotated[
     int | None,
     typer.Option(
-        help="Go on with so few when workers are lost for good.", rich_help_panel=ENGINE, show_default=False
+        help="Go on with so few when workers are lost for good. On local: for strategies that survive it"
+        " (parameter_server, gossip, decentralized_threshold); rank 0 is needed.",
+        rich_help_panel=ENGINE,
+        show_default=False,
     ),
 ]
 MaxWorkers = Annotated[

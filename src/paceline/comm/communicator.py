@@ -18,6 +18,7 @@ from paceline.comm.ledger import Ledger
 from paceline.comm.mailbox import Mailbox
 from paceline.comm.rendezvous import Meeting
 from paceline.comm.reply import Deferred
+from paceline.comm.survivors import Survivors
 from paceline.errors import CommError, ConfigError
 from paceline.types import Handler, Message, Rank, ReduceOp, Reply, Work
 
@@ -27,8 +28,8 @@ _BITWISE = (ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR)
 class FabricCommunicator(abc.ABC):
     """P ranks that exchange tensors; see `paceline.types.Communicator` for the contract.
 
-    Raises ConfigError for arguments that are wrong on this rank alone (not contiguous, a root outside the
-    job, counts that do not fit); what ranks disagree about is found by the fabric.
+    Raises ConfigError for arguments that are wrong on this rank alone; what ranks disagree about is found by
+    the fabric.
     """
 
     fabric: str
@@ -44,7 +45,10 @@ class FabricCommunicator(abc.ABC):
         """Why no further operation may start: closed, or an operation failed. None while all is well."""
         self.meeting: Meeting | None = None
         """Where the job's ranks met; set by a fabric that offers messages."""
+        self.min_size = size
+        """With how many living ranks the job is worth going on; see `tolerate_loss`."""
         self._open_mailbox: Mailbox | None = None
+        self._survivors: Survivors | None = None
         counts = self.ledger.operations
         self._n_all_reduce, self._n_reduce = counts["all_reduce"], counts["reduce"]
         self._n_broadcast, self._n_barrier = counts["broadcast"], counts["barrier"]
@@ -233,8 +237,13 @@ class FabricCommunicator(abc.ABC):
             self.barrier().wait()
         self._mailbox().raise_stored()
 
-    def tolerate_loss(self) -> None:  # noqa: B027  only a fabric that can go on without a rank does something
-        """From now on collectives may go on among the living, where the fabric can."""
+    def tolerate_loss(self) -> None:
+        """From now on collectives go on among the living, if `min_size` allows losses. All ranks call it."""
+        if self.min_size < self.size and self._survivors is None:
+            self._survivors = Survivors(self)
+            for name, method in self._survivors.operations().items():
+                setattr(self, name, method)  # hides the fabric's own
+            self.barrier().wait()  # rank 0 has a connection to everybody, and so sees them die
 
     def charge_compute(self, share: float = 1.0) -> None:  # noqa: B027  real time passes by itself
         """In virtual time: let `share` of one minibatch's compute time pass."""
@@ -260,12 +269,12 @@ class FabricCommunicator(abc.ABC):
             self._refuse("split", None)
         return self._split(chosen)
 
-    def close(self) -> None:
-        """Release what the fabric holds; idempotent. Later operations raise CommError."""
+    def close(self, *, goodbye: bool = True) -> None:
+        """Release what the fabric holds; idempotent. Without a goodbye, peers take this rank for lost."""
         if self.unusable != "it was closed":
-            self.unusable = "it was closed"
             if self._open_mailbox is not None:
-                self._open_mailbox.close()
+                self._open_mailbox.close(goodbye=goodbye)
+            self.unusable = "it was closed"
             self._close()
 
     # What a fabric implements.

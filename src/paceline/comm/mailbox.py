@@ -96,6 +96,7 @@ class Mailbox:
         self._pending: dict[int, tuple[int, Deferred]] = {}
         self._lost: dict[int, str] = {}
         self._on_lost: list[Callable[[int], None]] = []
+        self._on_left: list[Callable[[int], None]] = []
         self._posted_to: set[int] = set()
         self._is_closed = False
         self._pid = os.getpid()
@@ -111,6 +112,7 @@ class Mailbox:
             room=self._room,
             on_frame=self._frame,
             on_peer_lost=self._peer_lost,
+            on_peer_left=self._peer_left,
         )
         self.address = self._service.address
         directory.publish(rank, self.address)
@@ -158,6 +160,14 @@ class Mailbox:
         """Call `callback(rank)` on the service thread when a peer's connection breaks."""
         self._service.run(lambda: self._add_watcher(callback))
 
+    def on_left(self, callback: Callable[[int], None]) -> None:
+        """Call `callback(rank)` on the service thread when a peer has said goodbye and hung up."""
+        self._service.run(lambda: self._on_left.append(callback))
+
+    def declare_lost(self, peer: int, why: str) -> None:
+        """Treat `peer` as lost: somebody else noticed its death. To be called by handlers."""
+        self._peer_lost(peer, why)
+
     def flush(self, timeout_s: float | None = None) -> None:
         """Return when every live peer has handled all messages posted to it so far."""
         self._check_usable()
@@ -180,14 +190,17 @@ class Mailbox:
         """Raise the error of a posted message's handler here, once; there is nobody else to tell."""
         self._channels.raise_stored()
 
-    def close(self, timeout_s: float = 10.0) -> None:
-        """Say goodbye, send what is queued, stop and join the service thread. Idempotent."""
+    def close(self, timeout_s: float = 10.0, *, goodbye: bool = True) -> None:
+        """Say goodbye, send what is queued, stop and join the service thread. Idempotent.
+
+        Without the goodbye, peers take it for a death: for those who leave in the middle of their work.
+        """
         with self._room:
             if self._is_closed:
                 return
             self._is_closed = True
         if os.getpid() == self._pid and threading.current_thread() is not self._service.thread:
-            self._service.stop(timeout_s)
+            self._service.stop(timeout_s, goodbye=goodbye)
         self._fail_pending(lambda peer: CommError(f"rank {self.rank}: the communicator was closed"))
         _open_mailboxes.discard(self)
 
@@ -251,6 +264,8 @@ class Mailbox:
 
     def _answer(self, src: int, id: int, channel: str, outcome: Message | BaseException) -> None:
         """Send an outcome back; on whichever thread sets it."""
+        if self._is_closed and not isinstance(outcome, Message):
+            return  # the handler failed because this rank is leaving: that is what the peer will see
         try:
             if isinstance(outcome, Message):
                 messages.check(outcome)
@@ -273,6 +288,14 @@ class Mailbox:
             lambda p: PeerLost(f"rank {self.rank}: rank {p} is lost: {why}") if p == peer else None
         )
         for callback in list(self._on_lost):
+            callback(peer)
+
+    def _peer_left(self, peer: int) -> None:
+        """It said goodbye. What it was asked and has not answered, nobody will answer."""
+        self._fail_pending(
+            lambda p: PeerLost(f"rank {self.rank}: rank {p} has left the job") if p == peer else None
+        )
+        for callback in list(self._on_left):
             callback(peer)
 
     def _add_watcher(self, callback: Callable[[int], None]) -> None:

@@ -42,11 +42,13 @@ class Service:
         room: threading.Condition,
         on_frame: Callable[[int, int, int, str, Message], None],
         on_peer_lost: Callable[[int, str], None],
+        on_peer_left: Callable[[int], None],
     ) -> None:
         self._rank, self._size, self._secret = rank, size, secret
         self._directory, self._timeout_s = directory, timeout_s
         self._max_payload_bytes = max_payload_bytes
-        self._room, self._on_frame, self._on_peer_lost = room, on_frame, on_peer_lost
+        self._room, self._on_frame = room, on_frame
+        self._on_peer_lost, self._on_peer_left = on_peer_lost, on_peer_left
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family, backlog=1024)
         self._listener.setblocking(False)
@@ -106,10 +108,10 @@ class Service:
                 connection.append(frame)
         self.wake()
 
-    def stop(self, timeout_s: float) -> None:
+    def stop(self, timeout_s: float, *, goodbye: bool = True) -> None:
         """Send what is queued and a goodbye, then end the thread and close everything."""
         with self._room:
-            for connection in [*self._out.values(), *self._in.values()]:
+            for connection in [*self._out.values(), *self._in.values()] if goodbye else []:
                 connection.append(messages.signal(messages.GOODBYE))
             self._stop_at = time.monotonic() + timeout_s
         self.wake()
@@ -255,6 +257,9 @@ class Service:
             connection.outbox_bytes = 0
         if (is_out or is_in) and not connection.said_goodbye:
             self._on_peer_lost(connection.peer, why)
+        elif is_out or (is_in and connection.peer not in self._out):
+            # Answers come on the connection that went out: until that one has ended, some may be on the way.
+            self._on_peer_left(connection.peer)
 
     def _forget(self, peer: int, why: str) -> None:
         with self._room:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from paceline.comm import simulated_collectives as meaning
+from paceline.comm import meaning
 from paceline.comm.communicator import FabricCommunicator
 from paceline.comm.simulated_group import Apply, SimulatedGroup, SimulatedWork
 from paceline.comm.virtual_cluster import SimulatedReply

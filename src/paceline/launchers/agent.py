@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import (
@@ -29,7 +30,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from paceline.launchers.console import Console
 from paceline.launchers.failure import Failure, first_failure
 from paceline.launchers.job import JobSpec, read_secret
-from paceline.launchers.workers import Workers
+from paceline.launchers.workers import Worker, Workers
 from paceline.options import new_secret
 
 _FAILURE_GRACE_S = 3.0
@@ -48,6 +49,12 @@ class Agent(SimpleElasticAgent):
         self._console = console
         self._workers = Workers(console)
         self.failure: Failure | None = None
+        self._lost: set[int] = set()
+
+    @property
+    def lost(self) -> frozenset[int]:
+        """Ranks of this host whose deaths the job has survived."""
+        return frozenset(self._lost)
 
     def close(self) -> None:
         """End every process that is left."""
@@ -60,6 +67,7 @@ class Agent(SimpleElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._workers.forget()
+        self._lost.clear()
         shared = self._shared_environment(worker_group)
         commands = {
             w.global_rank: (
@@ -86,7 +94,10 @@ class Agent(SimpleElasticAgent):
         """What all workers of this host find in their environment; names as torchrun's."""
         spec = group.spec
         options = dataclasses.replace(
-            self._job.options, secret=self._secret(group), bar_columns=self._console.bar_columns
+            self._job.options,
+            secret=self._secret(group),
+            min_workers=self._job.min_workers or 0,
+            bar_columns=self._console.bar_columns,
         )
         environment = {
             **os.environ,
@@ -127,11 +138,32 @@ class Agent(SimpleElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         ended = [w for w in self._workers.all if w.exit_code is not None]
-        if any(w.exit_code for w in ended):
+        failed = [w for w in ended if w.exit_code]
+        if failed and not self._goes_on_without(failed):
             return self._fail()
         if len(ended) < len(self._workers.all):
             return RunResult(state=WorkerState.HEALTHY)
         return RunResult(state=WorkerState.SUCCEEDED, return_values={w.rank: None for w in self._workers.all})
+
+    def _goes_on_without(self, failed: Sequence[Worker]) -> bool:
+        """Whether enough workers live; rank 0 is needed, because the others agree through it."""
+        if self._job.min_workers is None or any(w.rank == 0 for w in failed):
+            return False
+        new = [w for w in failed if w.rank not in self._lost]
+        self._lost.update(w.rank for w in new)
+        size = self._worker_group.workers[0].world_size
+        store: Any = self._worker_group.store
+        num_lost = len(self._lost) if self._job.nodes == 1 else store.add("paceline/lost", len(new))
+        if size - num_lost < self._job.min_workers:
+            return False
+        for worker in new:
+            failure = first_failure([worker], size)
+            if failure is not None:
+                failure.show(self._console)
+            self._console.note(
+                f"going on without rank {worker.rank}: {size - num_lost} of {size} workers live"
+            )
+        return True
 
     def _fail(self) -> RunResult:
         self._workers.stop(_FAILURE_GRACE_S)

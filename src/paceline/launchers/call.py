@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,10 @@ class Call:
         """What the function returned on `rank`."""
         return pickle.loads((Path(self._folder.name) / f"result.{rank}").read_bytes())
 
-    def results(self) -> list[Any]:
-        """What the function returned on every rank that left a result, in order of rank."""
-        found = sorted(int(p.suffix[1:]) for p in Path(self._folder.name).glob("result.[0-9]*"))
-        return [self.result(rank) for rank in found]
+    def results(self, *, lost: Set[int] = frozenset()) -> list[Any]:
+        """What the function returned on every rank that left a result, in order of rank; None for the lost."""
+        found = {int(p.suffix[1:]) for p in Path(self._folder.name).glob("result.[0-9]*")}
+        return [None if rank in lost else self.result(rank) for rank in sorted(found | lost)]
 
     def exception(self, rank: int) -> BaseException | None:
         """What the function raised on `rank`, if it could be carried over."""

@@ -35,6 +35,8 @@ class Outcome:
     failure: Failure | None = None
     signal: signal.Signals | None = None
     """The signal that the launcher received, if that is why the job ended."""
+    lost: frozenset[int] = frozenset()
+    """Ranks that died while the job went on."""
 
 
 class Engine(ABC):

@@ -37,10 +37,13 @@ class Local(Engine):
     """Processes on this host, by torch's elastic agent."""
 
     needs_rendezvous = True
+    is_elastic = True  # downwards: jobs go on without workers that died
 
     def check(self, job: JobSpec) -> None:
         """Nothing is reserved here: only cpus have a meaning, as threads."""
         super().check(job)
+        if job.max_workers is not None:
+            raise ConfigError("engine local adds no workers to a job that runs; leave out --max-workers")
         if job.resources is not None and (job.resources.gpus or job.resources.memory_bytes):
             raise ConfigError(
                 "engine local reserves neither gpus nor memory; of --resources only cpus= counts"
@@ -91,7 +94,7 @@ def _run_agent(agent: Agent, job: JobSpec, console: Console) -> Outcome:
         return Outcome(failure.shell_code, failure=failure)
     if agent.failure is not None and (result is None or result.is_failed()):
         return Outcome(agent.failure.shell_code, failure=agent.failure)
-    return Outcome(0)
+    return Outcome(0, lost=agent.lost)
 
 
 def _worker_spec(job: JobSpec, console: Console) -> WorkerSpec:

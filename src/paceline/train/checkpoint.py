@@ -25,6 +25,7 @@ from paceline.errors import CheckpointError
 from paceline.train import plain
 
 _FORMAT = 1
+_WRITTEN, _FAILED = 1, 2  # and 0 from ranks that are dead
 MANIFEST = "manifest.json"
 
 
@@ -54,9 +55,9 @@ def write(path: str | os.PathLike[str], shard: dict[str, Any], comm: FabricCommu
     except Exception as error:  # whatever it was, the other ranks must hear of it
         failure = f"{type(error).__name__}: {error}"
     facts = torch.zeros(comm.size, 3, dtype=torch.int64)
-    facts[comm.rank] = torch.tensor([int(not failure), size_bytes, crc])
+    facts[comm.rank] = torch.tensor([_FAILED if failure else _WRITTEN, size_bytes, crc])
     comm.all_reduce(facts).wait()
-    failed = [r for r in range(comm.size) if not facts[r, 0]]
+    failed = [r for r in range(comm.size) if facts[r, 0] == _FAILED]
     if not failed and comm.rank == 0:
         failure = _write_manifest(folder, generation, facts)
     done = torch.tensor([int(not failed and not failure)])
@@ -76,7 +77,8 @@ def read(
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Load (this rank's shard, rank 0's shard, number of ranks that saved). All ranks call it.
 
-    With another number of ranks than now, both shards are rank 0's. Raises CheckpointError on all ranks if a
+    With another number of ranks than now, or 0 for a job that had lost some, both shards are rank 0's.
+    Raises CheckpointError on all ranks if a
     file is missing, damaged or not a checkpoint.
     """
     folder = Path(path)
@@ -133,12 +135,13 @@ def _next_generation(folder: Path, comm: FabricCommunicator) -> int:
 def _write_manifest(folder: Path, generation: int, facts: torch.Tensor) -> str:
     files = [
         {"name": f"{generation}.rank{r}.pt", "bytes": int(size_bytes), "crc32c": int(crc)}
-        for r, (_, size_bytes, crc) in enumerate(facts.tolist())
+        for r, (state, size_bytes, crc) in enumerate(facts.tolist())
+        if state == _WRITTEN
     ]
     manifest = {
         "format": _FORMAT,
         "generation": generation,
-        "size": len(files),
+        "size": len(files) if len(files) == len(facts) else 0,
         "paceline": paceline.__version__,
         "torch": torch.__version__,
         "files": files,

@@ -22,7 +22,7 @@ def all_reduce_metrics(values: Mapping[str, Any], comm: FabricCommunicator) -> d
     if any(len(p) != 2 for p in pairs):
         raise ConfigError("all_reduce_metrics takes numbers and (sum, count) pairs")
     everyone = gather_objects(names, comm)
-    if any(other != names for other in everyone):
+    if any(other not in (names, None) for other in everyone):
         raise Mismatch(f"rank {comm.rank}: all_reduce_metrics: ranks give different names: {everyone}")
     flat = torch.tensor([[float(s), 0.0 if c is None else float(c)] for s, c in pairs], dtype=torch.float64)
     if names:
@@ -37,7 +37,7 @@ def all_reduce_metrics(values: Mapping[str, Any], comm: FabricCommunicator) -> d
 
 def gather_objects(value: Any, comm: FabricCommunicator) -> list[Any]:
     """Return every rank's value, in rank order: numbers, strings, lists, dicts and tensors; nothing is
-    executed.
+    executed. None from ranks that died and that the job goes on without.
 
     Values travel in torch's format and are read with `weights_only`. ConfigError for other types.
     """
@@ -51,10 +51,10 @@ def gather_objects(value: Any, comm: FabricCommunicator) -> list[Any]:
         ) from error
     if comm.size == 1:
         return [value]
-    sizes = torch.empty(comm.size, dtype=torch.int64)
+    sizes = torch.zeros(comm.size, dtype=torch.int64)
     comm.all_gather(sizes, torch.tensor([data.numel()])).wait()
     counts = sizes.tolist()
     gathered = torch.empty(sum(counts), dtype=torch.uint8)
     comm.all_gather_v(gathered, data, counts=counts).wait()
     parts = torch.split(gathered, counts)
-    return [plain.unpack(p) for p in parts]
+    return [plain.unpack(p) if p.numel() else None for p in parts]

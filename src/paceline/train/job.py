@@ -64,6 +64,7 @@ def init(
     name = options.fabric or fabric or DEFAULT_FABRIC
     module = registry.load("paceline.comm", name, kind="fabric")
     comm = module.connect(meeting, timeout_s=timeout_s)
+    comm.min_size = options.min_workers or comm.size
     path = options.checkpoint or (str(checkpoint) if checkpoint is not None else None)
     job = Job(
         comm,
@@ -102,6 +103,7 @@ class Job:
         self.epoch = 0
         self.step = 0
         """Minibatches handed out by prepared loaders, over all epochs."""
+        self._is_drained = True  # no minibatch since the strategies were synchronised
         self.samples = 0
         """Samples of all ranks in those minibatches."""
         self.attachments: list[Attachment] = []
@@ -244,6 +246,7 @@ class Job:
             attachment.strategy.synchronize()
             if self.size > 1:
                 preparation.average_buffers(attachment.replica.buffers(), self.comm)
+        self._is_drained = True
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -372,8 +375,7 @@ class Job:
         """Plain values of this rank: what was trained, how long it waited, what it sent.
 
         `payload_bytes`, `wait_s` and `operations` cover the whole job; `training` leaves out preparation,
-        evaluation and checkpoints. Payload bytes are what this rank handed to operations (see comm.ledger);
-        `wire_bytes` is None where the fabric cannot see them.
+        evaluation and checkpoints. Payload bytes are what this rank handed to operations (see comm.ledger).
         """
         return statistics.collect(self)
 
@@ -384,9 +386,10 @@ class Job:
             self._stop.close()
         for attachment in self.attachments:
             attachment.detach()
-        self.comm.close()
+        self.comm.close(goodbye=self._is_drained and not hasattr(sys, "last_type"))  # nor after an exception
 
     def _count(self, own_samples: int, all_samples: int, is_last: bool) -> None:
+        self._is_drained = False
         self.step += 1
         self.samples += all_samples
         self._progress.advance()

@@ -131,8 +131,9 @@ def _restore_elsewhere(job: Job, first: dict[str, Any], saved_size: int) -> None
         del position
     if job.is_main:
         mid = any(position["step"] for position in first["loaders"])
+        ranks = f"{saved_size} ranks" if saved_size else "a job that had lost ranks"
         warnings.warn(
-            f"checkpoint of {saved_size} ranks loaded into {job.size}: model, optimizer and epoch are taken"
+            f"checkpoint of {ranks} loaded into {job.size}: model, optimizer and epoch are taken"
             " over, random states and the strategy's state start afresh"
             + ("; the epoch that was interrupted starts again" if mid else ""),
             stacklevel=4,

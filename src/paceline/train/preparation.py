@@ -27,8 +27,6 @@ def attach(
 ) -> Attachment:
     """Make every rank's model and optimizers equal to rank 0's and hand them to the strategy."""
     _check(model, optimizers, strategy, comm, accumulation_steps)
-    if strategy.survives_loss:
-        comm.tolerate_loss()
     _check_same_everywhere(model, strategy, comm, accumulation_steps)
     replica = FlatReplica(
         model,
@@ -45,6 +43,8 @@ def attach(
             state = plain.broadcast(optimizer.state_dict(), comm)
             if comm.rank > 0:
                 optimizer.load_state_dict(state)
+    if strategy.survives_loss:
+        comm.tolerate_loss()
     strategy.attach(replica, comm)
     return Attachment(replica, strategy, comm, accumulation_steps=accumulation_steps)
 

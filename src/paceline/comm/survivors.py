@@ -1,0 +1,255 @@
+"""Collectives that go on without ranks that die: by messages through rank 0, over whoever lives.
+
+A fabric's own collectives end with the first death: nobody can know which of them the dead rank had still
+contributed to. Here rank 0 collects the arguments, computes over those who came, in rank order, and answers;
+a rank that died or left is not waited for. Used where `min_size` is below the size, by strategies that
+exchange their models by messages anyway: what remains for collectives is small. When rank 0 dies, the job
+ends.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline.comm import meaning
+from paceline.errors import CommError, Mismatch
+from paceline.types import Message, Rank, ReduceOp, Reply
+
+if TYPE_CHECKING:
+    from paceline.comm.communicator import FabricCommunicator
+
+CHANNEL = "survivors"
+Apply = Callable[[dict[Rank, Any]], None]
+
+
+class SurvivorWork:
+    """An operation at rank 0, and where its result goes."""
+
+    def __init__(self, reply: Reply, target: torch.Tensor | None) -> None:
+        self._reply, self._target = reply, target
+        self._error: CommError | None = None
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Block until done. Raises PeerLost when rank 0 died, or the operation's root."""
+        if self._error is not None:
+            raise self._error
+        try:
+            answer = self._reply.wait(timeout_s)
+        except CommError as error:
+            self._error = error
+            raise
+        if self._target is not None and answer.tensors:
+            self._target.copy_(answer.tensors[0].view_as(self._target))
+            self._target = None
+
+    def is_done(self) -> bool:
+        """Whether `wait` would not block."""
+        return self._reply.is_done()
+
+    def exception(self) -> BaseException | None:
+        """The error of a finished operation, else None."""
+        if self._error is None and self.is_done():
+            try:
+                self.wait()
+            except CommError as error:
+                return error
+        return self._error
+
+
+@dataclass
+class _Operation:
+    """What has come for one collective. An argument is what `meaning` expects."""
+
+    signature: str = ""
+    arguments: dict[Rank, Any] = field(default_factory=dict)
+    replies: dict[Rank, Reply] = field(default_factory=dict)
+    error: CommError | None = None
+
+
+class Survivors:
+    """The collectives of one communicator."""
+
+    def __init__(self, comm: FabricCommunicator) -> None:
+        self._comm = comm
+        self._next = itertools.count()
+        self._gone: set[Rank] = set()
+        self._lock = threading.Lock()
+        self._pending: dict[int, _Operation] = {}
+        self._apply: dict[int, Apply] = {}
+        """Rank 0's own calls say what an operation does."""
+        mailbox = comm._mailbox()
+        if comm.rank == 0:
+            comm.serve(CHANNEL, self._collect)
+            mailbox.on_lost(self._on_lost)
+            mailbox.on_left(self._on_gone)
+        else:
+            comm.serve(CHANNEL, self._learn)
+
+    def operations(self) -> Mapping[str, Callable[..., SurvivorWork]]:
+        """The fabric's methods that these replace."""
+        names = (
+            "all_reduce reduce broadcast all_gather all_gather_v reduce_scatter reduce_scatter_v gather"
+            " scatter all_to_all all_to_all_v barrier"
+        )
+        return {f"_{name}": getattr(self, name) for name in names.split()}
+
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> SurvivorWork:
+        """In place."""
+        return self._submit(partial(meaning.all_reduce, op), ["all_reduce", op.value], tensor, tensor)
+
+    def reduce(self, tensor: torch.Tensor, root: Rank, op: ReduceOp) -> SurvivorWork:
+        """In place on the root."""
+        return self._submit(partial(meaning.reduce, op, root), ["reduce", op.value, root], tensor, tensor)
+
+    def broadcast(self, tensor: torch.Tensor, root: Rank) -> SurvivorWork:
+        """In place."""
+        return self._submit(partial(meaning.broadcast, root), ["broadcast", root], tensor, tensor)
+
+    def all_gather(self, output: torch.Tensor, source: torch.Tensor) -> SurvivorWork:
+        """Equal shares."""
+        return self.all_gather_v(output, source, [source.numel()] * self._comm.size)
+
+    def all_gather_v(self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int]) -> SurvivorWork:
+        """Shares of the dead are left as they are."""
+        apply = partial(meaning.gather, list(counts))
+        return self._submit(apply, ["all_gather", *counts], source, output)
+
+    def gather(self, output: torch.Tensor | None, source: torch.Tensor, root: Rank) -> SurvivorWork:
+        """Shares of the dead are left as they are."""
+        apply = partial(meaning.gather, [source.numel()] * self._comm.size)
+        return self._submit(apply, ["gather", root, source.numel()], source, output)
+
+    def reduce_scatter(self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp) -> SurvivorWork:
+        """Equal shares."""
+        return self.reduce_scatter_v(output, source, [output.numel()] * self._comm.size, op)
+
+    def reduce_scatter_v(
+        self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int], op: ReduceOp
+    ) -> SurvivorWork:
+        """Over those who came."""
+        apply = partial(meaning.reduce_scatter, op, list(counts))
+        return self._submit(apply, ["reduce_scatter", op.value, *counts], source, output)
+
+    def scatter(self, output: torch.Tensor, source: torch.Tensor | None, root: Rank) -> SurvivorWork:
+        """The dead ranks' shares go nowhere."""
+        return self._submit(partial(meaning.scatter, root), ["scatter", root, output.numel()], source, output)
+
+    def all_to_all(self, output: torch.Tensor, source: torch.Tensor) -> SurvivorWork:
+        """Equal shares."""
+        counts = [source.numel() // self._comm.size] * self._comm.size
+        return self.all_to_all_v(output, source, counts, counts)
+
+    def all_to_all_v(
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor,
+        output_counts: Sequence[int],
+        source_counts: Sequence[int],
+    ) -> SurvivorWork:
+        """Shares of the dead are left as they are."""
+        counts = torch.tensor([list(output_counts), list(source_counts)])
+        return self._submit(meaning.all_to_all, ["all_to_all"], source, output, counts)
+
+    def barrier(self) -> SurvivorWork:
+        """All who live have come."""
+        return self._submit(lambda arguments: None, ["barrier"], None, None)
+
+    def _submit(
+        self,
+        apply: Apply,
+        signature: list[Any],
+        source: torch.Tensor | None,
+        target: torch.Tensor | None,
+        counts: torch.Tensor | None = None,
+    ) -> SurvivorWork:
+        """Send `source` and, where it is another tensor, the `target` that the result is laid over."""
+        index = next(self._next)
+        if self._comm.rank == 0:
+            with self._lock:
+                self._apply[index] = apply
+        kind = next((str(t.dtype) for t in (source, target) if t is not None), "")
+        is_in_place = source is target
+        tensors = [t for t in (source, None if is_in_place else target, counts) if t is not None]
+        header: dict[str, int | str | bool] = {
+            "index": index,
+            "signature": json.dumps([*signature, kind]),
+            "has_source": source is not None,
+            "has_target": target is not None and not is_in_place,
+        }
+        return SurvivorWork(self._comm._call(0, CHANNEL, Message(header, tensors)), target)
+
+    # On rank 0's message service.
+
+    def _collect(self, src: Rank, message: Message) -> Reply:
+        index = int(message.header["index"])
+        operation = self._pending.setdefault(index, _Operation(str(message.header["signature"])))
+        reply = self._comm.deferred()
+        tensors = list(message.tensors)
+        source = tensors.pop(0) if message.header["has_source"] else None
+        target = tensors.pop(0) if message.header["has_target"] else None
+        in_place = '"all_reduce"', '"reduce"', '"broadcast"', '"barrier"'
+        if operation.signature.startswith(tuple("[" + name for name in in_place)):
+            operation.arguments[src] = source
+        elif tensors:
+            operation.arguments[src] = (target, source, *tensors[0].tolist())
+        else:
+            operation.arguments[src] = (target, source)
+        operation.replies[src] = reply
+        if operation.error is not None:
+            reply.fail(operation.error)
+        elif operation.signature != message.header["signature"]:
+            what = f"rank {src} called {message.header['signature']}, another {operation.signature}"
+            self._fail(index, Mismatch(f"collective #{index}: {what}; all ranks must call the same ones"))
+        else:
+            self._finish_if_complete(index)
+        return reply
+
+    def _finish_if_complete(self, index: int) -> None:
+        operation = self._pending[index]
+        if operation.error is not None or set(range(self._comm.size)) - self._gone - set(operation.replies):
+            return  # it failed, or somebody is still to come
+        with self._lock:
+            apply = self._apply.pop(index)
+        arguments = {r: operation.arguments[r] for r in sorted(operation.arguments)}
+        try:
+            apply(arguments)
+        except CommError as error:
+            self._fail(index, error)
+            return
+        del self._pending[index]
+        for rank, reply in operation.replies.items():
+            argument = arguments[rank]
+            result = argument[0] if isinstance(argument, tuple) else argument
+            reply.set(Message({}, [] if result is None else [result]))
+
+    def _fail(self, index: int, error: CommError) -> None:
+        self._pending[index].error = error
+        for reply in self._pending[index].replies.values():
+            reply.fail(error)
+
+    def _on_lost(self, rank: Rank) -> None:
+        for peer in range(1, self._comm.size):
+            if peer != rank and peer not in self._gone:
+                try:
+                    self._comm._post(peer, CHANNEL, Message({"lost": rank}))
+                except CommError:
+                    continue  # it is gone too, and will be noticed by itself
+        self._on_gone(rank)
+
+    def _on_gone(self, rank: Rank) -> None:
+        self._gone.add(rank)
+        for index in sorted(self._pending):
+            self._finish_if_complete(index)
+
+    # On the others'.
+
+    def _learn(self, src: Rank, message: Message) -> None:
+        self._comm._mailbox().declare_lost(int(message.header["lost"]), f"rank {src} has lost it")
