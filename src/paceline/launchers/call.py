@@ -66,7 +66,7 @@ class Call:
         return pickle.loads((Path(self._folder.name) / f"result.{rank}").read_bytes())
 
     def results(self, *, lost: Set[int] = frozenset()) -> list[Any]:
-        """What the function returned on every rank that left a result, in order of rank; None for the lost."""
+        """What the function returned on every rank that left a result, in order; None for the lost."""
         found = {int(p.suffix[1:]) for p in Path(self._folder.name).glob("result.[0-9]*")}
         return [None if rank in lost else self.result(rank) for rank in sorted(found | lost)]
 

@@ -47,8 +47,8 @@ def launch(
     name (top level of a module or of the script), as for multiprocessing's spawn. If it takes one argument
     more than `args` holds, its rank is passed first. In it, `paceline.init()` and
     `torch.distributed.init_process_group()` find the other workers. Results and arguments are pickled.
-    The other arguments are those of `paceline run` and are explained at `JobSpec`. A worker that died, and that
-    the job went on without (`min_workers`), has the result None.
+    The other arguments are those of `paceline run` and are explained at `JobSpec`. A worker that died, and
+    that the job went on without (`min_workers`), has the result None.
 
     Raises WorkerFailed, with rank and traceback, if a worker raises or dies; a PacelineError is raised again
     as itself. The other workers are ended first. Raises ConfigError if the engine is unknown, is not

@@ -78,8 +78,7 @@ def read(
     """Load (this rank's shard, rank 0's shard, number of ranks that saved). All ranks call it.
 
     With another number of ranks than now, or 0 for a job that had lost some, both shards are rank 0's.
-    Raises CheckpointError on all ranks if a
-    file is missing, damaged or not a checkpoint.
+    Raises CheckpointError on all ranks if a file is missing, damaged or not a checkpoint.
     """
     folder = Path(path)
     manifest = plain.broadcast(_read_manifest(folder) if comm.rank == 0 else None, comm)
