@@ -157,6 +157,12 @@ OperationPointer run(NetworkMember& m, const std::shared_ptr<Plan>& plan, int ki
   return submit(m, std::move(r), timeout_s);
 }
 
+// Without a plan: straight between the ranks.
+OperationPointer all_reduce_directly(NetworkMember& m, std::uintptr_t source, std::uintptr_t output, std::size_t numel,
+                                     int dtype, int op, double timeout_s) {
+  return run(m, nullptr, static_cast<int>(Kind::all_reduce), source, output, numel, dtype, op, 0, timeout_s);
+}
+
 // What groups of both kinds offer.
 template <class M>
 nb::class_<M>& shared_methods(nb::class_<M>& type) {
@@ -272,7 +278,8 @@ void bind_fabric(nb::module_& m) {
         const nb::gil_scoped_release released;
         n.engine->locked([&] { self->group->watch(); });
       })
-      .def("run", &run, release());
+      .def("run", &run, release())
+      .def("all_reduce_directly", &all_reduce_directly, release());
   shared_methods(network_group);
 }
 

@@ -11,7 +11,15 @@ NetworkGroup::NetworkGroup(Engine& engine, std::shared_ptr<Transport> transport,
     : Session(engine, rank, static_cast<int>(world_ranks.size())),
       transport_(std::move(transport)),
       id_(id),
-      world_ranks_(std::move(world_ranks)) {}
+      world_ranks_(std::move(world_ranks)) {
+  network_.transport = transport_.get();
+  network_.rank = rank;
+  network_.world_ranks = world_ranks_;
+  network_.space = id_;
+  network_.one_step_bytes = default_one_step_bytes(size_);
+  network_.did_move = &did_move;
+  network_.explain = [this](const Transfer& t) { return explain(t); };
+}
 
 void NetworkGroup::watch() {
   for (int r = 0; r < size_; ++r)
@@ -85,7 +93,9 @@ Failure NetworkGroup::explain(const Transfer& transfer) const {
   return told ? told : translate(transfer);
 }
 
-Task NetworkGroup::start(Operation& op) { return execute(*this, op); }
+Task NetworkGroup::start(Operation& op) {
+  return op.request.plan ? execute(*this, op) : run_directly(network_, op);
+}
 
 void NetworkGroup::enqueue_message(const OperationPointer& op) {
   const Request& r = op->request;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/blocks.h"
+#include "core/direct.h"
 #include "core/plan.h"
 #include "core/session.h"
 #include "core/transport.h"
@@ -58,11 +59,12 @@ class NetworkGroup final : public Session {
   std::uint32_t id_;
   std::vector<int> world_ranks_;
   Blocks blocks_;
+  Network network_;  // as the direct operations see it
   std::list<Message> messages_;
   std::list<Farewell> expected_, said_;
 };
 
-// Runs the plan of `op`.
+// Runs the plan of `op`; an operation without one goes directly.
 Task execute(NetworkGroup& group, Operation& op);
 
 }  // namespace paceline

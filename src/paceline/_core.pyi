@@ -95,6 +95,9 @@ class NetworkGroup:
         timeout_s: float,
         /,
     ) -> Operation | None: ...
+    def all_reduce_directly(
+        self, source: int, output: int, numel: int, dtype: int, op: int, timeout_s: float, /
+    ) -> Operation | None: ...
     def send(
         self, source: int, numel: int, dtype: int, peer: int, tag: int, timeout_s: float, /
     ) -> Operation | None: ...

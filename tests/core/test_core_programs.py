@@ -29,7 +29,13 @@ GROUP = [
     "reduce",
     "reduce_generic",
 ]
-PROGRAMS = {"digest_test": ["sha256", "socket"], "tcp_test": TCP, "group_test": GROUP}
+DIRECT = [*TCP, *GROUP, "direct", "direct_combine", "direct_exchange"]
+PROGRAMS = {
+    "digest_test": ["sha256", "socket"],
+    "tcp_test": TCP,
+    "group_test": GROUP,
+    "direct_test": DIRECT,
+}
 
 
 def build(program: str, sanitizer: str, directory: Path) -> Path:

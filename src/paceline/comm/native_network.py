@@ -24,11 +24,15 @@ _LITTLE_BYTES = 32 << 10
 
 
 def algorithm_for(operation: str, num_bytes: int, num_ranks: int) -> str:
-    """Return the program for an operation over the network, by its size."""
+    """Return the program for an operation over the network, by its size.
+
+    "direct" is the core's own all_reduce, all pairs in one or two steps (csrc/core/direct.h): it sends from
+    and receives into the user's memory, and reduces one slice while others travel.
+    """
     if operation == "all_reduce":
         if num_ranks > _FEW_RANKS:
             return "recursive_doubling" if num_bytes <= _LITTLE_BYTES else "ring"
-        return f"all_pairs:shots={1 if num_bytes * (num_ranks - 1) <= _LITTLE_BYTES else 2}"
+        return "direct"
     if operation in ("reduce_scatter", "all_gather", "reduce_scatter_v", "all_gather_v"):
         return "all_pairs" if num_ranks <= _FEW_RANKS else "ring"
     if operation in ("all_to_all", "all_to_all_v"):
@@ -97,7 +101,18 @@ class NetworkCommunicator(CoreCommunicator):
         return self._network.wire_bytes
 
     def _all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> Work:
-        return self._run("all_reduce", Kind.ALL_REDUCE, tensor, tensor, tensor.numel(), op=op)
+        if self.size > _FEW_RANKS:
+            return self._run("all_reduce", Kind.ALL_REDUCE, tensor, tensor, tensor.numel(), op=op)
+        code, pointer = self._code(tensor.dtype, tensor), tensor.data_ptr()
+        if not self._is_reducible(code, op):
+            self._refuse_tensor("all_reduce", tensor, op)
+        try:
+            started = self._group.all_reduce_directly(
+                pointer, pointer, tensor.numel(), code, OP_CODES[op], self.timeout_s
+            )
+        except CommError as error:
+            return self._failed(error)
+        return DONE if started is None else self._pending(started, (tensor,))
 
     def _reduce(self, tensor: torch.Tensor, root: Rank, op: ReduceOp) -> Work:
         return self._run("reduce", Kind.REDUCE, tensor, tensor, tensor.numel(), root=root, op=op)
