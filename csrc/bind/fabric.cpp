@@ -102,7 +102,8 @@ Request basic(int kind, std::uintptr_t source, std::uintptr_t output, std::size_
   return r;
 }
 
-OperationPointer combine(Member& m, int kind, std::uintptr_t source, std::uintptr_t output, std::size_t numel,
+template <class M>
+OperationPointer combine(M& m, int kind, std::uintptr_t source, std::uintptr_t output, std::size_t numel,
                          int dtype, int op, int root, const Counts& counts, double timeout_s) {
   Request r = basic(kind, source, output, numel, dtype);
   r.op = static_cast<ReduceOp>(op);
@@ -111,7 +112,8 @@ OperationPointer combine(Member& m, int kind, std::uintptr_t source, std::uintpt
   return submit(m, std::move(r), timeout_s);
 }
 
-OperationPointer exchange(Member& m, int kind, std::uintptr_t source, std::uintptr_t output, std::size_t numel,
+template <class M>
+OperationPointer exchange(M& m, int kind, std::uintptr_t source, std::uintptr_t output, std::size_t numel,
                           int dtype, int root, const Counts& send, const Counts& receive, bool is_same_for_all,
                           double timeout_s) {
   Request r = basic(kind, source, output, numel, dtype);
@@ -157,17 +159,13 @@ OperationPointer run(NetworkMember& m, const std::shared_ptr<Plan>& plan, int ki
   return submit(m, std::move(r), timeout_s);
 }
 
-// Without a plan: straight between the ranks.
-OperationPointer all_reduce_directly(NetworkMember& m, std::uintptr_t source, std::uintptr_t output, std::size_t numel,
-                                     int dtype, int op, double timeout_s) {
-  return run(m, nullptr, static_cast<int>(Kind::all_reduce), source, output, numel, dtype, op, 0, timeout_s);
-}
-
 // What groups of both kinds offer.
 template <class M>
 nb::class_<M>& shared_methods(nb::class_<M>& type) {
   using release = nb::call_guard<nb::gil_scoped_release>;
-  return type.def("send", &send<M>, release())
+  return type.def("combine", &combine<M>, release())
+      .def("exchange", &exchange<M>, release())
+      .def("send", &send<M>, release())
       .def("receive", &receive<M>, release())
       .def("wait", &wait<M>, release())
       .def("poll", [](M& g, Operation& op) { return g.engine->poll(op); }, release())
@@ -247,9 +245,7 @@ void bind_fabric(nb::module_& m) {
         for (const auto& [pid, fd, slot, generation, offset] : plain)
           addresses.push_back({pid, fd, {slot, generation, offset}});
         g.engine->connect(g.get(), addresses);
-      }, release())
-      .def("combine", &combine, release())
-      .def("exchange", &exchange, release());
+      }, release());
   shared_methods(group);
 
   nb::class_<Plan>(m, "Plan")
@@ -278,8 +274,7 @@ void bind_fabric(nb::module_& m) {
         const nb::gil_scoped_release released;
         n.engine->locked([&] { self->group->watch(); });
       })
-      .def("run", &run, release())
-      .def("all_reduce_directly", &all_reduce_directly, release());
+      .def("run", &run, release());
   shared_methods(network_group);
 }
 

@@ -177,6 +177,12 @@ int socket_error(const Fd& socket) {
   return ::getsockopt(socket.get(), SOL_SOCKET, SO_ERROR, &error, &size) == 0 ? error : errno;
 }
 
+bool is_open(const Fd& socket) {
+  tcp_info info{};
+  socklen_t size = sizeof info;
+  return ::getsockopt(socket.get(), IPPROTO_TCP, TCP_INFO, &info, &size) == 0 && info.tcpi_state != TCP_CLOSE;
+}
+
 void configure_link(const Fd& socket, const LinkOptions& options) {
   set_option(socket, IPPROTO_TCP, TCP_NODELAY, 1);
   if (options.buffer_bytes > 0) {

@@ -57,6 +57,7 @@ Endpoint local_endpoint(const Fd& socket);
 // `socket_error` then gives the errno, 0 for success. Throws std::system_error if it fails at once.
 Fd dial(const Endpoint& peer, const Endpoint* source);
 int socket_error(const Fd& socket);
+bool is_open(const Fd& socket);  // not reset, and at least one direction not closed
 
 struct LinkOptions {
   int buffer_bytes = 0;          // 0: the kernel tunes it

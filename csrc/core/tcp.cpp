@@ -161,7 +161,8 @@ void TcpTransport::watch(int rank) {
 }
 
 bool TcpTransport::is_lost(int peer) const {
-  return static_cast<bool>(peers_.at(static_cast<std::size_t>(peer)).failure);
+  const Peer& p = peers_.at(static_cast<std::size_t>(peer));
+  return p.failure && !p.has_said_goodbye;
 }
 
 double TcpTransport::silence_s(int peer) const {
@@ -180,12 +181,13 @@ std::uint64_t TcpTransport::wire_bytes_sent() const {
   return sum;
 }
 
+// The end of the stream counts as one unsent byte; a peer that reset the connection acknowledges nothing any more.
 // Closing a socket with unread input resets the connection, and a reset discards what is still on its way out.
 void TcpTransport::wait_for_delivery() {
   const double end = now_s() + kFarewell_s;
   for (const auto& link : graveyard_) {
     for (int unsent = 1; unsent > 0 && now_s() < end;) {
-      if (::ioctl(link->descriptor(), SIOCOUTQ, &unsent) != 0 || unsent <= 1) break;  // the end counts as one
+      if (!is_open(link->socket()) || ::ioctl(link->descriptor(), SIOCOUTQ, &unsent) != 0 || unsent <= 1) break;
       std::array<std::byte, 4096> ignored;
       if (::recv(link->descriptor(), ignored.data(), ignored.size(), 0) <= 0) ::usleep(200);
     }

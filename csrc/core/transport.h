@@ -55,6 +55,7 @@ class Transport {
   // Connections are opened lazily; this asks for one now, so that a peer's death is noticed even if
   // nothing is ever sent to it.
   virtual void watch(int peer) = 0;
+  // Gone without a farewell. A peer that has closed its transport has done its part of what others still finish.
   virtual bool is_lost(int peer) const = 0;
   // Seconds since anything was heard from `peer`; negative if nothing ever was.
   virtual double silence_s(int peer) const = 0;

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from paceline import _core
-from paceline.comm.native_codes import DTYPE_CODES, OP_CODES, Kind
+from paceline.comm.native_codes import OP_CODES, Kind
 from paceline.comm.native_core import CoreCommunicator, engine
 from paceline.comm.native_plan import plan
 from paceline.comm.native_work import DONE
 from paceline.comm.rendezvous import Meeting
-from paceline.errors import CommError, ConfigError, Timeout
+from paceline.errors import CommError, Timeout
 from paceline.types import Rank, ReduceOp, Work
 
 _FEW_RANKS = 16
@@ -24,20 +24,16 @@ _LITTLE_BYTES = 32 << 10
 
 
 def algorithm_for(operation: str, num_bytes: int, num_ranks: int) -> str:
-    """Return the program for an operation over the network, by its size.
+    """Return the algorithm of an operation over the network, by its size in bytes.
 
-    "direct" is the core's own all_reduce, all pairs in one or two steps (csrc/core/direct.h): it sends from
-    and receives into the user's memory, and reduces one slice while others travel.
+    "direct" is the core's own (csrc/core/direct.h): all ranks talk to each other, straight from and into the
+    user's memory. Others are programs of `paceline.collectives`, which need fewer connections.
     """
-    if operation == "all_reduce":
-        if num_ranks > _FEW_RANKS:
-            return "recursive_doubling" if num_bytes <= _LITTLE_BYTES else "ring"
+    if num_ranks <= _FEW_RANKS or operation in ("gather", "scatter", "all_to_all", "barrier"):
         return "direct"
-    if operation in ("reduce_scatter", "all_gather", "reduce_scatter_v", "all_gather_v"):
-        return "all_pairs" if num_ranks <= _FEW_RANKS else "ring"
-    if operation in ("all_to_all", "all_to_all_v"):
-        return "pairwise"
-    return "dissemination" if operation == "barrier" else "binomial_tree"
+    if operation == "all_reduce":
+        return "recursive_doubling" if num_bytes <= _LITTLE_BYTES else "ring"
+    return "ring" if operation in ("reduce_scatter", "all_gather") else "binomial_tree"
 
 
 def connect_hosts(meeting: Meeting, *, timeout_s: float) -> NetworkCommunicator:
@@ -94,6 +90,8 @@ class NetworkCommunicator(CoreCommunicator):
         super().__init__(rank, hosts, self._group, timeout_s=timeout_s)
         self._network = network
         self._world_ranks = world_ranks
+        self.algorithm_for: Callable[[str, int, int], str] = algorithm_for
+        """Chooses an algorithm for (operation, bytes, ranks); the same on all ranks."""
 
     @property
     def wire_bytes(self) -> int:
@@ -101,99 +99,82 @@ class NetworkCommunicator(CoreCommunicator):
         return self._network.wire_bytes
 
     def _all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> Work:
-        if self.size > _FEW_RANKS:
-            return self._run("all_reduce", Kind.ALL_REDUCE, tensor, tensor, tensor.numel(), op=op)
-        code, pointer = self._code(tensor.dtype, tensor), tensor.data_ptr()
-        if not self._is_reducible(code, op):
-            self._refuse_tensor("all_reduce", tensor, op)
-        try:
-            started = self._group.all_reduce_directly(
-                pointer, pointer, tensor.numel(), code, OP_CODES[op], self.timeout_s
-            )
-        except CommError as error:
-            return self._failed(error)
-        return DONE if started is None else self._pending(started, (tensor,))
+        program = self._program("all_reduce", tensor)
+        if program is None:
+            return super()._all_reduce(tensor, op)
+        return self._run(program, "all_reduce", Kind.ALL_REDUCE, tensor, tensor, tensor.numel(), op=op)
 
     def _reduce(self, tensor: torch.Tensor, root: Rank, op: ReduceOp) -> Work:
-        return self._run("reduce", Kind.REDUCE, tensor, tensor, tensor.numel(), root=root, op=op)
+        program = self._program("reduce", tensor)
+        if program is None:
+            return super()._reduce(tensor, root, op)
+        return self._run(program, "reduce", Kind.REDUCE, tensor, tensor, tensor.numel(), root=root, op=op)
 
     def _broadcast(self, tensor: torch.Tensor, root: Rank) -> Work:
-        return self._run("broadcast", Kind.BROADCAST, tensor, tensor, tensor.numel(), root=root)
+        program = self._program("broadcast", tensor)
+        if program is None:
+            return super()._broadcast(tensor, root)
+        return self._run(program, "broadcast", Kind.BROADCAST, tensor, tensor, tensor.numel(), root=root)
 
     def _all_gather(self, output: torch.Tensor, source: torch.Tensor) -> Work:
-        return self._run("all_gather", Kind.ALL_GATHER, output, source, source.numel())
+        program = self._program("all_gather", output)
+        if program is None:
+            return super()._all_gather(output, source)
+        return self._run(program, "all_gather", Kind.ALL_GATHER, output, source, source.numel())
 
     def _all_gather_v(self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int]) -> Work:
-        return self._run("all_gather_v", Kind.ALL_GATHER, output, source, tuple(counts))
+        program = self._program("all_gather", output)
+        if program is None:
+            return super()._all_gather_v(output, source, counts)
+        return self._run(program, "all_gather_v", Kind.ALL_GATHER, output, source, tuple(counts))
 
     def _reduce_scatter(self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp) -> Work:
-        return self._run("reduce_scatter", Kind.REDUCE_SCATTER, output, source, output.numel(), op=op)
+        program = self._program("reduce_scatter", source)
+        if program is None:
+            return super()._reduce_scatter(output, source, op)
+        kind = Kind.REDUCE_SCATTER
+        return self._run(program, "reduce_scatter", kind, output, source, output.numel(), op=op)
 
     def _reduce_scatter_v(
         self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int], op: ReduceOp
     ) -> Work:
-        return self._run("reduce_scatter_v", Kind.REDUCE_SCATTER, output, source, tuple(counts), op=op)
+        program = self._program("reduce_scatter", source)
+        if program is None:
+            return super()._reduce_scatter_v(output, source, counts, op)
+        kind = Kind.REDUCE_SCATTER
+        return self._run(program, "reduce_scatter_v", kind, output, source, tuple(counts), op=op)
 
-    def _gather(self, output: torch.Tensor | None, source: torch.Tensor, root: Rank) -> Work:
-        return self._run("gather", Kind.GATHER, output, source, source.numel(), root=root)
-
-    def _scatter(self, output: torch.Tensor, source: torch.Tensor | None, root: Rank) -> Work:
-        return self._run("scatter", Kind.SCATTER, output, source, output.numel(), root=root)
-
-    def _all_to_all(self, output: torch.Tensor, source: torch.Tensor) -> Work:
-        return self._run("all_to_all", Kind.ALL_TO_ALL, output, source, source.numel() // self.size)
-
-    def _all_to_all_v(
-        self,
-        output: torch.Tensor,
-        source: torch.Tensor,
-        output_counts: Sequence[int],
-        source_counts: Sequence[int],
-    ) -> Work:
-        # A direct exchange touches only the own row and column of the matrix; nobody knows the rest.
-        rows = [[0] * self.size for _ in range(self.size)]
-        for r in range(self.size):
-            rows[r][self.rank] = output_counts[r]
-        rows[self.rank] = list(source_counts)
-        if output_counts[self.rank] != source_counts[self.rank]:
-            raise ConfigError(
-                f"{self._who()}: all_to_all_v: {source_counts[self.rank]} elements sent to this rank itself,"
-                f" {output_counts[self.rank]} expected"
-            )
-        return self._run("all_to_all_v", Kind.ALL_TO_ALL, output, source, tuple(map(tuple, rows)))
-
-    def _barrier(self) -> Work:
-        return self._run("barrier", Kind.BARRIER, None, None, 0)
+    def _program(self, operation: str, whole: torch.Tensor) -> str | None:
+        """Name of the program to run, None for the core's own algorithm."""
+        name = self.algorithm_for(operation, whole.numel() * whole.itemsize, self.size)
+        return None if name == "direct" else name
 
     def _run(
         self,
+        algorithm: str,
         operation: str,
         kind: Kind,
-        output: torch.Tensor | None,
-        source: torch.Tensor | None,
-        counts: int | tuple[int, ...] | tuple[tuple[int, ...], ...],
+        output: torch.Tensor,
+        source: torch.Tensor,
+        counts: int | tuple[int, ...],
         *,
         root: Rank = 0,
         op: ReduceOp = ReduceOp.SUM,
     ) -> Work:
-        present = output if output is not None else source
-        code, item, numel = DTYPE_CODES[torch.uint8], 1, 0
-        if present is not None:
-            code, item, numel = self._code(present.dtype, present), present.dtype.itemsize, present.numel()
-            if not self._is_reducible(code, op):
-                self._refuse_tensor(operation, present, op)
-        if self.size == 1 and operation == "barrier":
-            return DONE
-        in_place = output is source and output is not None
-        algorithm = algorithm_for(operation, numel * item, self.size)
-        program = plan(algorithm, operation, self.size, root, self.rank, in_place, counts, item)
+        code = self._code(output.dtype, output)
+        if not self._is_reducible(code, op):
+            self._refuse_tensor(operation, output, op)
+        in_place = output is source
+        program = plan(
+            algorithm, operation, self.size, root, self.rank, in_place, counts, output.dtype.itemsize
+        )
         try:
             started = self._group.run(
                 program,
                 kind,
-                0 if source is None else source.data_ptr(),
-                0 if output is None else output.data_ptr(),
-                numel,
+                source.data_ptr(),
+                output.data_ptr(),
+                output.numel(),
                 code,
                 OP_CODES[op],
                 root,
