@@ -28,6 +28,8 @@ TORCH_FREE = {"errors", "types", "registry", "spec", "options", "schedule", "col
 # (importer layer, imported layer) pairs of one line of ORDER that are allowed, with the reason.
 SIDEWAYS = {
     ("tasks", "launchers"): "a comparison starts workers",
+    ("compat", "launchers"): "spark.fit runs its workers as an engine's job",
+    ("compat", "tasks"): "spark.fit trains a task",
     ("report", "bench"): "a report reads the row types that a benchmark writes",
 }
 

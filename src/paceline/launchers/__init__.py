@@ -3,4 +3,20 @@
 A module that is listed by `registry.names` is an engine; the others are what engines share.
 """
 
-NOT_PLUGINS = ("agent", "call", "console", "engine", "failure", "guard", "job", "launch", "output", "workers")
+NOT_PLUGINS = (
+    "agent",
+    "call",
+    "console",
+    "crew",
+    "engine",
+    "failure",
+    "guard",
+    "job",
+    "keeper",
+    "launch",
+    "output",
+    "signals",
+    "spark_tasks",
+    "wire",
+    "workers",
+)

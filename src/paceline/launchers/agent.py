@@ -63,7 +63,8 @@ class Agent(SimpleElasticAgent):
     def find_failure(self) -> Failure | None:
         """The first failure among this host's workers, which have all ended."""
         workers = self._worker_group.workers
-        return first_failure(self._workers.all, workers[0].world_size) if workers else None
+        endings = [w.ending for w in self._workers.all if w.exit_code is not None]
+        return first_failure(endings, workers[0].world_size) if workers else None
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._workers.forget()
@@ -157,7 +158,7 @@ class Agent(SimpleElasticAgent):
         if size - num_lost < self._job.min_workers:
             return False
         for worker in new:
-            failure = first_failure([worker], size)
+            failure = first_failure([worker.ending], size)
             if failure is not None:
                 failure.show(self._console)
             self._console.note(

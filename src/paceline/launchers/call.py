@@ -1,7 +1,8 @@
 """A Python function as a job: carried to the workers and its results back, as multiprocessing's spawn does.
 
 Both directions are files in a folder that only the user can read. They are pickled, like everything that
-multiprocessing sends between a parent and its own children; nothing here ever comes from a network.
+multiprocessing sends between a parent and its own children. Where an engine carries them to another host and
+back, they go over its own channels, to which users entrust pickles anyway.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _BOOTSTRAP = "import sys; from paceline.launchers.call import main; main(sys.arg
 class Call:
     """A function with its arguments, in a folder; use as a context manager."""
 
-    def __init__(self, fn: Callable[..., Any], args: Sequence[Any]) -> None:
+    def __init__(
+        self, fn: Callable[..., Any], args: Sequence[Any], *, dumps: Callable[[Any], bytes] | None = None
+    ) -> None:
         if importing_main.is_set():
             raise ConfigError(
                 "launch() was called again while a worker imported your script; "
@@ -40,15 +43,19 @@ class Call:
         # current directory, which the job may set.
         preparation = spawn.get_preparation_data("worker")
         preparation = {k: v for k, v in preparation.items() if k not in ("authkey", "dir")}
+        if dumps is not None:  # functions of the main script travel by value: it is not imported elsewhere
+            preparation = {k: v for k, v in preparation.items() if not k.startswith("init_main_from")}
         try:
-            content = pickle.dumps((preparation, pickle.dumps((fn, tuple(args), self._passes_rank))))
+            self.content = pickle.dumps(
+                (preparation, (dumps or pickle.dumps)((fn, tuple(args), self._passes_rank)))
+            )
         except Exception as error:
             raise ConfigError(
                 f"launch({_name(fn)}): the function and its arguments travel to new processes and cannot be "
                 f"pickled ({error}); define the function at the top level of a module or script"
             ) from error
         self._folder = tempfile.TemporaryDirectory(prefix="paceline-call-")
-        (Path(self._folder.name) / "call").write_bytes(content)
+        (Path(self._folder.name) / "call").write_bytes(self.content)
 
     def __enter__(self) -> Call:
         return self
@@ -60,6 +67,10 @@ class Call:
     def command(self) -> tuple[str, ...]:
         """What a worker executes."""
         return (sys.executable, "-u", "-c", _BOOTSTRAP, self._folder.name)
+
+    def leave(self, kind: str, rank: int, content: bytes) -> None:
+        """Put a "result" or an "error" that a worker on another host left there into the folder."""
+        (Path(self._folder.name) / f"{kind}.{rank}").write_bytes(content)
 
     def result(self, rank: int) -> Any:
         """What the function returned on `rank`."""

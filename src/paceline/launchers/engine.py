@@ -10,10 +10,10 @@ import importlib.util
 import shlex
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from paceline import registry
 from paceline.errors import ConfigError
@@ -98,6 +98,11 @@ class Engine(ABC):
         """What `--dry-run` prints: what the engine would be asked to do. Nothing is started."""
         where = f" on each of {job.nodes} hosts" if job.nodes > 1 else ""
         return f"# engine {self.name}: {job.num_workers} workers{where}, each:\n{shlex.join(job.command)}\n"
+
+    @property
+    def dumps(self) -> Callable[[Any], bytes] | None:
+        """Pickles functions that cannot be imported where workers run; None: plain pickle."""
+        return None
 
     @abstractmethod
     def run(self, job: JobSpec, *, console: Console) -> Outcome:

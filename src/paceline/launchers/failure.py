@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 import signal
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paceline.launchers.console import Console
-from paceline.launchers.workers import Worker
 
 # What a worker says when another one has gone: a consequence, hardly ever the cause.
 _CONSEQUENCE = re.compile(
@@ -19,17 +17,49 @@ _CONSEQUENCE = re.compile(
 
 
 @dataclass(frozen=True)
+class Ending:
+    """How one worker ended, here or on another host."""
+
+    rank: int
+    host: str
+    pid: int
+    exit_code: int
+    """As of subprocess: negative for a signal."""
+    traceback: tuple[str, ...] = ()
+    began_s: float = 0.0
+    """When its traceback began, else when it ended; the same clock for all workers that are compared."""
+    was_told_to_stop: bool = False
+    lost: str = ""
+    """Why nobody could see it end, e.g. that its host is gone."""
+    result: bytes | None = None
+    """What it left for `launch`, pickled."""
+    error: bytes | None = None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended badly, and not because the launcher wanted it."""
+        if not self.exit_code:
+            return False
+        if self.was_told_to_stop and self.exit_code in (-signal.SIGTERM, -signal.SIGKILL):
+            return bool(self.traceback)
+        return True
+
+
+@dataclass(frozen=True)
 class Failure:
-    """The first failure of a job on this host, and what followed from it."""
+    """The first failure of a job, and what followed from it."""
 
     rank: int
     world_size: int
+    host: str
     pid: int
     exit_code: int
     """As of subprocess: negative for a signal."""
     traceback: tuple[str, ...]
     followers: tuple[str, ...]
     """One line for each other worker that failed too."""
+    lost: str = ""
+    """See `Ending.lost`."""
 
     @property
     def shell_code(self) -> int:
@@ -39,7 +69,9 @@ class Failure:
     @property
     def headline(self) -> str:
         """One sentence: who, where, how."""
-        who = f"rank {self.rank} of {self.world_size} (host {socket.gethostname()}, pid {self.pid})"
+        who = f"rank {self.rank} of {self.world_size} (host {self.host}, pid {self.pid})"
+        if self.lost:
+            return f"{who} was lost: {self.lost}"
         if self.exit_code >= 0:
             end = f"failed with exit code {self.exit_code}"
             return f"{who} {end}:" if self.traceback else f"{who} {end} and left no traceback"
@@ -62,23 +94,25 @@ class Failure:
             console.line(self.rank, line, error=True)
 
 
-def first_failure(workers: Sequence[Worker], world_size: int) -> Failure | None:
+def first_failure(endings: Sequence[Ending], world_size: int) -> Failure | None:
     """Return the failure that most likely caused the others; None if no worker failed.
 
     Each worker's failure is dated by the start of its traceback, else by its death. Complaints about lost
     peers come after everything else, whatever their date.
     """
-    failed = [w for w in workers if _has_failed(w)]
+    failed = [e for e in endings if e.has_failed]
     if not failed:
         return None
     cause, *others = sorted(failed, key=_order)
     return Failure(
         rank=cause.rank,
         world_size=world_size,
+        host=cause.host,
         pid=cause.pid,
         exit_code=cause.exit_code or 1,
-        traceback=tuple(cause.keeper.traceback),
-        followers=tuple(_follower(w) for w in sorted(others, key=lambda w: w.rank)),
+        traceback=cause.traceback,
+        followers=tuple(_follower(e) for e in sorted(others, key=lambda e: e.rank)),
+        lost=cause.lost,
     )
 
 
@@ -93,22 +127,11 @@ def error_line(traceback: Sequence[str]) -> str:
     return found or (traceback[0] if traceback else "")
 
 
-def _has_failed(worker: Worker) -> bool:
-    if not worker.exit_code:
-        return False
-    if worker.was_told_to_stop and worker.exit_code in (-signal.SIGTERM, -signal.SIGKILL):
-        return bool(worker.keeper.traceback)
-    return True
+def _order(ending: Ending) -> tuple[bool, float, int]:
+    return bool(_CONSEQUENCE.search(error_line(ending.traceback))), ending.began_s, ending.rank
 
 
-def _order(worker: Worker) -> tuple[bool, float, int]:
-    lines = worker.keeper.traceback
-    began_s = worker.keeper.began_s if lines else None
-    return bool(_CONSEQUENCE.search(error_line(lines))), began_s or worker.ended_s, worker.rank
-
-
-def _follower(worker: Worker) -> str:
-    said = error_line(worker.keeper.traceback)
-    code = worker.exit_code or 0
+def _follower(ending: Ending) -> str:
+    said, code = error_line(ending.traceback), ending.exit_code
     end = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return f"rank {worker.rank} failed after it ({end})" + (f": {said}" if said else "")
+    return f"rank {ending.rank} failed after it ({ending.lost or end})" + (f": {said}" if said else "")

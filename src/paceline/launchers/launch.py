@@ -16,6 +16,7 @@ from paceline.launchers.job import JobSpec, Resources
 from paceline.options import JobOptions
 
 if TYPE_CHECKING:
+    from paceline.launchers.engine import Outcome
     from paceline.launchers.failure import Failure
 
 
@@ -55,8 +56,9 @@ def launch(
     installed, or cannot do what is asked.
     """
     engine = engines.make(on)
+    engine.check_installed()
     options = JobOptions(strategy=strategy, fabric=fabric, checkpoint=checkpoint, progress=progress)
-    with Call(fn, args) as call:
+    with Call(fn, args, dumps=engine.dumps) as call:
         job = JobSpec(
             command=call.command,
             call=call,
@@ -76,11 +78,16 @@ def launch(
         )
         engine.check(job)
         outcome = engine.run(job, console=Console())
-        if outcome.failure is not None:
-            raise _error(outcome.failure, call.exception(outcome.failure.rank))
-        if outcome.signal is not None:
-            _be_ended_by(outcome.signal)
-        return call.results(lost=outcome.lost)
+        return results_of(outcome, call)
+
+
+def results_of(outcome: Outcome, call: Call) -> list[Any]:
+    """What the workers returned; raises what `launch` raises."""
+    if outcome.failure is not None:
+        raise _error(outcome.failure, call.exception(outcome.failure.rank))
+    if outcome.signal is not None:
+        _be_ended_by(outcome.signal)
+    return call.results(lost=outcome.lost)
 
 
 def _error(failure: Failure, original: BaseException | None) -> PacelineError:

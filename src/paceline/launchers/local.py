@@ -8,16 +8,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from paceline.errors import CommError, ConfigError, Timeout
+from paceline.launchers import signals
 from paceline.launchers.console import Console
 from paceline.launchers.engine import Engine, Outcome
 from paceline.launchers.job import JobSpec, address_towards, is_local, parse_endpoint, resolve
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
 
     from paceline.launchers.agent import Agent
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _MONITOR_S = 0.05
 _RUN_ID = "paceline"
 LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
@@ -59,7 +56,7 @@ def run(job: JobSpec, *, console: Console | None = None) -> Outcome:
     quiet_torch()
     from paceline.launchers.agent import Agent
 
-    with _quiet_elastic_logs(), _signals_raise():
+    with _quiet_elastic_logs(), signals.raised(lambda n: _signal_exception()(f"received {n.name}", n)):
         agent: Agent | None = None
         handler = None
         try:
@@ -159,25 +156,6 @@ def _signal_exception() -> type[Any]:
     from torch.distributed.elastic.multiprocessing import SignalException
 
     return SignalException
-
-
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Turn the signals that end a job into exceptions; only a process's main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    exception = _signal_exception()
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        raise exception(f"received {signal.Signals(number).name}", signal.Signals(number))
-
-    before = {number: signal.signal(number, handle) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def quiet_torch() -> None:

@@ -7,19 +7,31 @@ import os
 import secrets
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from paceline.launchers import guard
-from paceline.launchers.console import Console
+from paceline.launchers.failure import Ending
 from paceline.launchers.output import LineReader, TracebackKeeper
 
 _CHUNK_BYTES = 1 << 16
 _DRAIN_S = 2.0
+
+
+class Listener(Protocol):
+    """Who is told what workers say: a console, or whatever passes it on to one."""
+
+    def line(self, rank: int, text: str, *, error: bool = False) -> None: ...  # noqa: D102
+
+    def bar(self, rank: int, text: str) -> None: ...  # noqa: D102
+
+    def end_bar(self) -> None: ...  # noqa: D102
 
 
 class Worker:
@@ -66,6 +78,21 @@ class Worker:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
 
+    @property
+    def ending(self) -> Ending:
+        """How it ended, which it has."""
+        assert self.exit_code is not None
+        lines = tuple(self.keeper.traceback)
+        return Ending(
+            rank=self.rank,
+            host=socket.gethostname(),
+            pid=self.pid,
+            exit_code=self.exit_code,
+            traceback=lines,
+            began_s=(self.keeper.began_s if lines else None) or self.ended_s,
+            was_told_to_stop=self.was_told_to_stop,
+        )
+
     def close(self) -> None:
         """Close what this process holds of it."""
         for stream in (self._process.stdout, self._process.stderr):
@@ -77,7 +104,7 @@ class Worker:
 class Workers:
     """All workers of one host, with one thread that reads their output and sees their deaths in order."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Listener) -> None:
         self._console = console
         self._token = secrets.token_hex(16)
         self._guard = _start_guard(self._token)

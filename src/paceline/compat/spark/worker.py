@@ -1,0 +1,102 @@
+"""What each worker of `fit` runs: its own partition, again and again, in an order drawn from the seed."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
+
+from paceline.compat.spark.rows import Columns, tensors
+from paceline.errors import ConfigError
+from paceline.launchers.spark_tasks import PARTITION
+
+
+class Order(BatchSampler):
+    """A partition's minibatches in `epoch`: a permutation drawn from (seed, worker, epoch)."""
+
+    def __init__(self, count: int, batch_size: int, *, seed: int, worker: int) -> None:
+        self._count, self._batch_size = count, batch_size
+        self._stream = (seed, worker)
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return math.ceil(self._count / self._batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        seed, worker = self._stream
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + self.epoch) * 65_537 + worker)
+        order = torch.randperm(self._count, generator=generator)
+        return iter(part.tolist() for part in torch.split(order, self._batch_size))
+
+
+def read_partition(path: str | Path, columns: Columns) -> tuple[Tensor, Tensor]:
+    """The rows that Spark gave to this worker."""
+    import pyarrow as pa
+
+    if os.path.getsize(path) == 0:
+        raise ConfigError(
+            "fit: a worker got no rows: fewer partitions of the DataFrame have rows than there are workers;"
+            " repartition it, or ask for fewer workers"
+        )
+    with pa.memory_map(str(path)) as source:
+        return tensors(pa.ipc.open_file(source).read_all(), columns)
+
+
+def train(task: Any, columns: Columns, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train `task` on this worker's partition; rank 0 returns the model's state and the history."""
+    import paceline
+
+    job = paceline.init(seed=settings["seed"])
+    x, y = read_partition(os.environ[PARTITION], columns)
+    order = Order(len(x), settings["batch_size"], seed=settings["seed"], worker=job.rank)
+    loader: Any = DataLoader(TensorDataset(x, y), batch_sampler=order)
+    model, optimizer, loader = job.prepare(
+        task.model, task.optimizer, loader, strategy=settings["strategy"], shard=False
+    )
+    saved: dict[str, Any] = {"history": []}
+    job.register(history=_Plain(saved))
+    for epoch in job.epochs(settings["epochs"]):
+        order.epoch = epoch
+        total = count = 0.0
+        for inputs, targets in loader:
+            loss = task.loss(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            total, count = total + float(loss.detach()), count + 1
+        row = {"epoch": epoch + 1, "seconds": job.clock.seconds}
+        row |= job.all_reduce_metrics({"train_loss": (total, count)})
+        if task.test_set is not None:
+            row |= job.evaluate(model, task.test_set, metrics=task.metrics)
+        saved["history"].append({k: float(v) for k, v in row.items()})
+        if job.checkpoint is not None:
+            job.save(job.checkpoint)
+    if task.test_set is not None and saved["history"]:  # the model that is returned: replicas are one now
+        final = job.evaluate(model, task.test_set, metrics=task.metrics)
+        saved["history"][-1] |= {k: float(v) for k, v in final.items()}
+    result = {"history": saved["history"], "stats": job.stats()}
+    if job.is_main:
+        result["state"] = {k: v.detach().clone() for k, v in task.model.state_dict().items()}
+    job.close()
+    return result
+
+
+class _Plain:
+    """The history as part of checkpoints."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+
+    def state_dict(self) -> dict[str, Any]:
+        """As it is."""
+        return dict(self._values)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace it."""
+        self._values.update(state)

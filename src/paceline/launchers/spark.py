@@ -1,0 +1,324 @@
+"""Workers as one barrier stage of a Spark job: one task per worker, all at once, on any cluster manager.
+
+A task keeps a process and obeys the launcher, which is the Spark driver. When workers are lost, every task
+fails, Spark runs the stage again, and the workers resume from the job's last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import queue
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import MappingProxyType
+from typing import Any
+
+from paceline.errors import CommError, ConfigError, ProtocolError
+from paceline.launchers import crew, signals, spark_tasks, wire
+from paceline.launchers.console import Console
+from paceline.launchers.engine import Engine, Outcome
+from paceline.launchers.failure import error_line
+from paceline.launchers.job import JobSpec
+from paceline.launchers.keeper import Event, Member, Order
+
+_WAIT_S = 120.0
+_ANSWER_S = 120.0
+_END_S = 30.0
+_QUIET = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false", "spark.log.level": "OFF"}
+
+
+class Spark(Engine):
+    """A barrier stage on the active Spark session, or on one made for the job."""
+
+    extra = "spark"
+    packages = ("pyspark", "pandas", "pyarrow")
+    options = MappingProxyType(
+        {
+            "master": "spark://HOST:7077, yarn, local[4] …; default: as Spark is configured",
+            "wait": f"seconds to wait for free slots (default {_WAIT_S:g})",
+            "spark.…": "any setting of Spark",
+            "*": "",
+        }
+    )
+    can_ship = True
+
+    @property
+    def dumps(self) -> Callable[[Any], bytes]:
+        """Functions of scripts and notebooks travel by value."""
+        from pyspark import cloudpickle
+
+        dumps: Callable[[Any], bytes] = cloudpickle.dumps
+        return dumps
+
+    def check(self, job: JobSpec) -> None:
+        """Options are `master`, `wait` and Spark's own settings."""
+        super().check(job)
+        for name in job.engine_options:
+            if name not in ("master", "wait") and not name.startswith("spark."):
+                raise ConfigError(f"engine spark: option {name}: master, wait or spark.… expected")
+        _wait_s(job)
+
+    def run(self, job: JobSpec, *, console: Console) -> Outcome:
+        """Run `job` in a barrier stage without data, and leave no stage behind."""
+        try:
+            with session(job, console) as spark:
+                return run_stage(job, spark, console)
+        except (KeyboardInterrupt, signals.Stopped) as error:  # while Spark was starting
+            number = getattr(error, "sigval", signals.ENDING[1])
+            return Outcome(128 + number, signal=number)
+
+
+def run_stage(job: JobSpec, spark: Any, console: Console, *, frame: Any = None) -> Outcome:
+    """Run `job` on session `spark`; with `frame`, each worker finds one partition of that DataFrame."""
+    context = spark.sparkContext
+    use_own_python(context)
+    num_tasks = job.total_workers
+
+    def collect(launcher: spark_tasks.Launcher) -> None:
+        if frame is None:
+            task = functools.partial(spark_tasks.plain_task, launcher)
+            context.parallelize(range(num_tasks), num_tasks).barrier().mapPartitionsWithIndex(task).collect()
+        else:
+            task = functools.partial(spark_tasks.data_task, launcher)
+            frame.mapInArrow(task, "nothing long", barrier=True).collect()
+
+    with _shipped(job, context) as code:
+        return crew.work(job, _SparkCrew(job, context, collect, code), console)
+
+
+def use_own_python(context: Any) -> None:
+    """Unless Spark was told which Python executors have, it is this process's, not the first on PATH."""
+    if "PYSPARK_PYTHON" not in os.environ and not context.getConf().contains("spark.pyspark.python"):
+        context.pythonExec = sys.executable
+
+
+def _wait_s(job: JobSpec) -> float:
+    text = job.engine_options.get("wait", str(_WAIT_S))
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"engine spark: option wait={text}: seconds expected") from None
+
+
+@contextlib.contextmanager
+def session(job: JobSpec, console: Console) -> Iterator[Any]:
+    """The active Spark session, or a new one that ends with the job."""
+    from pyspark import SparkConf, SparkContext
+    from pyspark.errors import PySparkException
+    from pyspark.sql import SparkSession
+
+    active = SparkSession.getActiveSession()
+    if active is not None or SparkContext._active_spark_context is not None:
+        yield active or SparkSession.builder.getOrCreate()
+        return
+    settings = dict(_QUIET)
+    if job.resources is not None:
+        settings["spark.task.cpus"] = str(max(1, round(job.resources.cpus)))
+    restarts = crew.LOSSES if job.max_restarts is None else job.max_restarts
+    settings["spark.stage.maxConsecutiveAttempts"] = str(restarts + 1)
+    settings |= {n: v for n, v in job.engine_options.items() if n.startswith("spark.")}
+    try:
+        conf = SparkConf().setAll(list(settings.items())).setAppName(job.name)
+        if master := job.engine_options.get("master"):
+            conf.setMaster(master)
+        elif not conf.contains("spark.master"):
+            conf.setMaster(f"local[{job.total_workers}]")
+            console.note("no Spark cluster is configured: started Spark on this host, for this job only")
+        spark = SparkSession.builder.config(conf=conf).getOrCreate()
+    except (PySparkException, RuntimeError, OSError) as error:
+        raise ConfigError(f"engine spark: Spark did not start: {explain(error)}") from None
+    try:
+        yield spark
+    finally:
+        spark.stop()
+
+
+@contextlib.contextmanager
+def _shipped(job: JobSpec, context: Any) -> Iterator[str | None]:
+    """Send `job.ship` along as an archive; the name under which tasks find it."""
+    if job.ship is None:
+        yield None
+        return
+    name = f"paceline-code-{secrets.token_hex(4)}"
+    with tempfile.TemporaryDirectory(prefix="paceline-ship-") as folder:
+        archive = shutil.make_archive(f"{folder}/{name}", "zip", job.ship)
+        context.addArchive(f"{archive}#{name}")
+        yield name
+
+
+class _Link:
+    """The launcher's view of one task."""
+
+    def __init__(self, connection: wire.Wire, member: Member) -> None:
+        self.wire, self.member = connection, member
+        self.answers: queue.Queue[dict[str, Any]] = queue.Queue()
+
+    def ask(self, header: dict[str, Any], blob: bytes = b"") -> Any:
+        """Send a command and wait for its answer."""
+        try:
+            self.wire.send(header, blob)
+            answer = self.answers.get(timeout=_ANSWER_S)
+        except (OSError, queue.Empty):
+            raise CommError("its Spark executor is gone") from None
+        if "refused" in answer:
+            raise ConfigError(answer["refused"])
+        if "gone" in answer:
+            raise CommError("its Spark executor is gone")
+        return answer["answer"]
+
+
+class _SparkCrew(crew.Crew):
+    """Keepers in barrier tasks, which connect to this process."""
+
+    def __init__(
+        self, job: JobSpec, context: Any, collect: Callable[[spark_tasks.Launcher], None], code: str | None
+    ) -> None:
+        self._job, self._context = job, context
+        self._group = f"paceline-{secrets.token_hex(8)}"
+        self._links: dict[int, _Link] = {}
+        self._joined = threading.Condition()
+        self._events: queue.Queue[tuple[_Link, int, Event]] = queue.Queue()
+        self._failure: BaseException | None = None
+        self._is_closing = False
+        self._secret = secrets.token_bytes(32)
+        host = context.getConf().get("spark.driver.host", "") or socket.gethostname()
+        self._server = socket.create_server(("", 0))
+        launcher = spark_tasks.Launcher(host, self._server.getsockname()[1], self._secret, code)
+        threading.Thread(target=self._accept, daemon=True, name="paceline-accept").start()
+        self._stage = self._in_background(collect, launcher)
+
+    def _in_background(
+        self, collect: Callable[[spark_tasks.Launcher], None], launcher: Any
+    ) -> threading.Thread:
+        from pyspark import InheritableThread
+
+        def body() -> None:
+            try:
+                self._context.setJobGroup(self._group, f"paceline: {self._job.name}", True)
+                collect(launcher)
+            except BaseException as error:
+                self._failure = error
+            with self._joined:
+                self._joined.notify_all()
+
+        thread: threading.Thread = InheritableThread(target=body, daemon=True, name="paceline-stage")
+        thread.start()
+        return thread
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._server.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        """Body of the thread that reads one task's reports."""
+        try:
+            connection, index = wire.accept(sock, self._secret)
+            hello, _ = connection.receive()
+        except (OSError, ProtocolError, ValueError):
+            sock.close()
+            return
+        link = _Link(connection, Member(hello["host"], hello["name"], hello["address"]))
+        with self._joined:
+            self._links[index] = link
+            self._joined.notify_all()
+        try:
+            while True:
+                header, blob = connection.receive()
+                if "event" in header:
+                    self._events.put((link, index, spark_tasks.read_event(header, blob)))
+                else:
+                    link.answers.put(header)
+        except (OSError, ProtocolError, ValueError):
+            with self._joined:
+                if self._links.get(index) is link:
+                    del self._links[index]
+            link.answers.put({"gone": True})
+            self._events.put((link, index, crew.gone("its Spark executor is gone")))
+        finally:
+            connection.close()
+
+    def gather(self, attempt: int) -> list[Member]:
+        count, wait_s = self._job.total_workers, _wait_s(self._job)
+        deadline = time.monotonic() + wait_s
+        with self._joined:
+            while len(self._links) < count:
+                if not self._stage.is_alive():
+                    raise CommError(f"engine spark: the stage ended: {explain(self._failure)}")
+                self._joined.wait(0.5)
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"engine spark: {len(self._links)} of {count} tasks started within {wait_s:g} s; a"
+                        f" barrier stage needs {count} free slots at once, and the cluster has"
+                        f" {self._context.defaultParallelism} cores. Ask for less (-n), or wait longer"
+                        " (-o wait=)"
+                    )
+            self._current = [self._links[i] for i in range(count)]
+        return [link.member for link in self._current]
+
+    def open_store(self, index: int) -> int:
+        return int(self._current[index].ask({"do": "store"}))
+
+    def start(self, index: int, order: Order) -> None:
+        values, blob = spark_tasks.write_order(order)
+        self._current[index].ask({"do": "start", "order": values}, blob)
+
+    def poll(self, wait_s: float) -> list[tuple[int, Event]]:
+        found: list[tuple[int, Event]] = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                link, index, event = self._events.get(timeout=0 if found else wait_s)
+                if self._current[index] is link:
+                    found.append((index, event))
+        return found
+
+    def stop(self, grace_s: float) -> None:
+        self._tell({"do": "stop", "grace_s": grace_s})
+
+    def prepare_restart(self) -> None:
+        self._tell({"do": "finish", "retry": True})
+        with self._joined:
+            for index, link in list(self._links.items()):
+                if link in self._current:
+                    del self._links[index]
+
+    def close(self, *, succeeded: bool) -> None:
+        self._tell({"do": "finish", "retry": False})
+        self._stage.join(_END_S if succeeded else 5.0)
+        if self._stage.is_alive():
+            self._context.cancelJobGroup(self._group)
+            self._stage.join(_END_S)
+        self._server.close()
+
+    def _tell(self, header: dict[str, Any]) -> None:
+        with self._joined:
+            links = list(self._links.values())
+        for link in links:
+            with contextlib.suppress(OSError):
+                link.wire.send(header)
+
+
+def explain(error: BaseException | None) -> str:
+    """The first line of what Spark says, without Java's stack."""
+    if error is None:
+        return "without an error"
+    java = getattr(error, "java_exception", None)
+    text = str(java.getMessage() if java is not None else error) or type(error).__name__
+    lines = text.splitlines()
+    python = [i for i, line in enumerate(lines) if "Traceback (most recent call last):" in line]
+    if python:  # what a task raised says more than the stage's failure
+        cause = error_line(["Traceback (most recent call last):", *lines[python[-1] + 1 :]])
+        where = "is Paceline installed for the executors' Python, see PYSPARK_PYTHON?"
+        return f"a task failed: {cause}" + (f" ({where})" if "'paceline'" in cause else "")
+    return next((line.strip()[:500] for line in lines if line.strip()), type(error).__name__)

@@ -1,0 +1,86 @@
+"""What workers run in these tests; imported by name in new processes, here and on an engine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+import paceline
+from paceline.tasks.load import load
+
+STRATEGIES = ("all_reduce", "local_sgd(period=8)", "parameter_server")
+
+
+def digest(model: torch.nn.Module) -> str:
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
+
+
+def train_digits(job: Any, strategy: str, epochs: int, *, on_step: Any = lambda step: None) -> dict[str, Any]:
+    """Train the digits task; returns the final accuracy and a digest of the parameters."""
+    torch.manual_seed(0)
+    task = load("digits")
+    for group in task.optimizer.param_groups:
+        group["lr"] = 0.04
+    loader: Any = DataLoader(task.train_set, batch_size=32, shuffle=True)
+    model, optimizer, loader = job.prepare(
+        task.model, task.optimizer, loader, strategy=strategy, batch="global"
+    )
+    for _ in job.epochs(epochs):
+        for step, (x, y) in enumerate(loader):
+            on_step(step)
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if job.checkpoint is not None:
+            job.save(job.checkpoint)
+    metrics = job.evaluate(model, task.test_set, metrics=task.metrics)
+    return {"accuracy": float(metrics["accuracy"]), "digest": digest(model), "rank": job.rank}
+
+
+def all_strategies(epochs: int) -> dict[str, dict[str, Any]]:
+    """The same training by each strategy, in one job."""
+    job = paceline.init(seed=0)
+    results = {strategy: train_digits(job, strategy, epochs) for strategy in STRATEGIES}
+    job.close()
+    return results
+
+
+def with_a_kill(epochs: int, victim: int, marker: str) -> dict[str, Any]:
+    """On the first attempt, rank 1 kills a process with SIGKILL in the middle of the third epoch.
+
+    `victim`: how many generations above the worker; 0 is the worker itself, 1 the process of the engine.
+    """
+    job = paceline.init(seed=0)
+
+    def kill_once(step: int) -> None:
+        if job.rank == 1 and job.epoch == 2 and step == 10 and victim >= 0 and not Path(marker).exists():
+            Path(marker).write_text(str(os.getpid()))
+            pid = os.getpid()
+            for _ in range(victim):
+                pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            os.kill(pid, signal.SIGKILL)
+            time.sleep(60)  # the guard ends this process too
+
+    result = train_digits(job, "all_reduce", epochs, on_step=kill_once)
+    job.close()
+    return {**result, "restarts": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))}
+
+
+def raise_on_rank_1() -> None:
+    job = paceline.init()
+    job.barrier()
+    if job.rank == 1:
+        raise KeyError("boom")
+    time.sleep(120)
+
+
+def environment() -> tuple[str, str, str]:
+    return os.getcwd(), os.environ.get("COLOUR", ""), os.environ["OMP_NUM_THREADS"]

@@ -1,0 +1,100 @@
+"""Real clusters on this machine, in processes of their own, surely stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bodies
+import pytest
+
+import paceline
+from paceline.launchers import guard
+
+EPOCHS = 8
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in Path(item.fspath).parents:
+            item.add_marker(pytest.mark.engines)
+            item.add_marker(pytest.mark.xdist_group("engines"))
+
+
+@pytest.fixture(scope="session")
+def local() -> list[dict[str, Any]]:
+    """The same training on this host: what an engine must reproduce."""
+    return paceline.launch(bodies.all_strategies, num_workers=2, args=(EPOCHS,))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The run with checkpoints, which nobody kills."""
+    folder = str(tmp_path_factory.mktemp("undisturbed"))
+    return paceline.launch(
+        bodies.with_a_kill, num_workers=2, args=(5, -1, folder), checkpoint=f"{folder}/checkpoint"
+    )[0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def servers() -> Iterator[tuple[dict[str, str], Path]]:
+    """An environment that marks a cluster's processes, and its folder; at the end both are gone.
+
+    Paceline's own guard ends the marked processes, also if these tests are killed.
+    """
+    token = secrets.token_hex(16)
+    folder = Path(tempfile.mkdtemp(prefix="pl-", dir="/tmp"))  # short: Ray puts sockets there
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", guard.__file__, token], stdin=subprocess.PIPE, start_new_session=True
+    ) as watch:
+        try:
+            yield {**os.environ, guard.VARIABLE: token}, folder
+        finally:
+            assert watch.stdin is not None
+            watch.stdin.close()  # unlike a dismissal: it sweeps
+            watch.wait(30)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """A Ray cluster with two CPUs."""
+    pytest.importorskip("ray", reason="the extra paceline[ray] is not installed")
+    before = os.environ.get("RAY_AUTH_MODE")
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    with servers() as (environment, folder):
+        port = free_port()
+        tests = str(Path(__file__).parent)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}"),
+                *("--node-ip-address=127.0.0.1", "--num-cpus=2", "--include-dashboard=false"),
+                *(f"--temp-dir={folder}", f"--object-store-memory={128 << 20}", "--disable-usage-stats"),
+            ],
+            env=environment,
+            check=True,
+            timeout=120,
+            stdout=subprocess.DEVNULL,
+        )
+        yield f"127.0.0.1:{port}"
+    if before is None:
+        del os.environ["RAY_AUTH_MODE"]
+    else:
+        os.environ["RAY_AUTH_MODE"] = before
