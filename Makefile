@@ -5,7 +5,19 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: install demo test slow exhaustive check quick docs bench clean
+# What `pip install 'paceline[ray,spark]'` would add, without building Paceline again.
+ENGINES := $(VENV)/.engines
+EXTRAS  := ray spark
+define REQUIREMENTS
+import importlib.metadata, sys
+for line in importlib.metadata.requires("paceline"):
+    name, _, condition = line.partition(";")
+    if any(f"extra == '{extra}'" in condition.replace('"', "'") for extra in sys.argv[1:]):
+        print(name.strip())
+endef
+export REQUIREMENTS
+
+.PHONY: install demo test slow engines exhaustive check quick docs bench clean
 
 install: $(STAMP)
 
@@ -27,18 +39,27 @@ check: install
 
 # One worker per core; tests that start many processes carry their own limits.
 test: install
-	$(PYTEST) -n 2 --dist loadgroup -m "not gpu and not slow and not exhaustive"
+	$(PYTEST) -n 2 --dist loadgroup -m "not gpu and not slow and not engines and not exhaustive"
 
 # The tests left out of `make test` because they take minutes; CI runs them.
 slow: install
-	$(PYTEST) -n 2 --dist loadgroup -m "slow and not gpu and not exhaustive"
+	$(PYTEST) -n 2 --dist loadgroup -m "slow and not gpu and not engines and not exhaustive"
+
+# Real Ray and Spark clusters on this machine, with the extras they need.
+engines: $(ENGINES)
+	$(PYTEST) -m "engines and not gpu" tests/engines
+
+$(ENGINES): $(STAMP)
+	$(BIN)/python -c "$$REQUIREMENTS" $(EXTRAS) | xargs -d '\n' \
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt
+	touch $(ENGINES)
 
 # Sweeps of many minutes, for a quiet machine.
 exhaustive: install
 	$(PYTEST) -n 2 --dist loadgroup -m "exhaustive and not gpu" --timeout 3000
 
 quick: install
-	$(PYTEST) -n 2 --dist loadgroup -m "not gpu and not slow and not exhaustive and not net" -x -q tests/unit tests/meta
+	$(PYTEST) -n 2 --dist loadgroup -m "not gpu and not slow and not engines and not exhaustive and not net" -x -q tests/unit tests/meta
 
 clean:
 	rm -rf build dist $(VENV) runs

@@ -14,13 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import bodies
+import engine_bodies as bodies
 import pytest
+from engine_bodies import EPOCHS, SPARK_SETTINGS
 
 import paceline
 from paceline.launchers import guard
-
-EPOCHS = 8
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -98,3 +97,59 @@ def ray_address() -> Iterator[str]:
         del os.environ["RAY_AUTH_MODE"]
     else:
         os.environ["RAY_AUTH_MODE"] = before
+
+
+@pytest.fixture(scope="session")
+def spark_master() -> Iterator[str]:
+    """A standalone Spark cluster: a master and two workers, as three processes."""
+    pytest.importorskip("pyspark", reason="the extra paceline[spark] is not installed")
+    import pyspark
+
+    home = Path(pyspark.__file__).parent
+    with servers() as (environment, folder):
+        tests = str(Path(__file__).parent)
+        environment |= {
+            "SPARK_HOME": str(home),
+            "SPARK_LOCAL_IP": "127.0.0.1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")])),
+        }
+        port = free_port()
+        url = f"spark://127.0.0.1:{port}"
+        place = ("--host", "127.0.0.1", "--webui-port", "0")
+        commands = [("master.Master", *place, "--port", str(port))]
+        for i in range(2):
+            work = ("--cores", "2", "--memory", "2g", "--work-dir", str(folder / f"worker{i}"), url)
+            commands.append(("worker.Worker", *place, *work))
+        spark_class = str(home / "bin" / "spark-class")
+        with open(folder / "log", "wb") as log:
+            for command in commands:
+                subprocess.Popen(
+                    [
+                        spark_class,
+                        f"org.apache.spark.deploy.{command[0]}",
+                        *command[1:],
+                    ],
+                    env=environment,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+        yield url
+
+
+@pytest.fixture(scope="session")
+def spark(spark_master: str) -> Iterator[Any]:
+    """A session with two executors of one core, on different workers."""
+    from pyspark import SparkConf
+    from pyspark.sql import SparkSession
+
+    conf = SparkConf().setAll(list(SPARK_SETTINGS.items())).setMaster(spark_master).setAppName("tests")
+    session = SparkSession.builder.config(conf=conf).getOrCreate()
+    try:
+        yield session
+    finally:
+        session.stop()
+        gateway = session.sparkContext._gateway
+        gateway.shutdown()
+        gateway.proc.stdin.close()
+        gateway.proc.wait(20)

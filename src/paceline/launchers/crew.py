@@ -70,7 +70,7 @@ def work(job: JobSpec, crew: Crew, console: Console) -> Outcome:
     """Run `job` on `crew` to its end, with its restarts."""
     outcome = Outcome(1)
     try:
-        with signals.raised():
+        with signals.noted():
             outcome = _work(job, crew, console)
     except signals.Stopped as error:
         outcome = Outcome(128 + error.sigval, signal=error.sigval)
@@ -143,6 +143,7 @@ class _Attempt:
     def _watch(self) -> None:
         while len(self._ends) < len(self._members):
             self._take(0.5)
+            signals.check()
             if any(e.has_failed for e in self._ends.values()):
                 self._crew.stop(FAILURE_GRACE_S)
                 self._until(time.monotonic() + FAILURE_GRACE_S + _SLACK_S)
@@ -150,7 +151,9 @@ class _Attempt:
 
     def _until(self, deadline: float) -> None:
         while len(self._ends) < len(self._members) and time.monotonic() < deadline:
-            self._take(0.5)
+            if signals.is_urgent():
+                return
+            self._take(0.2)
 
     def _take(self, wait_s: float) -> None:
         for index, (kind, value) in self._crew.poll(wait_s):

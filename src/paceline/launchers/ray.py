@@ -222,6 +222,7 @@ class _RayCrew(crew.Crew):
         while (room := self._room()) < most and time.monotonic() < deadline:
             if room >= max(least, min(job.total_workers, most)):
                 break
+            signals.check()
             time.sleep(0.5)
         return max(least, min(room, most))
 
@@ -253,7 +254,10 @@ class _RayCrew(crew.Crew):
         self._group = placement_group(
             bundles, strategy="STRICT_SPREAD" if spread else "PACK", name=f"paceline:{job.name}"
         )
-        if not self._group.wait(_wait_s(job)):
+        deadline = time.monotonic() + _wait_s(job)
+        while not self._group.wait(1) and time.monotonic() < deadline:
+            signals.check()
+        if not self._group.wait(0):
             there = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU", "memory")}
             where = f"on {job.nodes} different nodes " if spread else ""
             self.close(succeeded=False)
@@ -294,6 +298,7 @@ class _RayCrew(crew.Crew):
             except CommError:
                 if time.monotonic() > deadline:
                     raise
+                signals.check()
                 time.sleep(0.5)
 
     def _get(self, reference: Any) -> Any:

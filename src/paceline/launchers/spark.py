@@ -257,6 +257,7 @@ class _SparkCrew(crew.Crew):
                 if not self._stage.is_alive():
                     raise CommError(f"engine spark: the stage ended: {explain(self._failure)}")
                 self._joined.wait(0.5)
+                signals.check()
                 if time.monotonic() > deadline:
                     raise ConfigError(
                         f"engine spark: {len(self._links)} of {count} tasks started within {wait_s:g} s; a"

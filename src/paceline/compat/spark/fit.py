@@ -134,9 +134,7 @@ def _settings(
         )
     whole = task.batch_size if batch_size is None else batch_size
     if whole < workers:
-        raise ConfigError(
-            f"fit: batch_size={whole}: at least one sample for each of {workers} workers expected"
-        )
+        raise ConfigError(f"fit: batch_size={whole}: at least one sample per worker ({workers}) expected")
     return {
         "strategy": strategy,
         "epochs": task.epochs if epochs is None else epochs,

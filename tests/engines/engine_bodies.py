@@ -16,6 +16,18 @@ from torch.utils.data import DataLoader
 import paceline
 from paceline.tasks.load import load
 
+EPOCHS = 8
+SPARK_SETTINGS = {
+    "spark.cores.max": "2",
+    "spark.executor.cores": "1",
+    "spark.executor.memory": "600m",
+    "spark.driver.host": "127.0.0.1",
+    "spark.driver.bindAddress": "127.0.0.1",
+    "spark.ui.enabled": "false",
+    "spark.ui.showConsoleProgress": "false",
+    "spark.log.level": "OFF",
+    "spark.worker.timeout": "15",
+}
 STRATEGIES = ("all_reduce", "local_sgd(period=8)", "parameter_server")
 
 
