@@ -26,6 +26,10 @@ class JobOptions:
     """"native" or "torch"."""
     checkpoint: str | None = None
     """Where to save on SIGTERM, and to resume from if a checkpoint is there."""
+    log_dir: str | None = None
+    """The folder that `job.log` writes to."""
+    log_to: str | None = None
+    """Names of log formats, separated by commas."""
     progress: bool = True
     bar_columns: int = 0
     """Width for a progress bar of lines that end in a carriage return, which the launcher draws on its

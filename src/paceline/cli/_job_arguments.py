@@ -150,6 +150,14 @@ def check(script: str, *, module: bool, folder: Path, strategy: str | None, fabr
         make(strategy)
 
 
+def check_log_formats(formats: str | None) -> None:
+    """ConfigError for a name in --log-to that is no format."""
+    known = registry.names("paceline.train.logs")
+    for name in formats.split(",") if formats is not None else ():
+        if name not in known:
+            raise ConfigError(registry.unknown("log format", name, known))
+
+
 def parse_pairs(option: str, texts: Sequence[str] | None) -> dict[str, str]:
     """["a=1", "b=2"] → {"a": "1", "b": "2"}."""
     pairs = {}

@@ -99,6 +99,18 @@ def run(
             rich_help_panel=TRAIN,
         ),
     ] = None,
+    log_dir: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Where `job.log` writes. Default: runs/<date>-<time>.",
+            rich_help_panel=TRAIN,
+        ),
+    ] = None,
+    log_to: Annotated[
+        str | None,
+        typer.Option(metavar="csv,jsonl,tensorboard", help="Formats of the log.", rich_help_panel=TRAIN),
+    ] = None,
     progress: Annotated[
         bool, typer.Option("--progress/--no-progress", help="Show progress bars.", rich_help_panel=TRAIN)
     ] = True,
@@ -148,12 +160,20 @@ def run(
         quiet_torch()
     folder = ship or workdir or Path()
     args.check(script, module=module, folder=folder, strategy=strategy, fabric=fabric)
+    args.check_log_formats(log_to)
     if hosts is not None:
         _check_hosts(hosts, workers)
     job = JobSpec(
         command=(sys.executable, "-u", *(("-m",) if module else ()), script, *(arguments or [])),
         num_workers=workers,
-        options=JobOptions(strategy=strategy, fabric=fabric, checkpoint=checkpoint, progress=progress),
+        options=JobOptions(
+            strategy=strategy,
+            fabric=fabric,
+            checkpoint=checkpoint,
+            log_dir=log_dir,
+            log_to=log_to,
+            progress=progress,
+        ),
         nodes=nodes,
         rendezvous=rendezvous,
         secret_file=secret_file,

@@ -130,8 +130,8 @@ class ParameterServer(TrainingStrategy):
         return flats
 
     def stats(self) -> dict[str, Any]:
-        """Staleness of applied updates, known after `synchronize`."""
-        return dict(self._last_stats)
+        """Staleness of the last pull; that of all applied updates is known after `synchronize`."""
+        return {"staleness": self.worker.staleness, **self._last_stats}
 
     def state_dict(self) -> dict[str, Any]:
         """The worker's side, and the shards of this rank."""

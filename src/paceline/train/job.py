@@ -6,9 +6,8 @@ import atexit
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from paceline.train.attachment import Attachment
 from paceline.train.clock import TrainingClock
 from paceline.train.data import ShardedLoader, shard
 from paceline.train.evaluate import Forward, evaluate
-from paceline.train.logbook import Logbook, default_folder
+from paceline.train.logbook import Logbook
 from paceline.train.precision import MixedPrecision
 from paceline.train.precision import check as check_precision
 from paceline.train.preemption import Preempted, StopAgreement
@@ -44,6 +43,7 @@ def init(
     progress: bool = True,
     seed: int | None = None,
     log_dir: str | os.PathLike[str] | None = None,
+    log_to: Sequence[str] | str | None = None,
     timeout_s: float = 600.0,
     host: str | None = None,
 ) -> Job:
@@ -52,13 +52,14 @@ def init(
     Works under `paceline run`, torchrun, mpirun, srun, and alone; what the command line says wins over these
     arguments. `checkpoint` is where SIGTERM saves and where `epochs` resumes. `seed` seeds torch, NumPy and
     `random` (rank 0 with `seed` itself, the others differently) and the order of the data. `timeout_s` bounds
-    the wait for other ranks; `host` overrides this rank's host identity.
+    the wait for other ranks; `host` overrides this rank's host identity. `log_dir` is where `job.log` writes
+    (default: runs/<date>-<time>), `log_to` its formats: "jsonl,csv" by default, "tensorboard" with the extra.
     """
     options = JobOptions.from_environment(os.environ)
     virtual = current.provided()
     if virtual is not None:
         random_state.seed_worker(seed, virtual.rank)
-        return Job(virtual, options, seed=seed, log_dir=log_dir)
+        return Job(virtual, options, seed=seed, log_dir=log_dir, log_to=log_to)
     meeting = meet(secret=options.secret, host=host, timeout_s=timeout_s)
     random_state.seed_worker(seed, meeting.rank)
     name = options.fabric or fabric or DEFAULT_FABRIC
@@ -74,6 +75,7 @@ def init(
         progress=progress and options.progress,
         seed=seed,
         log_dir=log_dir,
+        log_to=log_to,
     )
     atexit.register(job.close)
     return job
@@ -92,6 +94,7 @@ class Job:
         progress: bool = False,
         seed: int | None = None,
         log_dir: str | os.PathLike[str] | None = None,
+        log_to: Sequence[str] | str | None = None,
     ) -> None:
         self.comm = comm
         self.options = options or JobOptions()
@@ -112,7 +115,7 @@ class Job:
         """Schedulers, scalers and whatever else `save` includes, by name."""
         self._seed = seed
         self._progress = ProgressBar(enabled=progress and self.is_main, columns=self.options.bar_columns)
-        self._logbook = Logbook(Path(log_dir) if log_dir is not None else default_folder())
+        self.logbook = Logbook(self.options.log_dir or log_dir, self.options.log_to or log_to)
         self.clock = TrainingClock(comm)
         self._resume_at: int | None = None  # first epoch of the next `epochs`, set by `load`
         self._epoch_over: bool | None = None  # None outside `epochs`
@@ -238,6 +241,7 @@ class Job:
             self._progress.end()
         self.synchronize()
         self.clock.stop()
+        self.logbook.sum_up(self)
 
     def synchronize(self) -> None:
         """Drain the strategies: afterwards all ranks hold the final model, bit for bit. All ranks call it."""
@@ -319,6 +323,7 @@ class Job:
         """Where `epochs` begins, and the seconds trained before (from a checkpoint)."""
         self._resume_at = next_epoch
         self.clock.set(training_s)
+        self.logbook.resume(self)
 
     def _boundary(self) -> None:
         """Between two steps: stop here if the ranks agreed to."""
@@ -361,10 +366,8 @@ class Job:
             self._progress.print(*values, **keywords)
 
     def log(self, values: Mapping[str, Any] | None = None, /, **more: Any) -> None:
-        """Append a row to log.csv and log.jsonl (rank 0), with epoch, step and seconds of training."""
-        if self.is_main:
-            head = {"epoch": self.epoch, "step": self.step, "seconds": round(self.clock.seconds, 6)}
-            self._logbook.write({**head, **(values or {}), **more})
+        """Write a row (rank 0) with epoch, step, throughput, bytes and waiting: see train.logbook."""
+        self.logbook.record(self, {**(values or {}), **more})
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The user's own module, without what torch.compile put around it."""
@@ -384,6 +387,7 @@ class Job:
         self._progress.end()
         if self._stop is not None:
             self._stop.close()
+        self.logbook.close(self)
         for attachment in self.attachments:
             attachment.detach()
         self.comm.close(goodbye=self._is_drained and not hasattr(sys, "last_type"))  # nor after an exception

@@ -41,6 +41,9 @@ class Sender:
         self._ahead: list[Request] | None = None
         self._keeps_unpushed = True
         self._lost: set[Rank] = set()
+        self._own_pushes = 0
+        self.staleness = 0.0
+        """Updates by others that the last pull brought; mean over the shards."""
 
     def remembered(self, shard: int) -> Copy:
         """The shard's state as last pulled (asked for when its owner died)."""
@@ -122,6 +125,7 @@ class Sender:
                 update, push = None, False  # nothing is left: the shards' clocks need not tick
         self._keeps_unpushed = not sends_gradients  # local steps only stand in for the shards' optimizer
         self._number += 1
+        self._own_pushes += push
         requests = []
         for j in range(self._num_shards):
             header: dict[str, int | str | bool] = {
@@ -160,6 +164,9 @@ class Sender:
 
     def _install(self, answers: list[Message]) -> None:
         """Take pulled weights, and keep on top of them what has not been pushed."""
+        gaps = [int(a.header["version"]) - v for a, v in zip(answers, self._versions, strict=True)]
+        self.staleness = sum(max(0, gap - self._own_pushes) for gap in gaps) / max(1, len(gaps))
+        self._own_pushes = 0
         unpushed = [f - b for f, b in zip(self._flats, self._base, strict=True)]
         is_clean = not self._keeps_unpushed or not any(bool(u.any()) for u in unpushed)
         for j, answer in enumerate(answers):
