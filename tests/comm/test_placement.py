@@ -48,6 +48,11 @@ SLURM = {
         (HYDRA, Placement(2, 3, 0, 1, "mpich")),
         ({**HYDRA, "MASTER_ADDR": "b", "MASTER_PORT": "5"}, Placement(2, 3, 0, 1, "mpich", "b", 5)),
         (SLURM, Placement(5, 6, 2, 3, "slurm", "node07", 20279)),
+        # The second host has fewer tasks than the first.
+        (
+            {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "5,1", "SLURM_NODEID": "1", "SLURM_LOCALID": "0"},
+            Placement(5, 6, 0, 1, "slurm", "node07", 20279),
+        ),
         ({**SLURM, **TORCHRUN}, Placement(3, 4, 1, 2, "torchrun", "a", 29500)),
         ({**SLURM, **OPENMPI}, Placement(1, 2, 1, 2, "openmpi")),
         # A batch script sees the whole job's task count but is one process.

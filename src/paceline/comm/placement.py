@@ -7,9 +7,9 @@ Asked in this order, because an outer launcher's variables are inherited by inne
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 
+from paceline.comm import hostlist
 from paceline.errors import ConfigError
 
 
@@ -36,7 +36,7 @@ def who_am_i(environment: Mapping[str, str]) -> Placement:
         place = _read(environment, "openmpi", *names)
     elif "PMI_RANK" in environment and "PMI_SIZE" in environment:
         place = _read(environment, "mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-    elif "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    elif "SLURM_PROCID" in environment and _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
         # Inside a batch script SLURM_NTASKS is the whole job's although one process runs: ask for the step's.
         place = _read(
             environment, "slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS"
@@ -79,11 +79,18 @@ def _number(environment: Mapping[str, str], name: str, default: int | None) -> i
 
 
 def _slurm_master(environment: Mapping[str, str], place: Placement) -> Placement:
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST") or "localhost"
-    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?", nodes)
-    assert match is not None
-    first = match[1] + (match[2] or "")
-    job = int(environment.get("SLURM_JOB_ID", "0")) * 31 + int(environment.get("SLURM_STEP_ID", "0"))
-    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
-    local = int((re.match(r"\d+", tasks) or [1])[0])
-    return dataclasses.replace(place, master_address=first, master_port=20000 + job % 20000, local_size=local)
+    """Rank 0 is a task of the first host; the port is the same for all tasks of a step, and only for them."""
+    nodes = hostlist.expand(
+        environment.get("SLURM_STEP_NODELIST")
+        or environment.get("SLURM_JOB_NODELIST")
+        or environment.get("SLURM_NODELIST")
+        or "localhost"
+    )
+    counts = hostlist.expand_counts(environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    node = _number(environment, "SLURM_NODEID", 0)
+    local = counts[min(node, len(counts) - 1)]
+    step = environment.get("SLURM_STEP_ID", "0")
+    job = _number(environment, "SLURM_JOB_ID", 0) * 31 + (int(step) if step.isdigit() else 0)
+    return dataclasses.replace(
+        place, master_address=nodes[0], master_port=20000 + job % 20000, local_size=local
+    )
