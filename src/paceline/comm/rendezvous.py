@@ -16,6 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store, TCPStore
 
+from paceline.comm import pmi
 from paceline.comm.placement import Placement, who_am_i
 from paceline.errors import CommError, ConfigError
 from paceline.options import new_secret
@@ -61,6 +62,8 @@ def meet(
     """
     global _meetings  # noqa: PLW0603  each meeting of a process needs fresh keys; all ranks count alike
     place = who_am_i(environment)
+    if place.launcher == "mpich":
+        pmi.abort_on_exception(environment)
     store = PrefixStore(f"paceline/{_meetings}", _open_store(place, environment, timeout_s))
     _meetings += 1
     address = _own_address(place)
