@@ -139,6 +139,11 @@ def check(script: str, *, module: bool, folder: Path, strategy: str | None, fabr
     elif not (folder / script).is_file():
         what = "is a folder" if (folder / script).is_dir() else "does not exist"
         raise ConfigError(f"script {script!r} {what} (looked in {folder}); for a module use -m")
+    check_training(strategy, fabric)
+
+
+def check_training(strategy: str | None, fabric: str | None) -> None:
+    """ConfigError for a strategy or fabric that does not exist."""
     if fabric is not None and fabric not in _FABRICS:
         raise ConfigError(f"--fabric {fabric!r}: {' or '.join(_FABRICS)} expected")
     if strategy is not None:
