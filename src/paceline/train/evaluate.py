@@ -41,7 +41,7 @@ def evaluate(
         batches = _batches(data, comm, batch_size)
         for attachment in attachments:
             attachment.finish_minibatch()
-        with _consensus(attachments, comm):
+        with consensus(attachments, comm):
             model.eval()
             totals = torch.zeros(len(callables) * 2 + 1, dtype=torch.float64)
             kept: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -159,7 +159,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _consensus(attachments: Sequence[Attachment], comm: FabricCommunicator) -> Iterator[None]:
+def consensus(attachments: Sequence[Attachment], comm: FabricCommunicator) -> Iterator[None]:
     """Hold the consensus model instead of this rank's replica."""
     backups: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:

@@ -70,7 +70,7 @@ class Logbook:
         self._is_summed_up = False
         if not job.is_main:
             return
-        row = self._measure(job)
+        row = self.measure(job)
         row.update((key, plain(value)) for key, value in values.items())
         if self._logs is None:
             self._logs = self._open("log")
@@ -107,7 +107,8 @@ class Logbook:
         self.folder.mkdir(parents=True, exist_ok=True)
         return [m.open_log(self.folder, name, self._first_step) for m in modules]
 
-    def _measure(self, job: Job) -> dict[str, Any]:
+    def measure(self, job: Job) -> dict[str, Any]:
+        """What happened since this was called last: the columns that every row has."""
         now = _counts(job)
         seconds, samples, sent, waited = (new - old for new, old in zip(now, self._before, strict=True))
         self._before = now

@@ -1,0 +1,63 @@
+"""A job inside another framework's loop: the model to evaluate or save, and state in its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import paceline
+from paceline.errors import CheckpointError, ConfigError
+from paceline.train import persistence
+from paceline.train.evaluate import consensus
+from paceline.train.job import Job
+
+KEY = "paceline"
+"""Where a framework's checkpoint holds our state."""
+
+
+def join(framework: str, *, fabric: str | None, log_dir: str | None = None) -> Job:
+    """`paceline.init()` for a process whose loop, seeds and checkpoints are the framework's."""
+    job: Job = paceline.init(fabric=fabric, progress=False, log_dir=log_dir)
+    if job.options.checkpoint is not None:
+        raise ConfigError(
+            f"--checkpoint {job.options.checkpoint}: here {framework} saves and resumes; leave the option out"
+        )
+    return job
+
+
+@contextmanager
+def consensus_model(job: Job) -> Iterator[None]:
+    """Inside, the prepared modules hold the model to evaluate or save; all ranks enter together.
+
+    Training goes on afterwards as if nothing had happened.
+    """
+    with job.clock.paused():
+        for attachment in job.attachments:
+            attachment.finish_minibatch()
+        buffers = [(b, b.detach().clone()) for a in job.attachments for b in a.replica.buffers()]
+        try:
+            with consensus(job.attachments, job.comm):
+                yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+
+def state_of_all_ranks(job: Job) -> dict[str, Any]:
+    """What a resumed run needs beyond model and optimizer, of every rank; all ranks call it."""
+    with job.clock.paused():
+        return {"size": job.size, "ranks": job.gather_objects(persistence.collect(job, None))}
+
+
+def restore(job: Job, state: dict[str, Any]) -> None:
+    """Continue from `state_of_all_ranks`; with another number of ranks, as far as that can be."""
+    ranks = state["ranks"]
+    if not ranks:
+        raise CheckpointError("the checkpoint's paceline state is empty")
+    own = ranks[job.rank] if state["size"] == job.size else ranks[0]
+    with job.clock.paused():
+        persistence.restore(job, own, ranks[0], state["size"])
