@@ -21,7 +21,7 @@ ORDER = [
     {"strategies"},
     {"train"},
     {"plan", "launchers", "compat", "tasks"},
-    {"bench", "report"},
+    {"bench", "report", "doctor"},
     {"cli"},
 ]
 TORCH_FREE = {"errors", "types", "registry", "spec", "options", "schedule", "collectives"}

@@ -27,9 +27,10 @@ HEAD = ["epoch", "step", "seconds", "samples_per_s", "payload_bytes", "wait_s", 
 def train(folder: Path, strategy: str, log_to: str = "jsonl,csv") -> None:
     job = paceline.init(seed=0, log_dir=folder, log_to=log_to)
     torch.manual_seed(0)
-    data = TensorDataset(torch.randn(96, 8), torch.randint(0, 3, (96,)))
+    x = torch.randn(96, 8)
+    data = TensorDataset(x, x[:, :3].argmax(1))
     model = torch.nn.Linear(8, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     model, optimizer, loader = job.prepare(
         model, optimizer, DataLoader(data, batch_size=8), strategy=strategy, batch="per_worker"
     )

@@ -1,0 +1,204 @@
+"""Measures between two processes: latency, bandwidth, clocks. Each listens; one asks, the other answers.
+
+The asking side proves first that it knows the job's secret. Ports are picked by the system, like those of the
+fabrics, so that a firewall between ranks shows up here.
+"""
+
+from __future__ import annotations
+
+import hmac
+import socket
+import statistics
+import struct
+import threading
+import time
+from typing import Any
+
+from paceline.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
+
+_PINGS = 60
+_CHUNK_BYTES = 1 << 18
+_STREAM_S = 1.0
+_STREAM_BYTES = 256 << 20
+_SKEW_S = 1.0
+_SLOW_BYTES_PER_S = 12.5e6
+_LONG_S = 0.005
+_TIME = struct.Struct("!d")
+
+
+class Listener:
+    """Answers on a port of its own, in a thread, until closed."""
+
+    def __init__(self, secret: bytes, address: str = "") -> None:
+        self._key = _key(secret)
+        self._server = socket.create_server(
+            (address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET, backlog=64
+        )
+        self.port: int = self._server.getsockname()[1]
+        self._thread = threading.Thread(target=self._serve, name="paceline-doctor", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering."""
+        try:
+            self._server.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._server.close()
+        self._thread.join(5)
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                peer, _ = self._server.accept()
+            except OSError:
+                return
+            with peer:
+                peer.settimeout(20)
+                try:
+                    self._answer(peer)
+                except OSError:
+                    continue
+
+    def _answer(self, peer: socket.socket) -> None:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if not hmac.compare_digest(_receive(peer, len(self._key)), self._key):
+            return
+        while True:
+            word = peer.recv(1)
+            if word == b"t":
+                peer.sendall(_TIME.pack(time.time()))
+            elif word == b"p":
+                peer.sendall(b"q")
+            elif word == b"s":
+                (size,) = struct.unpack("!Q", _receive(peer, 8))
+                left = size
+                while left:
+                    data = peer.recv(min(left, _CHUNK_BYTES))
+                    if not data:
+                        return
+                    left -= len(data)
+                peer.sendall(b"q")
+            else:
+                return
+
+
+def measure(address: str, port: int, secret: bytes, *, timeout_s: float = 5.0) -> list[Finding]:
+    """Connect, and say what the link and the other clock are like."""
+    try:
+        peer = socket.create_connection((address, port), timeout=timeout_s)
+    except OSError as error:
+        silent = isinstance(error, TimeoutError)
+        reason = f"nothing came back for {timeout_s:g} s" if silent else str(error.strerror or error)
+        return [
+            Finding(
+                "connection",
+                PROBLEM,
+                f"no connection to {address} port {port}, where a rank listens: {reason}",
+                "a firewall between the hosts? Ranks use ports that the system picks: allow all TCP between"
+                " the hosts of a job",
+                values={"address": address, "port": port},
+            )
+        ]
+    with peer:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peer.settimeout(20)
+        try:
+            peer.sendall(_key(secret))
+            return [_clock(peer), _latency(peer), _bandwidth(peer)]
+        except OSError as error:
+            text = f"the connection to {address} port {port} broke while it was measured: {error}"
+            return [
+                Finding("connection", PROBLEM, text, "is the other host overloaded, or the link unstable?")
+            ]
+
+
+def _clock(peer: socket.socket) -> Finding:
+    best = (float("inf"), 0.0)
+    for _ in range(9):
+        before = time.time()
+        peer.sendall(b"t")
+        (there,) = _TIME.unpack(_receive(peer, _TIME.size))
+        after = time.time()
+        best = min(best, (after - before, there - (before + after) / 2))
+    return judge_clock(best[1], best[0] / 2)
+
+
+def judge_clock(skew_s: float, uncertainty_s: float) -> Finding:
+    """What a difference of clocks means."""
+    values = {"skew_s": skew_s, "uncertainty_s": uncertainty_s}
+    text = f"the clocks differ by {abs(skew_s) * 1e3:.1f} ms (± {uncertainty_s * 1e3:.1f})"
+    if abs(skew_s) - uncertainty_s > _SKEW_S:
+        text += "; training does not mind, but logs, checkpoints' dates and certificates do"
+        return Finding(
+            "clocks", WARNING, text, "start chrony or systemd-timesyncd on both hosts", values=values
+        )
+    return Finding("clocks", OK, text, values=values)
+
+
+def _latency(peer: socket.socket) -> Finding:
+    times = []
+    for _ in range(_PINGS):
+        began = time.perf_counter()
+        peer.sendall(b"p")
+        _receive(peer, 1)
+        times.append(time.perf_counter() - began)
+    one_way_s = statistics.median(times[_PINGS // 6 :]) / 2
+    worst_s = max(times[_PINGS // 6 :]) / 2
+    values = {"latency_s": one_way_s, "worst_latency_s": worst_s}
+    text = f"latency {_microseconds(one_way_s)} one way (worst {_microseconds(worst_s)})"
+    if one_way_s > _LONG_S:
+        text += ": synchronising every step costs this several times per step"
+        fix = "a strategy that communicates rarely, such as local_sgd(period=16) or diloco"
+        return Finding("latency", WARNING, text, fix, values=values)
+    return Finding("latency", OK, text, values=values)
+
+
+def _bandwidth(peer: socket.socket) -> Finding:
+    payload = bytes(_CHUNK_BYTES)
+    size, rate = _CHUNK_BYTES, 0.0
+    began_all = time.perf_counter()
+    # Grow until one transfer takes a good part of a second: slow links are not drowned, fast ones are filled.
+    while time.perf_counter() - began_all < _STREAM_S and size <= _STREAM_BYTES:
+        began = time.perf_counter()
+        peer.sendall(b"s" + struct.pack("!Q", size))
+        for _ in range(size // _CHUNK_BYTES):
+            peer.sendall(payload)
+        _receive(peer, 1)
+        took_s = time.perf_counter() - began
+        rate = size / took_s
+        if took_s > _STREAM_S / 4:
+            break
+        size *= 4
+    values = {"bytes_per_s": rate}
+    text = f"bandwidth {rate / 1e6:.0f} MB/s ({rate * 8 / 1e9:.2f} Gbit/s) on one connection"
+    if rate < _SLOW_BYTES_PER_S:
+        text += f": a model of 100 MB takes {1e8 / rate:.0f} s to send"
+        fix = "fewer bytes (codec=…, local_sgd, diloco); see `paceline strategies`; or a faster interface"
+        return Finding("bandwidth", WARNING, text, fix, values=values)
+    return Finding("bandwidth", NOTE if rate < 1e8 else OK, text, values=values)
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"
+
+
+def _key(secret: bytes) -> bytes:
+    return hmac.digest(secret, b"paceline doctor", "sha256")
+
+
+def _receive(peer: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        piece = peer.recv(count - len(data))
+        if not piece:
+            raise ConnectionError("the other side closed")
+        data += piece
+    return data
+
+
+def figures(findings: list[Finding]) -> dict[str, Any]:
+    """{"latency_s": …, "bytes_per_s": …, "skew_s": …} of one link."""
+    return {
+        k: v for f in findings for k, v in f.values.items() if k in ("latency_s", "bytes_per_s", "skew_s")
+    }

@@ -1,0 +1,141 @@
+"""What can be said about another host without a process of ours on it: its name, the route, a port."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import ipaddress
+import socket
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+from paceline.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
+
+_SIOCGIFADDR = 0x8915
+_SLOW_MBIT = 1000
+
+
+def interfaces() -> Finding:
+    """The network interfaces of this host."""
+    found = []
+    for _, name in socket.if_nameindex():
+        folder = Path("/sys/class/net") / name
+        state, mtu, speed = (_read(folder / f) for f in ("operstate", "mtu", "speed"))
+        found.append(
+            {
+                "name": name,
+                "address": address_of(name),
+                "state": state,
+                "mtu_bytes": int(mtu) if mtu.isdigit() else None,
+                "speed_mbit_per_s": int(speed) if speed.isdigit() else None,
+            }
+        )
+    used = [i for i in found if i["address"]]
+    text = ", ".join(
+        f"{i['name']} {i['address']}"
+        + (f" ({i['speed_mbit_per_s']} Mbit/s)" if i["speed_mbit_per_s"] else "")
+        for i in used
+    )
+    values: dict[str, Any] = {"interfaces": found}
+    if not [i for i in used if not str(i["address"]).startswith("127.")]:
+        fix = "give the host a network (in a container: a bridge or host network)"
+        return Finding("interfaces", WARNING, f"only loopback: {text or 'nothing'}", fix, values=values)
+    return Finding("interfaces", OK, text, values=values)
+
+
+def address_of(interface: str) -> str | None:
+    """The interface's IPv4 address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        except OSError:
+            return None
+    return socket.inet_ntoa(reply[20:24])
+
+
+def resolve(name: str) -> tuple[str | None, Finding]:
+    """The address of `name`, and what to say about it."""
+    try:
+        return str(ipaddress.ip_address(name)), Finding("name", OK, f"{name} is an address")
+    except ValueError:
+        pass
+    began = time.perf_counter()
+    try:
+        address = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        fix = f"correct the name, or add `<address> {name}` to /etc/hosts on every host; or use its address"
+        return None, Finding("name", PROBLEM, f"{name!r} cannot be resolved: {error.strerror or error}", fix)
+    took_s = time.perf_counter() - began
+    values = {"address": address, "seconds": took_s}
+    if address.startswith("127.") and name not in ("localhost", socket.gethostname()):
+        fix = f"give {name} its address on the network in /etc/hosts"
+        return address, Finding("name", PROBLEM, f"{name} leads to {address}, this host", fix, values=values)
+    if took_s > 1.0:
+        fix = "see /etc/resolv.conf: a name server does not answer"
+        return address, Finding(
+            "name", WARNING, f"{name} is {address}; asking took {took_s:.1f} s", fix, values=values
+        )
+    return address, Finding("name", OK, f"{name} is {address}", values=values)
+
+
+def route(address: str) -> Finding:
+    """Which of this host's addresses and interfaces lead to `address`."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))  # a datagram socket: nothing is sent
+            own = str(probe.getsockname()[0])
+        except OSError as error:
+            fix = "see `ip route`: this host has no way to that network"
+            return Finding("route", PROBLEM, f"no route to {address}: {error.strerror or error}", fix)
+    name = next((n for _, n in socket.if_nameindex() if address_of(n) == own), "?")
+    mtu, speed = (_read(Path("/sys/class/net") / name / f) for f in ("mtu", "speed"))
+    values = {"own_address": own, "interface": name, "mtu_bytes": int(mtu) if mtu.isdigit() else None}
+    text = f"{address} is reached from {own} through {name}" + (f", MTU {mtu}" if mtu else "")
+    if speed.isdigit() and int(speed) < _SLOW_MBIT and name != "lo":
+        fix = "another interface may be faster; see `ip -s link` and `ethtool`"
+        return Finding("route", WARNING, f"{text}, a link of {speed} Mbit/s", fix, values=values)
+    return Finding("route", OK, text, values=values)
+
+
+def port(address: str, number: int, *, timeout_s: float = 3.0) -> Finding:
+    """Whether packets reach `number` on `address`; a refusal proves that they do."""
+    began = time.perf_counter()
+    values: dict[str, Any] = {"port": number}
+    try:
+        socket.create_connection((address, number), timeout=timeout_s).close()
+        outcome = "open"
+    except ConnectionRefusedError:
+        outcome = "closed"
+    except OSError as error:
+        if isinstance(error, TimeoutError) or error.errno in (errno.ETIMEDOUT, errno.EAGAIN):
+            return Finding(
+                "port",
+                PROBLEM,
+                f"nothing comes back from {address} port {number} within {timeout_s:g} s: a firewall drops"
+                " the packets, or the host is down",
+                f"open the port on {address} (ranks also use ports that the system picks: allow all TCP"
+                " between the hosts of a job)",
+                values={**values, "outcome": "silent"},
+            )
+        return Finding(
+            "port",
+            PROBLEM,
+            f"{address} port {number} cannot be reached: {error.strerror or error}",
+            "see `ip route` and the firewall (a rule may reject)",
+            values={**values, "outcome": "unreachable"},
+        )
+    round_trip_s = time.perf_counter() - began
+    values |= {"outcome": outcome, "round_trip_s": round_trip_s}
+    what = "somebody listens" if outcome == "open" else "nobody listens now, but packets get there"
+    text = f"{address} port {number}: {what}; {round_trip_s * 1e3:.2f} ms there and back"
+    return Finding("port", OK if outcome == "open" else NOTE, text, values=values)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
