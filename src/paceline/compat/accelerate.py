@@ -110,18 +110,25 @@ def _join_checkpoints(accelerator: Any, job: Job, model: nn.Module) -> None:
         with job.clock.paused():
             checkpoint.write(Path(folder) / embedding.KEY, persistence.collect(job, None), job.comm)
 
+    def keep_out(models: list[Any], folder: str) -> None:
+        # Accelerate's reader refuses views of flat buffers; load_state below takes the weights back.
+        models.remove(model)
+
     accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(keep_out)
     load, end = accelerator.load_state, accelerator.end_training
 
     @functools.wraps(load)
     def load_state(input_dir: str | None = None, *args: Any, **options: Any) -> None:
         load(input_dir, *args, **options)
-        for attachment in job.attachments:
-            attachment.replica.adopt()
-        folder = Path(input_dir or _latest(accelerator)) / embedding.KEY
-        if checkpoint.exists(folder, job.comm):
+        folder = Path(input_dir or _latest(accelerator))
+        if checkpoint.exists(folder / embedding.KEY, job.comm):
             with job.clock.paused():
-                persistence.restore(job, *checkpoint.read(folder, job.comm))
+                persistence.restore(job, *checkpoint.read(folder / embedding.KEY, job.comm))
+        else:
+            model.load_state_dict(_weights(folder))
+            for attachment in job.attachments:
+                attachment.replica.adopt()
 
     @functools.wraps(end)
     def end_training() -> None:
@@ -131,6 +138,17 @@ def _join_checkpoints(accelerator: Any, job: Job, model: nn.Module) -> None:
         end()
 
     accelerator.load_state, accelerator.end_training = load_state, end_training
+
+
+def _weights(folder: Path) -> dict[str, Any]:
+    """The model in a folder that Accelerate saved without us."""
+    if (folder / "model.safetensors").exists():
+        from safetensors.torch import load_file
+
+        loaded: dict[str, Any] = load_file(folder / "model.safetensors")
+        return loaded
+    plain: dict[str, Any] = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    return plain
 
 
 def _latest(accelerator: Any) -> Path:

@@ -70,7 +70,7 @@ def _together(meeting: Meeting, mine: list[Finding], timeout_s: float) -> list[d
             store.wait([f"doctor/port/{b}", *([f"doctor/done/{number - 1}"] if number else [])], limit)
             address = meeting.addresses[b] or "127.0.0.1"
             found = link.measure(address, int(store.get(f"doctor/port/{b}")), meeting.secret)
-            where = f"{_host(meeting, a)} -> {_host(meeting, b)}"
+            where = f"{_end(meeting, a)} -> {_end(meeting, b)}"
             mine += [f.at(where) for f in ([network.route(address)] if meeting.addresses[b] else [])]
             mine += [f.at(where) for f in found]
             store.set(f"doctor/done/{number}", "")
@@ -101,8 +101,10 @@ def _pairs(leaders: list[int]) -> list[tuple[int, int]]:
     return [(a, leaders[(i + 1) % len(leaders)]) for i, a in enumerate(leaders)]
 
 
-def _host(meeting: Meeting, rank: int) -> str:
-    """A short name: the host's, without what makes it unique unless that is needed."""
+def _end(meeting: Meeting, rank: int) -> str:
+    """One end of a link: the host's short name if it tells the hosts apart; the rank on a single host."""
+    if len(set(meeting.hosts)) == 1:
+        return f"rank {rank}"
     names = {h: h.rpartition("-")[0] or h for h in meeting.hosts}
     return names[meeting.hosts[rank]] if len(set(names.values())) == len(names) else meeting.hosts[rank]
 

@@ -19,6 +19,7 @@ from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
 
+from paceline.comm.placement import who_am_i
 from paceline.errors import ConfigError
 
 importing_main = threading.Event()
@@ -118,7 +119,7 @@ def _passes_rank(fn: Callable[..., Any], args: Sequence[Any]) -> bool:
 
 def main(folder: str) -> None:
     """A worker's body: import the caller's script, call the function, leave the result."""
-    rank = int(os.environ["RANK"])
+    rank = who_am_i(os.environ).rank
     preparation, payload = pickle.loads((Path(folder) / "call").read_bytes())
     importing_main.set()
     spawn.prepare(preparation)

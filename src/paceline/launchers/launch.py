@@ -87,6 +87,8 @@ def results_of(outcome: Outcome, call: Call) -> list[Any]:
         raise _error(outcome.failure, call.exception(outcome.failure.rank))
     if outcome.signal is not None:
         _be_ended_by(outcome.signal)
+    if outcome.exit_code:
+        raise WorkerFailed(f"the engine ended with exit code {outcome.exit_code}; see what it printed")
     return call.results(lost=outcome.lost)
 
 

@@ -241,18 +241,16 @@ class PacelineStrategy(TrainerDDP, FabricDDP):  # type: ignore[misc]
         """The consensus model; all ranks call it."""
         return self._consensus_state(module)
 
-    def save_checkpoint(self, first: Any, second: Any, *args: Any, **options: Any) -> None:
-        """Trainer: (checkpoint, path, …); Fabric: (path, state, …). All ranks add their state."""
-        if self._lightning_module is None:
-            state = dict(second)
-            if self.job.attachments:
-                self._evaluation.close()
-                state[embedding.KEY] = embedding.state_of_all_ranks(self.job)
-            FabricDDP.save_checkpoint(self, first, state, *args, **options)
-            return
+    def save_checkpoint(self, *args: Any, **options: Any) -> None:
+        """Trainer: (checkpoint, path, …); Fabric: (path=…, state=…, …). All ranks add their state."""
+        is_trainer = self._lightning_module is not None
+        names = ("checkpoint", "filepath") if is_trainer else ("path", "state")
+        options |= zip(names, args, strict=False)
+        what = names[0] if is_trainer else names[1]
         if self.job.attachments:
-            first[embedding.KEY] = embedding.state_of_all_ranks(self.job)
-        TrainerDDP.save_checkpoint(self, first, second, *args, **options)
+            self._evaluation.close()
+            options[what] = {**options[what], embedding.KEY: embedding.state_of_all_ranks(self.job)}
+        (TrainerDDP if is_trainer else FabricDDP).save_checkpoint(self, **options)
 
     def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
         """The checkpoint, or with Fabric what is left of it after restoring the given objects."""
