@@ -67,12 +67,13 @@ def init(
     comm = module.connect(meeting, timeout_s=timeout_s)
     comm.min_size = options.min_workers or comm.size
     path = options.checkpoint or (str(checkpoint) if checkpoint is not None else None)
+    bar = progress and options.progress
     job = Job(
         comm,
         options,
         meeting=meeting,
         checkpoint=path,
-        progress=progress and options.progress,
+        progress=bar,
         seed=seed,
         log_dir=log_dir,
         log_to=log_to,
