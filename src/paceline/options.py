@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from paceline.errors import ConfigError
 
@@ -42,6 +43,17 @@ class JobOptions:
     def to_environment(self) -> dict[str, str]:
         """The variable to add to a worker's environment."""
         return {VARIABLE: json.dumps(dataclasses.asdict(self))}
+
+    def with_log(
+        self, folder: str | os.PathLike[str] | None, formats: Sequence[str] | str | None
+    ) -> JobOptions:
+        """The same with the script's wishes for its log, where the launcher has none."""
+        names = formats if formats is None or isinstance(formats, str) else ",".join(formats)
+        return dataclasses.replace(
+            self,
+            log_dir=self.log_dir or (None if folder is None else os.fspath(folder)),
+            log_to=self.log_to or names,
+        )
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> JobOptions:

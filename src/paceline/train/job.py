@@ -55,11 +55,11 @@ def init(
     the wait for other ranks; `host` overrides this rank's host identity. `log_dir` is where `job.log` writes
     (default: runs/<date>-<time>), `log_to` its formats: "jsonl,csv" by default, "tensorboard" with the extra.
     """
-    options = JobOptions.from_environment(os.environ)
+    options = JobOptions.from_environment(os.environ).with_log(log_dir, log_to)
     virtual = current.provided()
     if virtual is not None:
         random_state.seed_worker(seed, virtual.rank)
-        return Job(virtual, options, seed=seed, log_dir=log_dir, log_to=log_to)
+        return Job(virtual, options, seed=seed)
     meeting = meet(secret=options.secret, host=host, timeout_s=timeout_s)
     random_state.seed_worker(seed, meeting.rank)
     name = options.fabric or fabric or DEFAULT_FABRIC
@@ -67,16 +67,13 @@ def init(
     comm = module.connect(meeting, timeout_s=timeout_s)
     comm.min_size = options.min_workers or comm.size
     path = options.checkpoint or (str(checkpoint) if checkpoint is not None else None)
-    bar = progress and options.progress
     job = Job(
         comm,
         options,
         meeting=meeting,
         checkpoint=path,
-        progress=bar,
+        progress=progress and options.progress,
         seed=seed,
-        log_dir=log_dir,
-        log_to=log_to,
     )
     atexit.register(job.close)
     return job
@@ -94,8 +91,6 @@ class Job:
         checkpoint: str | None = None,
         progress: bool = False,
         seed: int | None = None,
-        log_dir: str | os.PathLike[str] | None = None,
-        log_to: Sequence[str] | str | None = None,
     ) -> None:
         self.comm = comm
         self.options = options or JobOptions()
@@ -116,7 +111,7 @@ class Job:
         """Schedulers, scalers and whatever else `save` includes, by name."""
         self._seed = seed
         self._progress = ProgressBar(enabled=progress and self.is_main, columns=self.options.bar_columns)
-        self.logbook = Logbook(self.options.log_dir or log_dir, self.options.log_to or log_to)
+        self.logbook = Logbook(self.options.log_dir, self.options.log_to)
         self.clock = TrainingClock(comm)
         self._resume_at: int | None = None  # first epoch of the next `epochs`, set by `load`
         self._epoch_over: bool | None = None  # None outside `epochs`
