@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 # Lazy (PEP 562): `import paceline` and `paceline schedule …` must not pay for torch.
 _EXPORTS = {
-    "init": "paceline.train.job",
+    "init": "paceline.train.joining",
     "Job": "paceline.train.job",
     "ddp_hook": "paceline.train.ddp_hook",
     "launch": "paceline.launchers.launch",

@@ -7,14 +7,14 @@ from rank_pool import RankPool
 
 
 @pytest.fixture(scope="session")
-def three() -> Iterator[RankPool]:
-    pool = RankPool(3)
+def three(fabric: str) -> Iterator[RankPool]:
+    pool = RankPool(3, fabric)
     yield pool
     pool.close()
 
 
 @pytest.fixture(scope="session")
-def five() -> Iterator[RankPool]:
-    pool = RankPool(5)
+def five(fabric: str) -> Iterator[RankPool]:
+    pool = RankPool(5, fabric)
     yield pool
     pool.close()

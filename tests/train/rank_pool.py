@@ -1,4 +1,7 @@
-"""P worker processes that are started once and run many test bodies: starting torch costs seconds."""
+"""P worker processes that are started once and run many test bodies: starting torch costs seconds.
+
+They hold communicators of both fabrics; `--fabric` (tests/conftest.py) says which the bodies get.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 
+from paceline.comm import native
+from paceline.comm.communicator import FabricCommunicator
+from paceline.comm.rendezvous import Meeting
 from paceline.comm.torch import TorchCommunicator
 from paceline.train.job import Job
 
 
 class RankPool:
-    """Ranks of one Gloo group. A body is a module-level function (job, *arguments) -> plain values."""
+    """Ranks that can talk over either fabric. A body is a module-level function `body(job, *arguments)`."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, fabric: str = "native") -> None:
+        self.fabric = fabric
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("spawn")
@@ -39,7 +47,7 @@ class RankPool:
         """Results of the first `ranks` ranks (all by default), or AssertionError with their tracebacks."""
         ranks = ranks or self.size
         for pipe in self._pipes[:ranks]:
-            pipe.send((body, ranks, arguments, keywords))
+            pipe.send((body, ranks, self.fabric, arguments, keywords))
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes[:ranks]):
             if not pipe.poll(180 if not failures else 5):
@@ -61,16 +69,19 @@ def _serve(rank: int, size: int, store_path: str, pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store_path, size), rank=rank, world_size=size)
-    world = TorchCommunicator(["here"] * size)
-    parts = {n: world.split(list(range(n))) for n in range(1, size + 1)}
+    hosts = ("here",) * size
+    store = PrefixStore("native", dist.distributed_c10d._get_default_store())
+    meeting = Meeting(rank, size, rank, size, "test", hosts, ("",) * size, store, b"secret")
+    worlds: list[FabricCommunicator] = [TorchCommunicator(hosts), native.connect(meeting, timeout_s=60)]
+    parts = {(w.fabric, n): w.split(list(range(n))) for w in worlds for n in range(1, size + 1)}
     while True:
         try:
-            body, ranks, arguments, keywords = pipe.recv()
+            body, ranks, fabric, arguments, keywords = pipe.recv()
         except EOFError:
             return
         try:
             torch.manual_seed(100 + rank)
-            comm = parts[ranks]
+            comm = parts[fabric, ranks]
             assert comm is not None
             job = Job(comm, seed=5)
             pipe.send((True, body(job, *arguments, **keywords)))

@@ -11,7 +11,7 @@ from typing import Any
 
 from paceline.tasks.load import load
 from paceline.tasks.task import Task
-from paceline.train.job import init
+from paceline.train.joining import init
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,11 @@ def compare(
         int | None, typer.Option(help="Per worker. Default: cores / workers.", show_default=False)
     ] = None,
     fabric: Annotated[
-        str | None, typer.Option(metavar="native|torch", help="What carries the workers' tensors.")
+        str | None,
+        typer.Option(
+            metavar="native|torch",
+            help="What carries the workers' tensors. Default: native; torch for models on a GPU.",
+        ),
     ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write all figures as JSON.")

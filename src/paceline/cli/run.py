@@ -88,7 +88,9 @@ def run(
     fabric: Annotated[
         str | None,
         typer.Option(
-            metavar="native|torch", help="What carries the workers' tensors.", rich_help_panel=TRAIN
+            metavar="native|torch",
+            help="What carries the workers' tensors. Default: native; torch for models on a GPU.",
+            rich_help_panel=TRAIN,
         ),
     ] = None,
     checkpoint: Annotated[

@@ -8,6 +8,7 @@ NOT_PLUGINS = (
     "connection",
     "current",
     "event_log",
+    "fabric",
     "faults",
     "ledger",
     "mailbox",

@@ -6,8 +6,8 @@ through cache-sized stages. Nothing is ever named in the file system: memory dis
 
 from __future__ import annotations
 
-import json
-import time
+import dataclasses
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +16,7 @@ from paceline import _core
 from paceline.comm.native_core import CoreCommunicator, engine
 from paceline.comm.native_network import NetworkCommunicator, connect_hosts
 from paceline.comm.rendezvous import Meeting
-from paceline.errors import ConfigError, Timeout
+from paceline.errors import ConfigError
 from paceline.types import Rank
 
 
@@ -35,28 +35,34 @@ def connect(
     core = engine()
     core.set_ranks_on_host(meeting.size)
     group = _core.Group(core, meeting.rank, meeting.size)
-    meeting.store.set(f"native/{meeting.rank}", json.dumps(group.address))
-    addresses = [_address_of(meeting, r, timeout_s) for r in range(meeting.size)]
-    group.connect(addresses)
+    addresses = meeting.exchange("native", group.address, timeout_s=timeout_s)
+    refusal = ""
+    try:
+        group.connect([tuple(address) for address in addresses])
+    except ConfigError as error:
+        refusal = str(error)
+    refusals = meeting.exchange("native/opened", refusal, timeout_s=timeout_s)
+    if any(refusals):
+        group.close()
+        return _without_shared_memory(meeting, refusals, timeout_s)
     comm = NativeCommunicator(meeting.rank, meeting.hosts, group, timeout_s=timeout_s)
     comm.meeting = meeting
     comm.ledger.wire_bytes = 0  # nothing leaves the host
-    comm.barrier().wait()  # from here on everybody's memory is open: nobody depends on the store any more
+    comm.barrier().wait()  # nobody depends on the store any more
     return comm
 
 
-def _address_of(meeting: Meeting, rank: Rank, timeout_s: float) -> _core.Address:
-    key = f"native/{rank}"
-    deadline = time.monotonic() + timeout_s
-    while not meeting.store.check([key]):
-        if time.monotonic() > deadline:
-            raise Timeout(
-                f"rank {meeting.rank}: rank {rank} (host {meeting.hosts[rank]}) did not join the native"
-                f" fabric within {timeout_s:g} s; is it alive, and was fabric='native' chosen there too?"
-            )
-        time.sleep(0.002)
-    pid, fd, slot, generation, offset = json.loads(meeting.store.get(key))
-    return pid, fd, slot, generation, offset
+def _without_shared_memory(meeting: Meeting, refusals: list[str], timeout_s: float) -> NetworkCommunicator:
+    """Connect over TCP inside the host, because some rank may not open another's memory."""
+    rank = next(r for r, text in enumerate(refusals) if text)
+    if meeting.rank == 0:
+        warnings.warn(
+            f"no shared memory between the ranks of this host, TCP instead: rank {rank}: {refusals[rank]}",
+            stacklevel=2,
+        )
+    hosts = tuple(f"{host}/{r}" for r, host in enumerate(meeting.hosts))
+    apart = dataclasses.replace(meeting, hosts=hosts, addresses=("127.0.0.1",) * meeting.size)
+    return connect_hosts(apart, timeout_s=timeout_s)
 
 
 class NativeCommunicator(CoreCommunicator):

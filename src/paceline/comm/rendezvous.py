@@ -10,15 +10,17 @@ import os
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store, TCPStore
 
 from paceline.comm import pmi
 from paceline.comm.placement import Placement, who_am_i
-from paceline.errors import CommError, ConfigError
+from paceline.errors import CommError, ConfigError, Timeout
 from paceline.options import new_secret
 
 _LAUNCHERS = ("mpirun", "mpiexec", "orted", "orterun", "prte", "hydra_", "pmi_proxy", "slurmstepd")
@@ -45,6 +47,28 @@ class Meeting:
     def address(self) -> str:
         """This rank's own address."""
         return self.addresses[self.rank]
+
+    def exchange(self, key: str, own: Any, *, timeout_s: float) -> list[Any]:
+        """Every rank's plain value (JSON), through the store; collective, `key` once per job.
+
+        Raises Timeout naming a rank that did not come.
+        """
+        self.store.set(f"{key}/{self.rank}", json.dumps(own))
+        return [json.loads(self.read(f"{key}/{r}", r, timeout_s=timeout_s)) for r in range(self.size)]
+
+    def read(self, key: str, rank: int, *, timeout_s: float) -> bytes:
+        """Return what `rank` wrote under `key` once it is there; Timeout names the rank."""
+        deadline = time.monotonic() + timeout_s
+        pause_s = 0.0005
+        while not self.store.check([key]):
+            if time.monotonic() > deadline:
+                raise Timeout(
+                    f"rank {self.rank}: rank {rank} (host {self.hosts[rank]}) did not join within"
+                    f" {timeout_s:g} s ({key}); is it alive, and does it run the same script?"
+                )
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.02)
+        return bytes(self.store.get(key))
 
 
 def meet(
@@ -99,12 +123,13 @@ def _check_secrets(place: Placement, given: list[bool]) -> None:
 def host_identity() -> str:
     """Name of this host, equal only for processes that can share memory and reach each other locally.
 
-    Containers and network namespaces of one machine share its boot id, so the network namespace and the
-    device behind /dev/shm take part.
+    Containers and network namespaces of one machine share its boot id, so the network namespace, the
+    namespace of process ids (shared memory is opened by them) and the device behind /dev/shm take part.
     """
     parts = [
         _text_or_empty(Path("/proc/sys/kernel/random/boot_id")),
         _inode_or_empty(Path("/proc/self/ns/net")),
+        _inode_or_empty(Path("/proc/self/ns/pid")),
         _inode_or_empty(Path("/dev/shm")),
     ]
     name = socket.gethostname()

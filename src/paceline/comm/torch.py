@@ -51,8 +51,9 @@ def connect(meeting: Meeting, *, timeout_s: float, device: torch.device | None =
                 " call paceline.init() before init_process_group, or leave that call out"
             )
         return TorchCommunicator(meeting.hosts, device=device, meeting=meeting)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if backend == "gloo" and meeting.address and "GLOO_SOCKET_IFNAME" not in os.environ:
+    # Counts and sums for the log are CPU tensors on GPU jobs too.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if meeting.address and "GLOO_SOCKET_IFNAME" not in os.environ:
         # Gloo would bind to whatever the host's name resolves to, which other hosts often cannot reach.
         interface = _interface_of(meeting.address)
         if interface:

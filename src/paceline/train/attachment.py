@@ -44,7 +44,7 @@ class Attachment:
         self.on_gradients: Callable[[], None] | None = None
         """Called when all gradients are complete, at the end of backward."""
         self._size = comm.size
-        self._comm = comm
+        self.comm = comm
         self._no_sync = False
         self._is_last_batch = False
         self._window: list[tuple[int, int]] = []  # (own samples, all ranks' samples) of each micro-batch
@@ -158,7 +158,7 @@ class Attachment:
     def _begin_backward(self) -> None:
         self._in_backward = True
         self._backwards += 1
-        self._comm.charge_compute()
+        self.comm.charge_compute()
         self._sends = not self._no_sync and (
             self._backwards >= self.accumulation_steps or (self._is_last_batch and self.has_loader)
         )
@@ -253,7 +253,7 @@ class Attachment:
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._check_parameters(optimizer)
         if self._unsent:  # fewer backward passes than declared: send now, later than clipping would like
-            if not self._warned and self._comm.rank == 0 and self.strategy.needs_gradients:
+            if not self._warned and self.comm.rank == 0 and self.strategy.needs_gradients:
                 warnings.warn(
                     f"optimizer.step() after {self._backwards} of {self.accumulation_steps} accumulation"
                     " steps: gradients are reduced now, after any clipping or unscaling",
@@ -280,7 +280,7 @@ class Attachment:
         if count == self._counts[id(optimizer)] and not any(p.requires_grad for p in self.replica.frozen):
             return
         raise ConfigError(
-            f"rank {self._comm.rank}: the optimizer holds {count} parameters, {self._counts[id(optimizer)]}"
+            f"rank {self.comm.rank}: the optimizer holds {count} parameters, {self._counts[id(optimizer)]}"
             " when prepare() saw it, or a frozen parameter was unfrozen; their gradients would stay local."
             " Call job.prepare(model, optimizer, ...) again after adding or unfreezing parameters"
         )

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from paceline import registry
-from paceline.comm import current
 from paceline.comm.communicator import FabricCommunicator
-from paceline.comm.rendezvous import Meeting, meet
+from paceline.comm.fabric import for_device
+from paceline.comm.rendezvous import Meeting
 from paceline.errors import ConfigError
 from paceline.options import JobOptions
 from paceline.strategies.strategy import TrainingStrategy, make
 from paceline.train import checkpoint as checkpoints
-from paceline.train import exchange, persistence, preparation, random_state, statistics
+from paceline.train import exchange, persistence, preparation, statistics
 from paceline.train.attachment import Attachment
 from paceline.train.clock import TrainingClock
 from paceline.train.data import ShardedLoader, shard
@@ -32,51 +30,7 @@ from paceline.train.precision import check as check_precision
 from paceline.train.preemption import Preempted, StopAgreement
 from paceline.train.progress import ProgressBar
 
-DEFAULT_FABRIC = "torch"
 DEFAULT_STRATEGY = "all_reduce"
-
-
-def init(
-    *,
-    fabric: str | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    progress: bool = True,
-    seed: int | None = None,
-    log_dir: str | os.PathLike[str] | None = None,
-    log_to: Sequence[str] | str | None = None,
-    timeout_s: float = 600.0,
-    host: str | None = None,
-) -> Job:
-    """Join the job that this process was started for, or be a job of one.
-
-    Works under `paceline run`, torchrun, mpirun, srun, and alone; what the command line says wins over these
-    arguments. `checkpoint` is where SIGTERM saves and where `epochs` resumes. `seed` seeds torch, NumPy and
-    `random` (rank 0 with `seed` itself, the others differently) and the order of the data. `timeout_s` bounds
-    the wait for other ranks; `host` overrides this rank's host identity. `log_dir` is where `job.log` writes
-    (default: runs/<date>-<time>), `log_to` its formats: "jsonl,csv" by default, "tensorboard" with the extra.
-    """
-    options = JobOptions.from_environment(os.environ).with_log(log_dir, log_to)
-    virtual = current.provided()
-    if virtual is not None:
-        random_state.seed_worker(seed, virtual.rank)
-        return Job(virtual, options, seed=seed)
-    meeting = meet(secret=options.secret, host=host, timeout_s=timeout_s)
-    random_state.seed_worker(seed, meeting.rank)
-    name = options.fabric or fabric or DEFAULT_FABRIC
-    module = registry.load("paceline.comm", name, kind="fabric")
-    comm = module.connect(meeting, timeout_s=timeout_s)
-    comm.min_size = options.min_workers or comm.size
-    path = options.checkpoint or (str(checkpoint) if checkpoint is not None else None)
-    job = Job(
-        comm,
-        options,
-        meeting=meeting,
-        checkpoint=path,
-        progress=progress and options.progress,
-        seed=seed,
-    )
-    atexit.register(job.close)
-    return job
 
 
 class Job:
@@ -113,6 +67,7 @@ class Job:
         self._progress = ProgressBar(enabled=progress and self.is_main, columns=self.options.bar_columns)
         self.logbook = Logbook(self.options.log_dir, self.options.log_to)
         self.clock = TrainingClock(comm)
+        self._comms: dict[torch.device, FabricCommunicator] = {}
         self._resume_at: int | None = None  # first epoch of the next `epochs`, set by `load`
         self._epoch_over: bool | None = None  # None outside `epochs`
         self._passes_before: list[int] = []
@@ -168,12 +123,12 @@ class Job:
                 old.detach()
                 self.attachments.remove(old)
             attachment = preparation.attach(
-                inner, optimizers, chosen, self.comm, accumulation_steps=accumulation_steps
+                inner, optimizers, chosen, self._comm_for(inner), accumulation_steps=accumulation_steps
             )
             self.attachments.append(attachment)
             attachment.on_update = self._after_update
             if dtype is not None:
-                self.register(precision=MixedPrecision(dtype, attachment, self.comm))
+                self.register(precision=MixedPrecision(dtype, attachment, attachment.comm))
             results = [self._prepared(item, batch=batch, divided=shard) for item in others]
         for i, one in enumerate(_listed(scheduler)):
             if one is not None:
@@ -181,6 +136,13 @@ class Job:
         if scaler is not None:
             self.register(scaler=scaler)
         return (model, *results) if results else model
+
+    def _comm_for(self, model: nn.Module) -> FabricCommunicator:
+        """What moves this model's tensors: on a GPU, a communicator beside the job's own."""
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        if device not in self._comms:
+            self._comms[device] = for_device(self.comm, device)
+        return self._comms[device]
 
     def register(self, **things: Any) -> None:
         """Include objects with state_dict and load_state_dict in checkpoints: `register(ema=ema)`."""
@@ -245,7 +207,7 @@ class Job:
             attachment.finish_minibatch()
             attachment.strategy.synchronize()
             if self.size > 1:
-                preparation.average_buffers(attachment.replica.buffers(), self.comm)
+                preparation.average_buffers(attachment.replica.buffers(), attachment.comm)
         self._is_drained = True
 
     @contextmanager
@@ -386,7 +348,9 @@ class Job:
         self.logbook.close(self)
         for attachment in self.attachments:
             attachment.detach()
-        self.comm.close(goodbye=self._is_drained and not hasattr(sys, "last_type"))  # nor after an exception
+        is_good = self._is_drained and not hasattr(sys, "last_type")  # nor after an exception
+        for comm in dict.fromkeys((*self._comms.values(), self.comm)):
+            comm.close(goodbye=is_good)
 
     def _count(self, own_samples: int, all_samples: int, is_last: bool) -> None:
         self._is_drained = False

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from paceline.compat.horovod.engine import Engine
 from paceline.errors import ConfigError
 from paceline.train.job import Job
-from paceline.train.job import init as init_job
+from paceline.train.joining import init as init_job
 from paceline.types import Communicator
 
 

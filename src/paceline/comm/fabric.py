@@ -1,0 +1,94 @@
+"""Which fabric carries a job's tensors: the native one for CPU tensors, torch's for the rest.
+
+All ranks agree before they connect: each shows in the store what it was asked for and what it can do. Shared
+memory that some rank may not open is replaced by TCP on the same host; only where the core cannot work at
+all does the torch fabric stand in. Whatever is replaced is said once, by rank 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import torch
+
+from paceline.comm.communicator import FabricCommunicator
+from paceline.comm.rendezvous import Meeting
+from paceline.errors import ConfigError, Mismatch
+
+FABRICS = ("native", "torch")
+_GPU_TIMEOUT_S = 600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What one rank shows the others."""
+
+    wanted: str | None
+    device: str
+    problem: str
+    """Why the native fabric cannot work in this process; "" if it can."""
+
+
+def connect(
+    meeting: Meeting, name: str | None = None, *, timeout_s: float, device: torch.device | None = None
+) -> FabricCommunicator:
+    """Join the job's ranks over fabric `name`; None: native for the CPU if every rank can, else torch.
+
+    `timeout_s` bounds the wait for other ranks, and operations. Raises ConfigError for unknown names, and on
+    every rank when "native" was asked for and one rank cannot; Mismatch when ranks want different fabrics,
+    Timeout naming the ranks that did not come.
+    """
+    if name is not None and name not in FABRICS:
+        raise ConfigError(f"unknown fabric {name!r}: {' or '.join(FABRICS)} expected")
+    device = device or torch.device("cpu")
+    own = Card(name, device.type, _problem(device) if name != "torch" else "")
+    cards = [
+        Card(**card) for card in meeting.exchange("fabric", dataclasses.asdict(own), timeout_s=timeout_s)
+    ]
+    for r, card in enumerate(cards):
+        if card.wanted != cards[0].wanted:
+            raise Mismatch(
+                f"rank {meeting.rank}: rank 0 was started with fabric {cards[0].wanted or 'unsaid'}, rank {r}"
+                f" with {card.wanted or 'unsaid'}; give every rank the same"
+            )
+    problems = [(r, card.problem) for r, card in enumerate(cards) if card.problem]
+    if name == "native" and problems:
+        raise ConfigError(f"the native fabric cannot work: rank {problems[0][0]}: {problems[0][1]}")
+    if name == "torch" or problems:
+        is_worth_a_word = any(card.problem and card.device == "cpu" for card in cards)
+        if is_worth_a_word and meeting.rank == 0:
+            warnings.warn(
+                f"the torch fabric stands in for the native one: rank {problems[0][0]}: {problems[0][1]}",
+                stacklevel=2,
+            )
+        from paceline.comm import torch as torch_fabric
+
+        return torch_fabric.connect(meeting, timeout_s=timeout_s, device=device)
+    from paceline.comm import native
+
+    return native.connect(meeting, timeout_s=timeout_s, device=device)
+
+
+def for_device(comm: FabricCommunicator, device: torch.device) -> FabricCommunicator:
+    """A communicator that moves tensors of `device`: `comm` itself, or one of the torch fabric beside it.
+
+    Collective. The caller closes what is not `comm`.
+    """
+    if device.type == "cpu" or comm.fabric != "native" or comm.meeting is None:
+        return comm
+    from paceline.comm import torch as torch_fabric
+
+    return torch_fabric.connect(comm.meeting, timeout_s=_GPU_TIMEOUT_S, device=device)
+
+
+def _problem(device: torch.device) -> str:
+    if device.type != "cpu":
+        return f"it moves CPU tensors, not {device.type} ones"
+    try:
+        from paceline.comm.native_core import engine
+
+        engine()
+    except (ConfigError, ImportError) as error:
+        return str(error)
+    return ""

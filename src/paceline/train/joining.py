@@ -1,0 +1,56 @@
+"""`paceline.init()`: join the job that this process was started for."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Sequence
+
+from paceline.comm import current
+from paceline.comm.fabric import connect
+from paceline.comm.rendezvous import meet
+from paceline.options import JobOptions
+from paceline.train import random_state
+from paceline.train.job import Job
+
+
+def init(
+    *,
+    fabric: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    seed: int | None = None,
+    log_dir: str | os.PathLike[str] | None = None,
+    log_to: Sequence[str] | str | None = None,
+    timeout_s: float = 600.0,
+    host: str | None = None,
+) -> Job:
+    """Join the job that this process was started for, or be a job of one.
+
+    Works under `paceline run`, torchrun, mpirun, srun, and alone; what the command line says wins over these
+    arguments. `fabric`: "native" (shared memory and TCP) or "torch" (a c10d group, Gloo on CPUs); by default
+    native wherever all ranks can, and torch's for models on a GPU. `checkpoint` is where SIGTERM saves and
+    where `epochs` resumes. `seed` seeds torch, NumPy and `random` (rank 0 with `seed` itself, the others differently) and the order of the data. `timeout_s` bounds
+    the wait for other ranks; `host` overrides this rank's host identity. `log_dir` is where `job.log` writes
+    (default: runs/<date>-<time>), `log_to` its formats: "jsonl,csv" by default, "tensorboard" with the extra.
+    """
+    options = JobOptions.from_environment(os.environ).with_log(log_dir, log_to)
+    virtual = current.provided()
+    if virtual is not None:
+        random_state.seed_worker(seed, virtual.rank)
+        return Job(virtual, options, seed=seed)
+    meeting = meet(secret=options.secret, host=host, timeout_s=timeout_s)
+    random_state.seed_worker(seed, meeting.rank)
+    comm = connect(meeting, options.fabric or fabric, timeout_s=timeout_s)
+    comm.min_size = options.min_workers or comm.size
+    path = options.checkpoint or (str(checkpoint) if checkpoint is not None else None)
+    job = Job(
+        comm,
+        options,
+        meeting=meeting,
+        checkpoint=path,
+        progress=progress and options.progress,
+        seed=seed,
+    )
+    atexit.register(job.close)
+    return job
