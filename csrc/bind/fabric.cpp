@@ -85,8 +85,9 @@ std::vector<Range> ranges(const Counts& counts, std::size_t element) {
 
 // nullptr when it is done already and well: the common case costs no object.
 template <class M>
-OperationPointer submit(M& m, Request&& request, double timeout_s) {
-  OperationPointer op = m.engine->submit(m.get(), std::move(request), static_cast<Nanoseconds>(timeout_s * 1e9));
+OperationPointer submit(M& m, Request&& request, double timeout_s, std::uint64_t announced = 0) {
+  const auto timeout = static_cast<Nanoseconds>(timeout_s * 1e9);
+  OperationPointer op = m.engine->submit(m.get(), std::move(request), timeout, announced);
   if (!op->is_done.load()) return op;
   if (op->failure) throw Failed(op->failure);
   return nullptr;
@@ -110,6 +111,19 @@ OperationPointer combine(M& m, int kind, std::uintptr_t source, std::uintptr_t o
   r.root = root;
   if (!counts.empty()) r.parts = ranges(counts, size_of(r.dtype));
   return submit(m, std::move(r), timeout_s);
+}
+
+// In place, of a sum or anything else. A small one is over before it pays to release the interpreter.
+OperationPointer all_reduce(Member& m, std::uintptr_t data, std::size_t numel, int dtype, int op, double timeout_s) {
+  const SmallReduce call{reinterpret_cast<std::byte*>(data), numel, static_cast<DType>(dtype),
+                         static_cast<ReduceOp>(op)};
+  Group::Quick quick;
+  if (m.group && m.group->is_alone()) quick = m.engine->quick(*m.group, call);
+  if (quick.is_done) return nullptr;
+  const nb::gil_scoped_release released;
+  Request r = basic(static_cast<int>(Kind::all_reduce), data, data, numel, dtype);
+  r.op = call.op;
+  return submit(m, std::move(r), timeout_s, quick.announced);
 }
 
 template <class M>
@@ -245,7 +259,8 @@ void bind_fabric(nb::module_& m) {
         for (const auto& [pid, fd, slot, generation, offset] : plain)
           addresses.push_back({pid, fd, {slot, generation, offset}});
         g.engine->connect(g.get(), addresses);
-      }, release());
+      }, release())
+      .def("all_reduce", &all_reduce);
   shared_methods(group);
 
   nb::class_<Plan>(m, "Plan")

@@ -170,16 +170,18 @@ struct Combination {
 Task combine(Group& group, Operation& op) {
   Combination c(group, op);
   if (c.size == 1 && c.request.source == c.request.output) co_return;
-  co_await Until([&] { return group.can_post(op.sequence); });
   const std::size_t total = c.source_bytes();
-  const bool is_eager = total <= Outbox::eager_bytes && total * static_cast<std::size_t>(c.size) <= 4 * Outbox::eager_bytes;
-  Post& post = group.prepare_post(op, eager);
-  if (is_eager) {
-    if (total > 0) std::memcpy(post.payload, c.request.source, total);
-  } else if (c.is_reachable()) {
-    post.mode = reachable;
+  const bool is_eager = Outbox::is_eager(total, c.size);
+  if (!op.is_announced) {
+    co_await Until([&] { return group.can_post(op.sequence); });
+    Post& post = group.prepare_post(op, eager);
+    if (is_eager) {
+      if (total > 0) std::memcpy(post.payload, c.request.source, total);
+    } else if (c.is_reachable()) {
+      post.mode = reachable;
+    }
+    group.publish(post.sequence, op.sequence);
   }
-  group.publish(post.sequence, op.sequence);
   if (is_eager) {
     co_await Until([&] { return c.have_all_posted(); });
     if (c.has_output && total > 0) c.combine_posts();

@@ -12,8 +12,10 @@ namespace paceline {
 namespace {
 
 constexpr std::size_t heavy_bytes = 512 << 10;  // from here on a submit leaves the work to the helper
-constexpr int submit_spins = 400;               // about as long as the peers of a small operation take
+constexpr int submit_looks = 4000;              // while something moves
 constexpr Nanoseconds look_around = 50'000'000; // how often sleepers check deadlines and the life of peers
+constexpr Nanoseconds short_nap = 60'000;       // of the helper, when there was work lately
+constexpr Nanoseconds long_nap = 500'000;       // it need not be woken from a nap shorter than this
 
 std::atomic<std::uint32_t> num_forks{0};  // between the first process with an engine and this one
 
@@ -27,7 +29,7 @@ bool Engine::is_forked_child() const { return num_forks.load(std::memory_order_r
 class Engine::Driving {
  public:
   explicit Driving(Engine& engine) : engine_(engine) {
-    if (!engine_.mutex_.try_lock()) {
+    if (!engine_.is_soon_free()) {
       engine_.num_claims_.fetch_add(1);
       engine_.wake(Control::waiter);
       engine_.mutex_.lock();
@@ -82,8 +84,9 @@ void Engine::set_ranks_on_host(int num_ranks) {
   cpu_set_t cores;
   const bool known = sched_getaffinity(0, sizeof cores, &cores) == 0;
   const bool crowded = known && num_ranks > CPU_COUNT(&cores);
-  num_spins_ = crowded ? 20 : 2000;
+  num_spins_ = crowded ? 1 : 2000;  // whoever is waited for needs the core
   num_yields_ = crowded ? 200 : 50;
+  submit_idle_ = crowded ? 40 : 400;  // about as long as the peers of a small operation take
 }
 
 std::shared_ptr<Peer> Engine::peer(int pid, int control_fd) {
@@ -98,10 +101,17 @@ void Engine::connect(Group& group, const std::vector<Address>& addresses) {
   group.connect(addresses);
 }
 
-OperationPointer Engine::submit(Session& group, Request request, Nanoseconds timeout) {
+Group::Quick Engine::quick(Group& group, const SmallReduce& call) {
+  if (is_forked_child() || is_stopping_.load() || !mutex_.try_lock()) return {};
+  const Driving lock(*this, std::adopt_lock);
+  return group.all_reduce_at_once(call, num_spins_ > 1 ? 200 : 1);
+}
+
+OperationPointer Engine::submit(Session& group, Request request, Nanoseconds timeout, std::uint64_t announced) {
   if (is_forked_child()) throw unusable("this process was forked from a rank: only the rank itself communicates");
   if (is_stopping_.load()) throw unusable("the engine was stopped");
   auto op = std::make_shared<Operation>();
+  op->sequence = announced;
   op->is_heavy = request.numel * size_of(request.dtype) >= heavy_bytes;
   op->request = std::move(request);
   op->started = now_ns();
@@ -110,14 +120,26 @@ OperationPointer Engine::submit(Session& group, Request request, Nanoseconds tim
   if (group.failure()) throw Failed(group.failure());
   if (std::find(groups_.begin(), groups_.end(), &group) == groups_.end()) groups_.push_back(&group);
   group.enqueue(op);
-  if (!op->is_heavy)
-    for (int i = 0; i < submit_spins && !op->is_done.load(std::memory_order_relaxed) && num_claims_.load() == 0; ++i)
-      if (!progress()) {
-        if (i < num_spins_) cpu_pause();
-        else sched_yield(), i += 50;
-      }
+  if (!op->is_heavy) linger(*op);
   leave();
   return op;
+}
+
+// Takes the lock if it is free or only held for a look.
+bool Engine::is_soon_free() {
+  for (int i = 0; i < 100; ++i, cpu_pause())
+    if (mutex_.try_lock()) return true;
+  return false;
+}
+
+// Drives for a moment: most small operations are over before anybody could take them over.
+void Engine::linger(Operation& op) {
+  for (int idle = 0, looks = 0; idle < submit_idle_ && looks < submit_looks; ++looks) {
+    if (op.is_done.load(std::memory_order_relaxed) || num_claims_.load() > 0) return;
+    if (progress()) idle = 0;
+    else if (++idle < num_spins_) cpu_pause();
+    else sched_yield();
+  }
 }
 
 bool Engine::progress() {
@@ -148,17 +170,13 @@ void Engine::completed(Operation& op) {
   }
 }
 
-// The driver goes: what is still pending is for the helper, once a peer rings.
+// The driver goes: what is still pending is for the helper. It looks by itself soon after there was work, so
+// that a caller who waits at once pays for no hand-over.
 void Engine::leave() {
-  Control& control = arena_.control();
   std::erase_if(groups_, [](Session* g) { return !g->has_pending(); });
-  if (!has_pending()) return control.armed.store(Control::nobody);
+  if (!has_pending()) return arena_.control().armed.store(Control::nobody);
   start_helper();
-  control.armed.store(Control::helper);
-  // Whoever published before it saw the bell armed has not rung.
-  bool is_heavy = false;
-  for (Session* g : groups_) is_heavy |= g->is_heavy();
-  if (is_heavy || has_network_.load() || progress()) wake(Control::helper);
+  if (is_dozing_.exchange(false)) wake(Control::helper);
 }
 
 bool Engine::wait(Operation& op, Nanoseconds timeout) {
@@ -166,7 +184,7 @@ bool Engine::wait(Operation& op, Nanoseconds timeout) {
   if (is_forked_child()) throw unusable("this process was forked from a rank: only the rank itself communicates");
   const Nanoseconds until = timeout < 0 ? INT64_MAX : now_ns() + timeout;
   while (!op.is_done.load()) {
-    if (mutex_.try_lock()) {
+    if (is_soon_free()) {
       const Driving lock(*this, std::adopt_lock);
       drive(op, until);
       leave();
@@ -246,13 +264,14 @@ void Engine::start_helper() {
 void Engine::help() {
   Control& control = arena_.control();
   std::atomic<std::uint32_t>& bell = control.bells[Control::helper];
+  Nanoseconds pause = short_nap;  // grows while there is nothing to do
   while (!is_stopping_.load()) {
     const std::uint32_t heard = bell.load();
     std::vector<int> network;  // none while somebody else drives
-    Nanoseconds rest = look_around;
+    Nanoseconds rest = pause;
     if (mutex_.try_lock()) {
-      network = network_fds();
       const Driving lock(*this, std::adopt_lock);
+      network = network_fds();
       for (int idle = 0; has_pending() && idle < 20 && num_claims_.load() == 0 && num_blocked_.load() == 0;)
         if (progress()) idle = 0;
         else ++idle, sched_yield();
@@ -260,12 +279,24 @@ void Engine::help() {
         control.armed.store(Control::helper);
         if (progress()) continue;
         check();
-        rest = nap(rest);
+        rest = nap(look_around);
+        pause = short_nap;
       } else {
         progress();  // connections are made even while nothing is to be sent
       }
+      is_dozing_.store(rest > long_nap);
+    } else if (rest > long_nap) {
+      is_dozing_.store(true);
+      if (mutex_.try_lock()) {  // the driver left before it could see that
+        is_dozing_.store(false);
+        const Driving lock(*this, std::adopt_lock);
+        continue;
+      }
     }
+    const bool dozes = rest > long_nap;
     sleep(Control::helper, heard, rest, network);
+    const bool was_woken = dozes && !is_dozing_.exchange(false);
+    pause = was_woken ? short_nap : std::min(2 * pause, look_around);
   }
 }
 

@@ -32,7 +32,10 @@ class Engine {
 
   // Starts an operation and spins for it a few microseconds. The pointers of `request` must stay valid until the
   // operation is done. Throws Failed if the group has failed before.
-  OperationPointer submit(Session& group, Request request, Nanoseconds timeout);
+  // `announced`: the sequence number under which quick() has announced it already, or 0.
+  OperationPointer submit(Session& group, Request request, Nanoseconds timeout, std::uint64_t announced = 0);
+  // Tries a small all_reduce without all that; what it leaves undone is to be submitted.
+  Group::Quick quick(Group& group, const SmallReduce& call);
   // Drives until `op` is done; false if `timeout` (negative: none) passes first.
   bool wait(Operation& op, Nanoseconds timeout);
   // Whether it is done, after one look.
@@ -67,6 +70,8 @@ class Engine {
   bool has_pending() const;
   void drive(Operation& op, Nanoseconds until);
   void leave();
+  bool is_soon_free();
+  void linger(Operation& op);
   void help();
   void sweep();
   void start_helper();
@@ -92,6 +97,8 @@ class Engine {
   std::uint32_t born_after_ = 0;  // forks before this engine was made
   int num_spins_ = 2000;
   int num_yields_ = 50;
+  int submit_idle_ = 400;
+  std::atomic<bool> is_dozing_{false};  // the helper: it must be woken to notice work
 };
 
 }  // namespace paceline

@@ -32,6 +32,15 @@ class Group final : public Session {
   void leave();
   bool can_free() const;  // nobody looks at the outbox any more
 
+  // All ranks are processes: a caller that spins does not keep another rank from coming.
+  bool is_alone() const { return is_alone_; }
+  struct Quick {
+    bool is_done = false;
+    std::uint64_t announced = 0;  // else the sequence number that peers see it under, or 0: not begun
+  };
+  // A small all_reduce if nothing is queued and the peers come within `looks`; else begun at most.
+  Quick all_reduce_at_once(const SmallReduce& call, int looks);
+
   // For the operations.
   const Outbox& own() const { return own_; }
   const Outbox& outbox(int r) const { return outboxes_[static_cast<std::size_t>(r)]; }
@@ -62,6 +71,7 @@ class Group final : public Session {
   std::vector<std::uint64_t> known_done_;
   Pipes pipes_;
   bool has_left_ = false;
+  bool is_alone_ = false;
   bool is_connected_ = false;
 
   friend class Pipes;

@@ -45,11 +45,20 @@ struct Request {
   std::shared_ptr<const Plan> plan;  // over the network: the program that this rank runs
 };
 
+// What an all_reduce is about, when it is small enough to be done at once.
+struct SmallReduce {
+  std::byte* data;
+  std::size_t numel;
+  DType dtype;
+  ReduceOp op;
+};
+
 struct Operation {
   Request request;
   std::uint64_t sequence = 0;
   Nanoseconds deadline = 0;
   Nanoseconds started = 0;
+  bool is_announced = false;  // peers have seen it before it was queued
   bool is_heavy = false;  // enough to move that a submit should not do it
   Task task;
   int waiting_for = -1;  // the rank whose move is missing

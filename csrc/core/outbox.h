@@ -30,6 +30,10 @@ class Outbox {
  public:
   static constexpr int num_posts = 4;
   static constexpr std::size_t eager_bytes = 32 << 10;
+  // Whether reductions of this size travel in the posts: every rank reads all of them.
+  static constexpr bool is_eager(std::size_t num_bytes, int num_ranks) {
+    return num_bytes <= eager_bytes && num_bytes * static_cast<std::size_t>(num_ranks) <= 4 * eager_bytes;
+  }
   static constexpr int num_stages = 4;
   static constexpr std::size_t stage_bytes = 256 << 10;
   static constexpr std::size_t pipe_bytes = 64 << 10;

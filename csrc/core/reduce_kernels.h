@@ -115,6 +115,9 @@ template <class T, class F, bool is_mean>
 void run(void* const* dst, int num_dst, const void* const* src, int num_src, Size numel, int divisor) {
   using A = typename Accumulate<T>::type;
   constexpr bool is_half = sizeof(A) != sizeof(T);
+  if constexpr (!is_half && !is_mean)
+    if (num_src == 2 && num_dst == 1)
+      return combine<F>(static_cast<T*>(dst[0]), static_cast<const T*>(src[0]), static_cast<const T*>(src[1]), numel);
   alignas(64) A acc[block_numel];
   alignas(64) A loaded[is_half ? block_numel : 1];
   for (Size at = 0; at < numel; at += block_numel) {

@@ -22,7 +22,8 @@ std::string Session::describe(const Operation& op) const {
 void Session::enqueue(const OperationPointer& op) {
   const Kind kind = op->request.kind;
   if (kind == Kind::send || kind == Kind::receive) return enqueue_message(op);
-  op->sequence = next_sequence_++;
+  op->is_announced = op->sequence != 0;
+  if (!op->is_announced) op->sequence = next_sequence_++;
   queue_.push_back(op);
   if (queue_.size() == 1) {
     op->task = start(*op);

@@ -57,9 +57,10 @@ class Session {
   std::deque<OperationPointer> queue_;
   Failure failure_;
 
+  std::uint64_t next_sequence_ = 1;
+
  private:
   void finish(const OperationPointer& op, Failure failure);
-  std::uint64_t next_sequence_ = 1;
 };
 
 }  // namespace paceline
