@@ -43,6 +43,9 @@ def rank_main(rank, size, path, network, blocks):
             "private": lambda t=private: comm.all_reduce(t).wait(),
             "allocated": lambda t=allocated: comm.all_reduce(t).wait(),
         }
+        if num_bytes <= 32 << 10:
+            tensors = [torch.zeros(num_bytes // 4) for _ in range(8)]
+            calls["8 in flight"] = lambda t=tensors: [w.wait() for w in [comm.all_reduce(x) for x in t]]
         times = {name: [] for name in calls}
         for _ in range(blocks):
             for name, call in calls.items():

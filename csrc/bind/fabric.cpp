@@ -228,6 +228,7 @@ void bind_fabric(nb::module_& m) {
   m.def("is_reducible", [](int dtype, int op) {
     return is_reducible(static_cast<DType>(dtype), static_cast<ReduceOp>(op));
   }, "Whether the operator has a meaning for the dtype.");
+  m.attr("EAGER_BYTES") = Outbox::eager_bytes;
   m.def("reduce_isa", &reduce_isa, "Instruction set of the reduction kernels.");
 
   nb::class_<Operation>(m, "Operation")

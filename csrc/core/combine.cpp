@@ -1,6 +1,6 @@
 // all_reduce, reduce, reduce_scatter over shared memory.
 //
-// eager   small: everybody's data travels in its post; each rank reduces what it needs.            1 step
+// eager   small: everybody's data travels in its post, or beside it in the ring; each rank reduces what it needs.            1 step
 // direct  all buffers lie in shared memory: rank r reads part r of all sources and writes the result where it
 //         belongs, in peers' memory as well.                                                       2 steps, no copy
 // staged  private buffers: slices go through cache-sized stages; the reduction of one slice overlaps the copies of
@@ -71,7 +71,7 @@ struct Combination {
   void combine_posts() {
     const bool is_scatter = request.kind == Kind::reduce_scatter;
     const std::size_t offset = is_scatter ? part(rank).offset : 0;
-    for (int r = 0; r < size; ++r) from.push_back(group.outbox(r).post(op.sequence).payload + offset);
+    for (int r = 0; r < size; ++r) from.push_back(group.filled(r, op.sequence) + offset);
     from[static_cast<std::size_t>(rank)] = request.source + offset;
     to = {request.output};
     run(output_bytes());
@@ -88,7 +88,7 @@ struct Combination {
   }
   bool is_everybody_reachable() const {
     for (int r = 0; r < size; ++r)
-      if (group.outbox(r).post(op.sequence).mode != reachable) return false;
+      if ((group.outbox(r).post(op.sequence).mode & 0xffff) != reachable) return false;
     return true;
   }
   void open_buffers() {
@@ -121,7 +121,7 @@ struct Combination {
     return {start, std::min(piece_bytes(), part(p).num_bytes - start)};
   }
   std::byte* stage(int r, std::uint64_t k, int p) const {
-    return group.outbox(r).stage(k) + static_cast<std::size_t>(p) * piece_bytes();
+    return group.stage(op, r, k) + static_cast<std::size_t>(p) * piece_bytes();
   }
   void copy_in(std::uint64_t k) {
     for (int i = 1; i < size; ++i) {
@@ -174,11 +174,12 @@ Task combine(Group& group, Operation& op) {
   const bool is_eager = Outbox::is_eager(total, c.size);
   if (!op.is_announced) {
     co_await Until([&] { return group.can_post(op.sequence); });
+    if (is_eager) co_await Until([&] { return group.is_ring_free(op, false); });
     Post& post = group.prepare_post(op, eager);
     if (is_eager) {
-      if (total > 0) std::memcpy(post.payload, c.request.source, total);
-    } else if (c.is_reachable()) {
-      post.mode = reachable;
+      group.fill(post, op.sequence, c.request.source, total);
+    } else {
+      post.mode = group.first_stage() << 16 | (c.is_reachable() ? reachable : eager);
     }
     group.publish(post.sequence, op.sequence);
   }
@@ -201,10 +202,11 @@ Task combine(Group& group, Operation& op) {
     co_return;
   }
 
-  co_await Until([&] { return group.is_stage_free(op); });
-  group.last_staged = op.sequence;
+  co_await Until([&] { return group.is_ring_free(op, true); });
   const std::uint64_t slices = c.num_slices();
+  group.take_stages(op, slices);
   for (std::uint64_t k = 0; k < slices + 2; ++k) {
+    if (k > 0 && op.is_heavy) co_await Pause();  // something urgent may overtake
     if (k < slices) {
       if (k >= Outbox::num_stages)
         co_await Until([&] { return c.have_all(&Outbox::consumed, k + 1 - Outbox::num_stages); });

@@ -65,7 +65,7 @@ struct Exchange {
       post.source = group.engine().arena().locate(request.source, source_end());
       mode = post.source.is_shared() ? direct : staged;
     }
-    post.mode = mode | (same ? 8u : 0u);
+    post.mode = mode | (same ? 8u : 0u) | group.first_stage() << 16;
     // The table says what is there for each receiver: in the payload, in the source, or in all slices together.
     std::size_t at = table_bytes();
     for (int p = 0; p < (same ? 1 : size); ++p) {
@@ -104,8 +104,8 @@ struct Exchange {
     if (k >= slices_to_send) return false;
     const bool same = request.is_same_for_all;
     if (k == 0) {
-      if (!group.is_stage_free(op)) return false;
-      group.last_staged = op.sequence;
+      if (!group.is_ring_free(op, true)) return false;
+      group.take_stages(op, slices_to_send);
     }
     for (int p = 0; p < size && k >= Outbox::num_stages; ++p) {
       const std::uint64_t previous = k - Outbox::num_stages;
@@ -118,7 +118,7 @@ struct Exchange {
     for (int p = 0; p < size; ++p) {
       if (!sends_to(p)) continue;
       const Range range = piece(to(p), k, same);
-      std::byte* room = group.own().stage(k) + (same ? 0 : static_cast<std::size_t>(p) * piece_bytes(false));
+      std::byte* room = group.stage(op, rank, k) + (same ? 0 : static_cast<std::size_t>(p) * piece_bytes(false));
       std::memcpy(room, request.source + range.offset, range.num_bytes);
       if (same) break;
     }
@@ -158,7 +158,7 @@ struct Exchange {
         }
         const Range range = piece({0, mine.num_bytes}, k, same);
         const std::byte* room =
-            group.outbox(p).stage(k) + (same ? 0 : static_cast<std::size_t>(rank) * piece_bytes(false));
+            group.stage(op, p, k) + (same ? 0 : static_cast<std::size_t>(rank) * piece_bytes(false));
         std::memcpy(output + range.offset, room, range.num_bytes);
         group.publish(group.own().taken(p), mark(op.sequence, ++k));
         if (k < num_slices(mine.num_bytes, same)) return true;

@@ -132,14 +132,32 @@ bool Group::can_post(std::uint64_t sequence) {
   return true;
 }
 
-// The stages are free once everybody has finished the operation that used them last.
-bool Group::is_stage_free(Operation& op) {
+bool Group::is_ring_free(Operation& op, bool is_whole) {
+  const std::uint64_t last = is_whole ? std::max(last_staged_, last_filled_) : last_staged_;
   for (int r = 0; r < size_; ++r)
-    if (r != rank_ && !is_done(r, last_staged)) {
+    if (r != rank_ && !is_done(r, last)) {
       op.waiting_for = r;
       return false;
     }
   return true;
+}
+
+void Group::take_stages(const Operation& op, std::uint64_t slices) {
+  last_staged_ = op.sequence;
+  ring_at_ = (first_stage() + slices) % Outbox::num_stages * Outbox::stage_bytes;
+}
+
+void Group::fill(Post& post, std::uint64_t sequence, const std::byte* data, std::size_t num_bytes) {
+  post.source.offset = 0;
+  std::byte* room = post.payload;
+  if (num_bytes > Outbox::inline_bytes) {
+    if (ring_at_ + num_bytes > Outbox::ring_bytes) ring_at_ = 0;
+    room = own_.ring(ring_at_);
+    post.source.offset = ring_at_ + 1;
+    ring_at_ += (num_bytes + 63) / 64 * 64;
+    last_filled_ = sequence;
+  }
+  if (num_bytes > 0) std::memcpy(room, data, num_bytes);
 }
 
 Group::Quick Group::all_reduce_at_once(const SmallReduce& call, int looks) {
@@ -149,24 +167,26 @@ Group::Quick Group::all_reduce_at_once(const SmallReduce& call, int looks) {
   if (!queue_.empty() || failure_ || size_ < 2 || size_ > most || num_bytes == 0 ||
       !Outbox::is_eager(num_bytes, size_))
     return {};
-  for (int r = 0; r < size_ && sequence > Outbox::num_posts; ++r)
-    if (r != rank_ && !is_done(r, sequence - Outbox::num_posts)) return {};
+  const std::uint64_t last = sequence > Outbox::num_posts ? sequence - Outbox::num_posts : 0;
+  const std::uint64_t before = std::max(last, last_staged_);
+  for (int r = 0; r < size_; ++r)
+    if (r != rank_ && !is_done(r, before)) return {};
   ++next_sequence_;
   Post& post = own_.post(sequence);
   post.what = signature(Kind::all_reduce, call.dtype, call.op, 0);
   post.mode = 0;
   post.numel = call.numel;
-  std::memcpy(post.payload, call.data, num_bytes);
+  fill(post, sequence, call.data, num_bytes);
   publish(post.sequence, sequence);
   const void* sources[most];
   for (int r = 0, left = looks; r < size_; ++r) {
     const Post& theirs = outbox(r).post(sequence);
-    sources[r] = r == rank_ ? call.data : theirs.payload;
     while (theirs.sequence.load() != sequence) {
       if (left-- <= 0) return {false, sequence};
       cpu_pause();
     }
     if (theirs.what != post.what || theirs.numel != post.numel) return {false, sequence};
+    sources[r] = r == rank_ ? call.data : filled(r, sequence);
     std::uint64_t& known = known_done_[static_cast<std::size_t>(r)];
     known = std::max(known, sequence - 1);
   }

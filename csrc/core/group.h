@@ -52,8 +52,21 @@ class Group final : public Session {
   // Whether `r` has announced operation `op`; throws Failed(mismatch) if it called something else.
   bool has_posted(Operation& op, int r);
   bool is_done(int r, std::uint64_t sequence);
-  bool is_stage_free(Operation& op);
-  std::uint64_t last_staged = 0;  // the last operation that used the stages
+  // Whether everybody has finished the operations that used stages of the ring, and, for stages, small ones too.
+  bool is_ring_free(Operation& op, bool is_whole);
+  // The stage that the next operation which takes some begins with; to be told in its post.
+  std::uint32_t first_stage() const { return static_cast<std::uint32_t>(ring_at_ / Outbox::stage_bytes); }
+  void take_stages(const Operation& op, std::uint64_t slices);
+  // The stage in which rank `r` keeps slice `k` of the operation.
+  std::byte* stage(const Operation& op, int r, std::uint64_t k) const {
+    return outbox(r).stage((outbox(r).post(op.sequence).mode >> 16) + k);
+  }
+  // Puts the data of a small reduction where the peers find it by the post.
+  void fill(Post& post, std::uint64_t sequence, const std::byte* data, std::size_t num_bytes);
+  const std::byte* filled(int r, std::uint64_t sequence) const {
+    const Post& post = outbox(r).post(sequence);
+    return post.source.offset == 0 ? post.payload : outbox(r).ring(post.source.offset - 1);
+  }
 
  private:
   Task start(Operation& op) override;
@@ -70,6 +83,9 @@ class Group final : public Session {
   std::vector<std::shared_ptr<Peer>> peers_;
   std::vector<std::uint64_t> known_done_;
   Pipes pipes_;
+  std::uint64_t last_staged_ = 0;  // the last operation that used whole stages
+  std::uint64_t last_filled_ = 0;  // the last small one in the ring; those before the last few are over
+  std::uint64_t ring_at_ = 0;      // where the next one begins
   bool has_left_ = false;
   bool is_alone_ = false;
   bool is_connected_ = false;

@@ -15,7 +15,7 @@ namespace paceline {
 struct Post {
   std::atomic<std::uint64_t> sequence;
   std::uint32_t what;  // signature of the call: operation, dtype, operator, root
-  std::uint32_t mode;  // how the data travels: see ops_exchange.cpp
+  std::uint32_t mode;  // how the data travels: see combine.cpp and exchange.cpp; from bit 16 on: the first stage
   std::uint64_t numel;
   Location source;
   Location output;
@@ -34,8 +34,13 @@ class Outbox {
   static constexpr bool is_eager(std::size_t num_bytes, int num_ranks) {
     return num_bytes <= eager_bytes && num_bytes * static_cast<std::size_t>(num_ranks) <= 4 * eager_bytes;
   }
-  static constexpr int num_stages = 4;
+  // Reductions up to here travel in the post itself, larger ones in the ring.
+  static constexpr std::size_t inline_bytes = 1 << 10;
+  // Writing to lines that a peer still has in its cache costs four times as much as reading what it wrote: the
+  // ring of stages is larger than a core's cache, so that they have left it when they are used again.
+  static constexpr int num_stages = 16;
   static constexpr std::size_t stage_bytes = 256 << 10;
+  static constexpr std::size_t ring_bytes = num_stages * stage_bytes;
   static constexpr std::size_t pipe_bytes = 64 << 10;
 
   Outbox() = default;
@@ -58,9 +63,8 @@ class Outbox {
   Post& post(std::uint64_t sequence) const {
     return *reinterpret_cast<Post*>(base_ + posts_offset() + (sequence % num_posts) * post_stride);
   }
-  std::byte* stage(std::uint64_t slice) const {
-    return base_ + stages_offset() + (slice % num_stages) * stage_bytes;
-  }
+  std::byte* stage(std::uint64_t slice) const { return ring(slice % num_stages * stage_bytes); }
+  std::byte* ring(std::uint64_t offset) const { return base_ + stages_offset() + offset; }
   std::byte* pipe(int peer) const { return base_ + pipes_offset() + static_cast<std::size_t>(peer) * pipe_bytes; }
   std::byte* base() const { return base_; }
 
@@ -72,7 +76,7 @@ class Outbox {
     return (static_cast<std::size_t>(5 + 4 * num_ranks_) * 64 + 4095) / 4096 * 4096;
   }
   std::size_t stages_offset() const { return posts_offset() + num_posts * post_stride; }
-  std::size_t pipes_offset() const { return stages_offset() + num_stages * stage_bytes; }
+  std::size_t pipes_offset() const { return stages_offset() + ring_bytes; }
 
   std::byte* base_ = nullptr;
   int num_ranks_ = 0;

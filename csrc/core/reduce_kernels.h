@@ -111,13 +111,22 @@ template <class F, class A> inline void combine(A* out, const A* a, const A* b, 
   for (Size i = 0; i < n; ++i) out[i] = F::of(a[i], b[i]);
 }
 
+// Two sources, two destinations that may be the sources: one pass, without the block in between.
+template <class F, class A> inline void combine_twice(A* first, A* second, const A* a, const A* b, Size n) {
+#pragma GCC ivdep
+  for (Size i = 0; i < n; ++i) first[i] = second[i] = F::of(a[i], b[i]);
+}
+
 template <class T, class F, bool is_mean>
 void run(void* const* dst, int num_dst, const void* const* src, int num_src, Size numel, int divisor) {
   using A = typename Accumulate<T>::type;
   constexpr bool is_half = sizeof(A) != sizeof(T);
   if constexpr (!is_half && !is_mean)
-    if (num_src == 2 && num_dst == 1)
-      return combine<F>(static_cast<T*>(dst[0]), static_cast<const T*>(src[0]), static_cast<const T*>(src[1]), numel);
+    if (num_src == 2 && num_dst <= 2 && num_dst > 0) {
+      const T *a = static_cast<const T*>(src[0]), *b = static_cast<const T*>(src[1]);
+      T *first = static_cast<T*>(dst[0]), *second = static_cast<T*>(dst[num_dst - 1]);
+      return num_dst == 1 ? combine<F>(first, a, b, numel) : combine_twice<F>(first, second, a, b, numel);
+    }
   alignas(64) A acc[block_numel];
   alignas(64) A loaded[is_half ? block_numel : 1];
   for (Size at = 0; at < numel; at += block_numel) {

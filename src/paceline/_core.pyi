@@ -35,6 +35,10 @@ def reduce(
     dtype: int, op: int, to: Sequence[int], source: Sequence[int], numel: int, divisor: int, /
 ) -> None: ...
 def is_reducible(dtype: int, op: int, /) -> bool: ...
+
+EAGER_BYTES: int
+"""Up to here data travels with the announcement of an operation through shared memory."""
+
 def reduce_isa() -> str: ...
 
 class Operation:

@@ -207,6 +207,10 @@ def test_a_forked_child_can_be_a_rank():
 
 
 def churn_body(comm, rounds):
+    def resident_bytes():
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
     def state():
         return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
@@ -215,6 +219,7 @@ def churn_body(comm, rounds):
         if i == 10:
             before = state()
             segments = core.num_segments
+            used, resident = core.allocated_bytes, resident_bytes()
         c = comm.split(list(range(comm.size)))
         t = c.allocate(1000, torch.float32)
         c.all_reduce(t).wait()
@@ -224,11 +229,15 @@ def churn_body(comm, rounds):
     time.sleep(0.1)
     assert core.num_closing_groups() <= 2
     assert core.num_segments == segments
+    assert core.allocated_bytes <= used + (16 << 20)  # groups that a peer has not let go of yet
+    assert resident_bytes() < resident + (32 << 20)
     assert state()[0] <= before[0] + 1 and state()[1] <= before[1] + 1, (before, state())
 
 
-def test_communicators_leave_nothing():
-    run(2, churn_body, 250)
+@pytest.mark.parametrize("rounds", [100, pytest.param(1000, marks=SLOW)])
+@FABRICS
+def test_communicators_leave_nothing(rounds, network):
+    run(2, churn_body, rounds, network=network)
 
 
 def victim_body(comm, operation, deadline_s, how):

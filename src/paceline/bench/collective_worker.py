@@ -80,14 +80,10 @@ class Paceline:
             "barrier": lambda: c.barrier().wait(),
             "copy": lambda: other.copy_(whole),
         }
-        return calls[operation], self._algorithm(operation, num_bytes)
-
-    def _algorithm(self, operation: str, num_bytes: int) -> str:
-        if self.fabric == "tcp":
-            from paceline.comm.native_network import algorithm_for
-
-            return algorithm_for(operation, num_bytes, self.size) if operation != "copy" else ""
-        return "shared memory"
+        algorithm = ""
+        if operation != "copy":
+            algorithm = self.comm.explain(operation, num_bytes, buffers=buffers).algorithm
+        return calls[operation], algorithm
 
 
 class Gloo:

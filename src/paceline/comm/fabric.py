@@ -65,9 +65,13 @@ def connect(
         from paceline.comm import torch as torch_fabric
 
         return torch_fabric.connect(meeting, timeout_s=timeout_s, device=device)
-    from paceline.comm import native
+    from paceline.comm import native, select
+    from paceline.comm.native_network import NetworkCommunicator
 
-    return native.connect(meeting, timeout_s=timeout_s, device=device)
+    comm = native.connect(meeting, timeout_s=timeout_s, device=device)
+    if isinstance(comm, NetworkCommunicator) and len(set(meeting.hosts)) > 1:
+        select.adopt(comm)
+    return comm
 
 
 def for_device(comm: FabricCommunicator, device: torch.device) -> FabricCommunicator:

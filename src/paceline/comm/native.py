@@ -9,15 +9,18 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
 from paceline import _core
+from paceline.comm.native_choice import ChoosingCommunicator
 from paceline.comm.native_codes import LAYOUTS, OP_CODES, REDUCIBLE
-from paceline.comm.native_core import CoreCommunicator, engine
+from paceline.comm.native_core import engine
 from paceline.comm.native_network import NetworkCommunicator, connect_hosts
 from paceline.comm.native_work import DONE
 from paceline.comm.rendezvous import Meeting
+from paceline.comm.select import Choice, check_operation
 from paceline.errors import CommError, ConfigError
 from paceline.types import Rank, ReduceOp, Work
 
@@ -48,7 +51,7 @@ def connect(
         group.close()
         return _without_shared_memory(meeting, refusals, timeout_s)
     comm = NativeCommunicator(meeting.rank, meeting.hosts, group, timeout_s=timeout_s)
-    comm.meeting = meeting
+    comm.meeting = comm._home = meeting
     comm.ledger.wire_bytes = 0  # nothing leaves the host
     comm.barrier().wait()  # nobody depends on the store any more
     return comm
@@ -67,13 +70,59 @@ def _without_shared_memory(meeting: Meeting, refusals: list[str], timeout_s: flo
     return connect_hosts(apart, timeout_s=timeout_s)
 
 
-class NativeCommunicator(CoreCommunicator):
+def _join(meeting: Meeting, timeout_s: float) -> NativeCommunicator:
+    """A communicator of the meeting's ranks, through its store alone."""
+    group = _core.Group(engine(), meeting.rank, meeting.size)
+    addresses = meeting.exchange("native", group.address, timeout_s=timeout_s)
+    group.connect([tuple(address) for address in addresses])
+    comm = NativeCommunicator(meeting.rank, meeting.hosts, group, timeout_s=timeout_s)
+    comm._home = meeting
+    return comm
+
+
+def _protocol(operation: str, num_bytes: int, size: int, buffers: str) -> tuple[str, str, str | None]:
+    """Name, reason and runner-up; csrc/core/combine.cpp and exchange.cpp decide alike."""
+    reduces = operation in ("all_reduce", "reduce", "reduce_scatter")
+    limit = min(_core.EAGER_BYTES, 4 * _core.EAGER_BYTES // size) if reduces else _core.EAGER_BYTES
+    if operation == "barrier" or num_bytes <= limit:
+        return "eager", f"up to {limit} bytes the data travels with the announcement, in one step", "staged"
+    if buffers == "allocated":
+        return "zero-copy", "the buffers lie in shared memory: peers read and write them in place", "staged"
+    return (
+        "staged",
+        "the buffers are private: slices go through stages of the size of a cache",
+        "zero-copy (with buffers from comm.allocate)",
+    )
+
+
+class NativeCommunicator(ChoosingCommunicator):
     """A communicator over one shared-memory group."""
 
     def __init__(self, rank: Rank, hosts: Sequence[str], group: _core.Group, *, timeout_s: float) -> None:
         super().__init__(rank, hosts, group, timeout_s=timeout_s)
         self._group = group
         self._reduce_now = group.all_reduce
+        self._home: Meeting | None = None  # where exactly these ranks can meet again
+        self._num_parts = 0
+
+    def explain(self, operation: str, num_bytes: int, *, buffers: str = "private") -> Choice:
+        """Which protocol `operation` gets for a buffer of `num_bytes`, why, and the runner-up."""
+        check_operation(operation)
+        if buffers not in ("private", "allocated"):
+            raise ConfigError(f"explain: buffers={buffers!r}: 'private' or 'allocated' expected")
+        name, reason, other = _protocol(operation, num_bytes, self.size, buffers)
+        return Choice(operation, num_bytes, name, reason, other)
+
+    def using(self, algorithm: str) -> NoReturn:
+        """Refused: here the protocol follows from the size and the buffers."""
+        raise ConfigError(
+            f"{self._who()}: algorithm={algorithm!r}: over shared memory the protocol follows from the size"
+            " and the buffers (see explain); algorithms can be chosen between hosts"
+        )
+
+    def _open_urgent_lane(self) -> NativeCommunicator:
+        assert self._home is not None
+        return _join(self._home.part("urgent", range(self.size)), self.timeout_s)
 
     def tolerate_loss(self) -> None:
         """From now on collectives go on among the living, if `min_size` allows losses. All ranks call it."""
@@ -83,12 +132,25 @@ class NativeCommunicator(CoreCommunicator):
 
     # Operations
 
-    def all_reduce(self, tensor: torch.Tensor, *, op: ReduceOp = ReduceOp.SUM) -> Work:
+    def all_reduce(
+        self,
+        tensor: torch.Tensor,
+        *,
+        op: ReduceOp = ReduceOp.SUM,
+        algorithm: str | None = None,
+        priority: int = 0,
+    ) -> Work:
         """Replace `tensor` on every rank by the reduction over ranks."""
         # The checks of the base class again, in one place: a small all_reduce takes a microsecond.
         layout = LAYOUTS.get(tensor.dtype)
-        if layout is None or self.unusable is not None or not (tensor.is_contiguous() and tensor.is_cpu):
-            return super().all_reduce(tensor, op=op)
+        if (
+            layout is None
+            or self.unusable is not None
+            or not (tensor.is_contiguous() and tensor.is_cpu)
+            or priority
+            or algorithm is not None
+        ):
+            return super().all_reduce(tensor, op=op, algorithm=algorithm, priority=priority)
         code, item = layout
         operator = 0
         if op is not ReduceOp.SUM:
@@ -109,6 +171,7 @@ class NativeCommunicator(CoreCommunicator):
 
     def _split(self, ranks: list[Rank]) -> NativeCommunicator | None:
         group = None
+        self._num_parts += 1
         mine = torch.zeros(5, dtype=torch.int64)
         if self.rank in ranks:
             group = _core.Group(engine(), ranks.index(self.rank), len(ranks))
@@ -119,6 +182,8 @@ class NativeCommunicator(CoreCommunicator):
             return None
         rows = everyone.view(self.size, 5).tolist()
         group.connect([tuple(rows[r]) for r in ranks])
-        return NativeCommunicator(
-            ranks.index(self.rank), [self.hosts[r] for r in ranks], group, timeout_s=self.timeout_s
-        )
+        place = ranks.index(self.rank)
+        part = NativeCommunicator(place, [self.hosts[r] for r in ranks], group, timeout_s=self.timeout_s)
+        if self._home is not None:
+            part._home = self._home.part(f"{self._num_parts}", ranks)
+        return part

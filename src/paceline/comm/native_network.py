@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from paceline import _core
+from paceline import _core, collectives
+from paceline.comm.native_choice import ChoosingCommunicator, replaced
 from paceline.comm.native_codes import OP_CODES, Kind
-from paceline.comm.native_core import CoreCommunicator, engine
+from paceline.comm.native_core import engine
 from paceline.comm.native_plan import plan
 from paceline.comm.native_work import DONE
 from paceline.comm.rendezvous import Meeting
-from paceline.errors import CommError, Timeout
+from paceline.comm.select import DIRECT, Choice, Table, check_operation
+from paceline.errors import CommError, ConfigError, Timeout
 from paceline.types import Rank, ReduceOp, Work
 
 _FEW_RANKS = 16
@@ -69,7 +73,7 @@ def _read(meeting: Meeting, key: str, rank: Rank, timeout_s: float) -> str:
     return str(meeting.store.get(key).decode())
 
 
-class NetworkCommunicator(CoreCommunicator):
+class NetworkCommunicator(ChoosingCommunicator):
     """A communicator over TCP; `world_ranks[r]` is rank r's number on the network."""
 
     def __init__(
@@ -84,14 +88,66 @@ class NetworkCommunicator(CoreCommunicator):
     ) -> None:
         # ids[0] numbers the groups of this process on this network; members of a group agree on its number.
         self._is_world = ids[0] == 0
+        self._id = ids[0]
         self._ids = ids
         self._group = _core.NetworkGroup(network, ids[0], rank, world_ranks)
         ids[0] += 1
         super().__init__(rank, hosts, self._group, timeout_s=timeout_s)
         self._network = network
         self._world_ranks = world_ranks
-        self.algorithm_for: Callable[[str, int, int], str] = algorithm_for
+        self.selection = Table()
+        """Measured choices; empty: the rule of `algorithm_for`. The same on all ranks."""
+        self.algorithm_for: Callable[[str, int, int], str] = self._select
         """Chooses an algorithm for (operation, bytes, ranks); the same on all ranks."""
+
+    def _select(self, operation: str, num_bytes: int, num_ranks: int) -> str:
+        choice = self.selection.find(operation, num_bytes) if self.selection.choices else None
+        return algorithm_for(operation, num_bytes, num_ranks) if choice is None else choice.algorithm
+
+    def explain(self, operation: str, num_bytes: int, *, buffers: str = "private") -> Choice:
+        """Which algorithm `operation` gets for a buffer of `num_bytes`, why, and the runner-up."""
+        check_operation(operation)
+        choice = self.selection.find(operation, num_bytes)
+        if choice is not None:
+            reason = choice.reason
+            if choice.num_bytes != num_bytes:
+                reason += f" (at {choice.num_bytes} bytes, the nearest size measured)"
+            return dataclasses.replace(choice, num_bytes=num_bytes, reason=reason)
+        name = algorithm_for(operation, num_bytes, self.size)
+        why = f"up to {_FEW_RANKS} ranks everybody talks to everybody at once, in one or two steps"
+        if name != DIRECT:
+            why = f"more than {_FEW_RANKS} ranks: few connections, at {num_bytes} bytes"
+        other = "ring" if name == DIRECT else DIRECT
+        return Choice(operation, num_bytes, name, f"{why}; nothing was measured on this cluster", other)
+
+    @contextlib.contextmanager
+    def using(self, algorithm: str) -> Iterator[None]:
+        """Operations inside run `algorithm`; the same on all ranks. ConfigError for one that is unknown."""
+        if algorithm != DIRECT:
+            collectives.find(algorithm.partition(":")[0])
+
+        def fixed(operation: str, num_bytes: int, num_ranks: int) -> str:
+            name = algorithm.partition(":")[0]
+            if name != DIRECT:
+                answer = collectives.supports(name, operation, num_ranks)
+                if not answer:
+                    raise ConfigError(f"{name} cannot do {operation} on {num_ranks} ranks: {answer}")
+            return algorithm
+
+        with replaced(self, "algorithm_for", fixed):
+            yield
+
+    def _open_urgent_lane(self) -> NetworkCommunicator:
+        lane = NetworkCommunicator(
+            self.rank,
+            self.hosts,
+            self._network,
+            self._world_ranks,
+            ids=[self._id | 1 << 31],
+            timeout_s=self.timeout_s,
+        )
+        lane.selection = self.selection
+        return lane
 
     @property
     def wire_bytes(self) -> int:

@@ -11,7 +11,7 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,17 @@ class Meeting:
     def address(self) -> str:
         """This rank's own address."""
         return self.addresses[self.rank]
+
+    def part(self, name: str, ranks: Sequence[int]) -> Meeting:
+        """Where some of the ranks meet, in that order; all of them give the same `name`."""
+        return dataclasses.replace(
+            self,
+            rank=list(ranks).index(self.rank),
+            size=len(ranks),
+            hosts=tuple(self.hosts[r] for r in ranks),
+            addresses=tuple(self.addresses[r] for r in ranks),
+            store=PrefixStore(f"{name}/{','.join(map(str, ranks))}", self.store),
+        )
 
     def exchange(self, key: str, own: Any, *, timeout_s: float) -> list[Any]:
         """Every rank's plain value (JSON), through the store; collective, `key` once per job.

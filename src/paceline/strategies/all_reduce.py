@@ -23,7 +23,8 @@ from paceline.types import Bucket, Work
 
 
 class AllReduce(TrainingStrategy):
-    """Sum gradients, weighted by the ranks' sample counts, in buckets of `bucket_mib` MiB.
+    """Sum gradients, weighted by the ranks' sample counts, in buckets of `bucket_mib` MiB (at most 8
+    within one host over the native fabric).
 
     `codec`: none, or e.g. `powersgd(rank=2)`, `error_feedback(codec=onebit)`, `int8`. Flags at the end of the
     last bucket always travel as they are.

@@ -1,0 +1,266 @@
+"""Which algorithm an operation between hosts gets: simulated on the measured links, then measured.
+
+The ranks measure their links, rank 0 orders all candidates with the schedule simulator, the best few race on
+the real network, and the slowest rank's time counts. The table that comes out is the same on all ranks and
+frozen for the job; a file per cluster keeps it, so that the next job starts with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline import collectives, registry
+from paceline.errors import ConfigError
+from paceline.schedule import topology
+from paceline.schedule.network import Topology
+from paceline.schedule.simulate import simulate
+from paceline.types import ReduceOp
+
+if TYPE_CHECKING:
+    from paceline.comm.native_network import NetworkCommunicator
+
+OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "reduce")
+SIZES = (1 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20)
+KNOWN = (*OPERATIONS, "gather", "scatter", "all_to_all", "barrier")
+DIRECT = "direct"
+_FINALISTS = 3
+_REPEATS = 3
+_TOO_LONG_S = 0.2  # beyond, bandwidth decides, and what won at the size before wins again
+_PROBE_BYTES = 256 << 10
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What one operation gets at one size, and why."""
+
+    operation: str
+    num_bytes: int
+    algorithm: str
+    reason: str
+    runner_up: str | None = None
+    times_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Seconds by algorithm, as measured or simulated; fastest first."""
+
+    def __str__(self) -> str:
+        after = f"; runner-up: {self.runner_up}" if self.runner_up else ""
+        return f"{self.operation} of {self.num_bytes} bytes: {self.algorithm}: {self.reason}{after}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Choices by operation and size. Between two sizes that of the nearer one (by ratio) holds."""
+
+    choices: tuple[Choice, ...] = ()
+    source: str = ""
+    """"measured", or the file that it was read from."""
+
+    def find(self, operation: str, num_bytes: int) -> Choice | None:
+        """Return the choice that holds; None if the operation is not in the table."""
+        rows = [c for c in self.choices if c.operation == operation]
+        return min(rows, key=lambda c: _ratio(c.num_bytes, num_bytes)) if rows else None
+
+    def to_json(self) -> str:
+        """Plain JSON, `from_json`'s inverse."""
+        return json.dumps({"version": _VERSION, "choices": [dataclasses.asdict(c) for c in self.choices]})
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Table:
+        """Raises ValueError, KeyError or TypeError for anything else than a table."""
+        value = json.loads(text)
+        if value["version"] != _VERSION:
+            raise ValueError(f"version {value['version']}")
+        return cls(tuple(Choice(**c) for c in value["choices"]), source)
+
+
+def check_operation(operation: str) -> None:
+    """ConfigError for a name that is no collective."""
+    if operation not in KNOWN:
+        raise ConfigError(registry.unknown("operation", operation, KNOWN))
+
+
+def _ratio(a: int, b: int) -> float:
+    return max(a, 1) / max(b, 1) if a > b else max(b, 1) / max(a, 1)
+
+
+def adopt(comm: NetworkCommunicator, *, again: bool = False) -> Table:
+    """Give `comm` this cluster's table: read, or measured now. Collective.
+
+    `again` measures even if there is a file. Rank 0 reads and writes the file; the others get it from there.
+    """
+    path = cache_file(comm.hosts)
+    text = _read(path) if comm.rank == 0 and not again else ""
+    text = _from_rank_0(comm, text)
+    if text:
+        table = Table.from_json(text, str(path))
+    else:
+        table = tune(comm)
+        if comm.rank == 0:
+            _write(path, table)
+    comm.selection = table
+    return table
+
+
+def cache_file(hosts: Sequence[str]) -> Path:
+    """The file of the cluster that these hosts, with these numbers of ranks, are."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (
+        home
+        / "paceline"
+        / f"algorithms-{hashlib.sha256(json.dumps(list(hosts)).encode()).hexdigest()[:16]}.json"
+    )
+
+
+def tune(
+    comm: NetworkCommunicator, operations: Sequence[str] = OPERATIONS, sizes: Sequence[int] = SIZES
+) -> Table:
+    """Measure links, simulate all candidates, race the best. Collective; a second or two."""
+    links = measure_links(comm)
+    choices: list[Choice] = []
+    for operation in operations:
+        stopped: Choice | None = None
+        for num_bytes in sorted(sizes):
+            plan = _from_rank_0(
+                comm, json.dumps(_rank(operation, num_bytes, links)) if comm.rank == 0 else ""
+            )
+            simulated: dict[str, float] = json.loads(plan)
+            if stopped is not None or min(simulated.values()) > _TOO_LONG_S:
+                choices.append(_choice(operation, num_bytes, simulated, "simulated on the measured links"))
+                stopped = choices[-1]
+                continue
+            finalists = list(simulated)[:_FINALISTS]
+            if DIRECT not in finalists:
+                finalists.append(DIRECT)
+            measured = {name: _race(comm, operation, num_bytes, name) for name in finalists}
+            choices.append(_choice(operation, num_bytes, measured, "fastest when measured here"))
+    text = Table(tuple(choices)).to_json() if comm.rank == 0 else ""
+    return Table.from_json(_from_rank_0(comm, text), "measured")
+
+
+def _choice(operation: str, num_bytes: int, times_s: Mapping[str, float], how: str) -> Choice:
+    order = sorted(times_s, key=lambda name: (times_s[name], name))
+    ranked = {name: times_s[name] for name in order}
+    best = order[0]
+    if len(order) == 1:
+        return Choice(operation, num_bytes, best, f"{how}: {times_s[best] * 1e6:.3g} us", None, ranked)
+    reason = f"{how}: {times_s[best] * 1e6:.3g} us against {times_s[order[1]] * 1e6:.3g} us"
+    return Choice(operation, num_bytes, best, reason, order[1], ranked)
+
+
+def measure_links(comm: NetworkCommunicator) -> Topology:
+    """Latency and bandwidth of every host's interface, from exchanges of all pairs of ranks. Collective."""
+    p = comm.size
+    latency, per_byte = torch.full((p,), 1e9, dtype=torch.float64), torch.full((p,), 1e9, dtype=torch.float64)
+    for distance in range(1, p):
+        # Everybody sends to the rank `distance` further on: every interface carries one message each way.
+        dst, src = (comm.rank + distance) % p, (comm.rank - distance) % p
+        for num_bytes, repeats in ((4, 5), (_PROBE_BYTES, 3)):
+            mine, theirs = (
+                torch.zeros(num_bytes, dtype=torch.uint8),
+                torch.empty(num_bytes, dtype=torch.uint8),
+            )
+            best = 1e9
+            for _ in range(repeats):
+                comm.barrier().wait()
+                start = time.perf_counter()
+                receive, send = comm.recv(theirs, src, tag=1), comm.send(mine, dst, tag=1)
+                send.wait()
+                receive.wait()
+                best = min(best, time.perf_counter() - start)
+            if num_bytes == 4:
+                latency[comm.rank] = min(float(latency[comm.rank]), best)
+            else:
+                spent = max(best - float(latency[comm.rank]), 1e-9)
+                per_byte[comm.rank] = min(float(per_byte[comm.rank]), spent / num_bytes)
+    comm.all_reduce(latency, op=ReduceOp.MIN).wait()
+    comm.all_reduce(per_byte, op=ReduceOp.MIN).wait()
+    hosts = list(dict.fromkeys(comm.hosts))
+    first = [list(comm.hosts).index(h) for h in hosts]
+    return topology.switched(
+        "measured",
+        comm.hosts,
+        nic_latency_s=[float(latency[r]) for r in first],
+        nic_seconds_per_byte=[float(per_byte[r]) for r in first],
+    )
+
+
+def _rank(operation: str, num_bytes: int, links: Topology) -> dict[str, float]:
+    """Simulated seconds by algorithm, fastest first."""
+    p = links.num_ranks
+    times: dict[str, float] = {}
+    for name in collectives.names():
+        if not collectives.supports(name, operation, p) or operation not in collectives.find(name).OPERATIONS:
+            continue
+        try:
+            times[name] = simulate(collectives.build(name, operation, p), links, num_bytes).time_s
+        except ConfigError:
+            continue  # it needs to know more than the number of ranks
+    # What the core does by itself is all pairs at once, with fewer copies.
+    times[DIRECT] = times.pop("all_pairs", min(times.values(), default=0.0))
+    return dict(sorted(times.items(), key=lambda item: (item[1], item[0])))
+
+
+def _race(comm: NetworkCommunicator, operation: str, num_bytes: int, algorithm: str) -> float:
+    """Median seconds of the slowest rank."""
+    numel = max(comm.size, num_bytes // 4 // comm.size * comm.size)
+    whole, part = torch.zeros(numel), torch.zeros(numel // comm.size)
+    calls: dict[str, Callable[[], Any]] = {
+        "all_reduce": lambda: comm.all_reduce(whole),
+        "reduce_scatter": lambda: comm.reduce_scatter(part, whole),
+        "all_gather": lambda: comm.all_gather(whole, part),
+        "broadcast": lambda: comm.broadcast(whole),
+        "reduce": lambda: comm.reduce(whole),
+    }
+    times = []
+    with comm.using(algorithm):
+        calls[operation]().wait()  # connections
+        for _ in range(_REPEATS):
+            comm.barrier().wait()
+            start = time.perf_counter()
+            calls[operation]().wait()
+            times.append(time.perf_counter() - start)
+    slowest = torch.tensor([statistics.median(times)], dtype=torch.float64)
+    comm.all_reduce(slowest, op=ReduceOp.MAX).wait()
+    return float(slowest)
+
+
+def _from_rank_0(comm: NetworkCommunicator, text: str) -> str:
+    data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+    length = torch.tensor([len(text.encode())])
+    comm.broadcast(length).wait()
+    if int(length) == 0:
+        return ""
+    if comm.rank > 0:
+        data = torch.empty(int(length), dtype=torch.uint8)
+    comm.broadcast(data).wait()
+    return data.numpy().tobytes().decode()
+
+
+def _read(path: Path) -> str:
+    """The file's text if it is a table of this version."""
+    try:
+        text = path.read_text()
+        Table.from_json(text, str(path))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return text
+
+
+def _write(path: Path, table: Table) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(f".{os.getpid()}")
+        fresh.write_text(table.to_json())
+        fresh.replace(path)
+    except OSError:
+        return  # the next job measures again
