@@ -30,9 +30,10 @@ def init(
     Works under `paceline run`, torchrun, mpirun, srun, and alone; what the command line says wins over these
     arguments. `fabric`: "native" (shared memory and TCP) or "torch" (a c10d group, Gloo on CPUs); by default
     native wherever all ranks can, and torch's for models on a GPU. `checkpoint` is where SIGTERM saves and
-    where `epochs` resumes. `seed` seeds torch, NumPy and `random` (rank 0 with `seed` itself, the others differently) and the order of the data. `timeout_s` bounds
-    the wait for other ranks; `host` overrides this rank's host identity. `log_dir` is where `job.log` writes
-    (default: runs/<date>-<time>), `log_to` its formats: "jsonl,csv" by default, "tensorboard" with the extra.
+    where `epochs` resumes. `seed` seeds torch, NumPy and `random` (rank 0 with `seed` itself, the others
+    differently) and the order of the data. `timeout_s` bounds the wait for other ranks; `host` overrides this
+    rank's host identity. `log_dir` is where `job.log` writes (default: runs/<date>-<time>), `log_to` its
+    formats: "jsonl,csv" by default, "tensorboard" with the extra.
     """
     options = JobOptions.from_environment(os.environ).with_log(log_dir, log_to)
     virtual = current.provided()
