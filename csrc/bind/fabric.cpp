@@ -241,6 +241,11 @@ void bind_fabric(nb::module_& m) {
       .def("allocate", &allocate)
       .def("set_ranks_on_host", &Engine::set_ranks_on_host)
       .def("stop", &Engine::stop, release())
+      .def("watch", [](Engine& e, Operation& op, std::uint64_t token) { return e.completions().watch(op, token); })
+      .def("take_completed", [](Engine& e, double timeout_s, std::size_t most) {
+        return e.completions().take(static_cast<Nanoseconds>(timeout_s * 1e9), most);
+      }, release())
+      .def("close_completions", [](Engine& e) { e.completions().close(); })
       .def("num_closing_groups", &Engine::num_closing_groups, release())
       .def("is_shared", [](Engine& e, std::uintptr_t p, std::size_t n) {
         return e.arena().locate(reinterpret_cast<void*>(p), n).is_shared();

@@ -164,6 +164,7 @@ void Engine::check() {
 
 void Engine::completed(Operation& op) {
   op.is_done.store(true);
+  completions_.completed(op);
   if (num_blocked_.load() > 0) {
     epoch_.fetch_add(1);
     futex_wake_all(epoch_);

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "core/arena.h"
+#include "core/completions.h"
 #include "core/group.h"
 #include "core/operation.h"
 #include "core/transport.h"
@@ -60,6 +61,9 @@ class Engine {
   // True in a child made by fork() after this engine: it shares memory with peers that do not know it, so it must not touch anything.
   bool is_forked_child() const;
 
+  // Who wants to be told of the end of operations instead of waiting for them.
+  Completions& completions() { return completions_; }
+
   // For groups, under the lock.
   void completed(Operation& op);
 
@@ -82,6 +86,7 @@ class Engine {
   void sleep(Control::Armed listener, std::uint32_t heard, Nanoseconds timeout, const std::vector<int>& network);
 
   Arena arena_;
+  Completions completions_;
   std::mutex mutex_;
   std::atomic<std::uint32_t> num_claims_{0};   // threads that want the lock while a driver sleeps
   std::atomic<std::uint32_t> epoch_{0};        // moves when an operation completes or the lock is free again

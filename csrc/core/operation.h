@@ -62,6 +62,7 @@ struct Operation {
   bool is_heavy = false;  // enough to move that a submit should not do it
   Task task;
   int waiting_for = -1;  // the rank whose move is missing
+  std::uint64_t token = 0;  // of Completions, which guards it; 0: nobody is to be told
   std::atomic<bool> is_done{false};
   Failure failure;  // valid once is_done
 };

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 __version__ = "0.1.0"
@@ -39,3 +40,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if "torch.distributed" in sys.modules:  # loaded before us, perhaps without its entry points
+    importlib.import_module("paceline.comm.c10d_register").register()

@@ -11,8 +11,9 @@
         ├── Mismatch       ranks disagree about the operation, its size, dtype or order
         └── ProtocolError  bytes that are not ours: authentication, framing or validation failed
 
-`ConfigError` is also a `ValueError` and `Timeout` also a `TimeoutError`, so callers that know only the
-standard names catch them. `assert` is kept for Paceline's own bugs.
+`ConfigError` is also a `ValueError`, `CommError` a `RuntimeError` (what torch.distributed raises) and
+`Timeout` a `TimeoutError`, so callers that know only the standard names catch them. `assert` is kept for
+Paceline's own bugs.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class CheckpointError(PacelineError):
     """A checkpoint cannot be written, read, or does not fit this job."""
 
 
-class CommError(PacelineError):
+class CommError(PacelineError, RuntimeError):
     """Communication failed; the communicator that raised it must not be used again."""
 
 

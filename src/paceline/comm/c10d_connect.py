@@ -1,0 +1,114 @@
+"""How the ranks of a new group find each other: through the store that torch.distributed hands over, only."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, Any
+
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from paceline.comm import native
+from paceline.comm.rendezvous import Meeting, host_identity
+from paceline.errors import CommError
+from paceline.options import new_secret
+
+if TYPE_CHECKING:
+    from paceline.comm.c10d import PacelineGroup
+
+_SIOCGIFADDR = 0x8915
+
+
+def create(options: Any, backend_options: Any) -> PacelineGroup:
+    """Make the process group that `torch.distributed` asked for; collective over its members."""
+    from paceline.comm.c10d import PacelineGroup
+
+    rank, size = options.group_rank, options.group_size
+    timeout_s = options.timeout.total_seconds()
+    meeting = meet(options.store, rank, size, timeout_s)
+    comm = native.connect(meeting, timeout_s=timeout_s)
+    return PacelineGroup(comm, options.store, timeout_s=timeout_s)
+
+
+def meet(store: Store, rank: int, size: int, timeout_s: float) -> Meeting:
+    """Exchange hosts, addresses and a secret that is this group's own.
+
+    Keys carry how often this rank has joined, because a group may be made again on the same store after it
+    was destroyed. Raises CommError naming the ranks that did not come within `timeout_s`.
+    """
+    join = store.add(f"joins/{rank}", 1)
+    store = PrefixStore(f"paceline/{join}", store)
+    card = {"host": host_identity(), "address": own_address(store)}
+    store.set(f"card/{rank}", json.dumps(card))
+    if rank == 0:
+        store.set("secret", new_secret())
+    keys = [f"card/{r}" for r in range(size)] + ["secret"]
+    wait_for(store, keys, timeout_s, rank)
+    cards = [json.loads(store.get(key)) for key in keys[:-1]]
+    return Meeting(
+        rank=rank,
+        size=size,
+        local_rank=0,
+        local_size=sum(c["host"] == card["host"] for c in cards),
+        launcher="torch.distributed",
+        hosts=tuple(c["host"] for c in cards),
+        addresses=tuple(c["address"] for c in cards),
+        store=store,
+        secret=bytes.fromhex(store.get("secret").decode()),
+    )
+
+
+def wait_for(store: Store, keys: list[str], timeout_s: float, rank: int) -> None:
+    """Wait for the keys "…/<rank>" of all members; CommError names the members whose key is missing."""
+    try:
+        store.wait(keys, datetime.timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        missing = [_last(key) for key in keys if not _is_there(store, key)]
+        raise CommError(
+            f"rank {rank}: new group: ranks {', '.join(missing)} did not come within {timeout_s:g} s; do they"
+            " live, and do they make the same groups in the same order?"
+        ) from error
+
+
+def _last(key: str) -> str:
+    return key.rsplit("/", 1)[-1]
+
+
+def _is_there(store: Store, key: str) -> bool:
+    try:
+        return bool(store.check([key]))
+    except RuntimeError:
+        return False
+
+
+def own_address(store: Store) -> str:
+    """Address at which other hosts reach this rank: of GLOO_SOCKET_IFNAME, else of the route to the store."""
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    if interface:
+        return _address_of_interface(interface)
+    base: Store = store
+    while isinstance(base, PrefixStore):
+        base = base.underlying_store
+    target = (base.host, base.port) if isinstance(base, TCPStore) else (os.environ.get("MASTER_ADDR", ""), 1)
+    if not target[0]:
+        return ""
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(*target, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(where)  # a datagram socket: nothing is sent
+            return str(probe.getsockname()[0])
+    except OSError:
+        return ""
+
+
+def _address_of_interface(name: str) -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            packed = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+        except OSError as error:
+            raise CommError(f"GLOO_SOCKET_IFNAME={name}: this host has no such interface: {error}") from error
+    return socket.inet_ntoa(packed[20:24])
