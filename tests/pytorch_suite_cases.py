@@ -46,7 +46,7 @@ def load():
     module = importlib.util.module_from_spec(spec)
     module.LikeGloo = LikeGloo
     sys.modules[NAME] = module
-    exec(compile(text, spec.origin, "exec"), module.__dict__)
+    exec(compile(text, spec.origin, "exec", dont_inherit=True), module.__dict__)
     return module
 
 

@@ -153,6 +153,8 @@ OperationPointer receive(M& m, std::uintptr_t output, std::size_t numel, int dty
   Request r = basic(static_cast<int>(Kind::receive), 0, output, numel, dtype);
   r.root = peer;
   r.tag = tag;
+  // From anybody: the operation knows who it was, so it is returned also when it is done.
+  if (peer == any_rank) return m.engine->submit(m.get(), std::move(r), static_cast<Nanoseconds>(timeout_s * 1e9));
   return submit(m, std::move(r), timeout_s);
 }
 

@@ -240,13 +240,18 @@ class PacelineGroup(GroupIdentity):
         tensor = arguments.only(tensors, "send")
         self._begin(None)
         data = arguments.readable(tensor, "send")
-        return self._over(self._comm._send(data, dst, tag), [tensor], is_collective=False)
+        own = dst == self._comm.rank
+        native = self._own.send(data, tag) if own else self._comm._send(data, dst, tag)
+        return self._over(native, [tensor], is_collective=False)
 
     def recv(self, tensors: Any, src: int | None, tag: int) -> dist.Work:
         tensor = arguments.only(tensors, "recv")
         self._begin(None)
         memory, finish = arguments.writable(tensor, "recv")
-        native = self._comm._recv(memory, src, tag)
+        if src == self._comm.rank:
+            native = self._own.receive(memory, tag, self._timeout_s)
+        else:
+            native = self._comm._recv(memory, src, tag)
         work = self._over(native, [tensor], finish, is_collective=False)
         if src is not None:
             work._source = src

@@ -25,8 +25,10 @@ _SIOCGIFADDR = 0x8915
 
 def create(options: Any, backend_options: Any) -> PacelineGroup:
     """Make the process group that `torch.distributed` asked for; collective over its members."""
+    from paceline.comm import c10d_patches
     from paceline.comm.c10d import PacelineGroup
 
+    c10d_patches.apply()
     rank, size = options.group_rank, options.group_size
     timeout_s = options.timeout.total_seconds()
     meeting = meet(options.store, rank, size, timeout_s)

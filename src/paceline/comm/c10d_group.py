@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import Store
 
 from paceline.comm.c10d_arguments import Finish
 from paceline.comm.c10d_register import BACKEND
+from paceline.comm.c10d_self import OwnMessages
 from paceline.comm.c10d_work import FINISHED, C10dWork
 from paceline.comm.native_core import CoreCommunicator
 from paceline.comm.native_work import DONE
@@ -42,6 +43,7 @@ class GroupIdentity(dist.ProcessGroup):
         self._name = ""
         self._description = "undefined"
         self._coalesced: list[dist.Work] | None = None
+        self._own = OwnMessages()
 
     # Names
 
