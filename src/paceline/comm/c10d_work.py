@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from paceline.comm.c10d_completion import completer
 from paceline.comm.native_work import DONE, NativeWork
-from paceline.errors import CommError
+from paceline.errors import CommError, Timeout
 from paceline.types import Work
 
 Result = list[torch.Tensor] | list[list[torch.Tensor]]
@@ -46,8 +46,10 @@ class C10dWork(dist.Work):
             try:
                 native.wait(seconds if seconds > 0 else None)
             except CommError as error:
-                self._error = error
-                raise
+                # The words by which callers of other backends know a timeout.
+                late = isinstance(error, Timeout)
+                self._error = Timeout(f"{error} (the timeout has passed)") if late else error
+                raise self._error from None
         if self._finish is not None:
             self._settle()
         return True
