@@ -56,7 +56,7 @@ def ddp_fp16_hook(rank: int, size: int) -> list[float]:
 
 
 def ddp_python_hook(rank: int, size: int) -> list[float]:
-    def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future:
+    def hook(state, bucket):  # DDP looks at annotations, which are strings in this file
         work = dist.all_reduce(bucket.buffer(), async_op=True)
         return work.get_future().then(lambda f: f.value()[0] / size)
 
@@ -261,7 +261,7 @@ def averaging(rank: int, size: int) -> list[float]:
     from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
     net = model(rank)
-    PeriodicModelAverager(period=1, warmup_steps=0).average_parameters(net.parameters())
+    PeriodicModelAverager(period=1, warmup_steps=0).average_parameters(list(net.parameters()))
     return train(net, rank)
 
 

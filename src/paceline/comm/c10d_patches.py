@@ -6,11 +6,11 @@ They are wrapped when the first group of this backend is made. Groups of other b
 from __future__ import annotations
 
 import functools
+import importlib
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from paceline.comm.c10d_group import GroupIdentity
 
@@ -21,14 +21,15 @@ def _group(group: Any) -> Any:
 
 def apply() -> None:
     """Make monitored_barrier and _set_pg_timeout serve groups of this backend; idempotent."""
-    theirs = distributed_c10d.monitored_barrier
+    distributed_c10d: Any = importlib.import_module("torch.distributed.distributed_c10d")
+    theirs: Any = distributed_c10d.monitored_barrier
     if getattr(theirs, "_serves_paceline", False):
         return
 
     @functools.wraps(theirs)
     def monitored_barrier(
         group: Any = None, timeout: timedelta | float | None = None, wait_all_ranks: bool = False
-    ) -> None:
+    ) -> Any:
         chosen = _group(group)
         if not isinstance(chosen, GroupIdentity):
             return theirs(group, timeout, wait_all_ranks)
@@ -38,13 +39,14 @@ def apply() -> None:
     set_timeout = distributed_c10d._set_pg_timeout
 
     @functools.wraps(set_timeout)
-    def _set_pg_timeout(timeout: timedelta, group: Any = None) -> None:
+    def _set_pg_timeout(timeout: timedelta, group: Any = None) -> Any:
         chosen = _group(group)
         if isinstance(chosen, GroupIdentity):
             return chosen.set_timeout(timeout)
         return set_timeout(timeout, group)
 
     monitored_barrier._serves_paceline = True  # type: ignore[attr-defined]
-    for module in (distributed_c10d, dist):
+    modules: tuple[Any, ...] = (distributed_c10d, dist)
+    for module in modules:
         module.monitored_barrier = monitored_barrier
     distributed_c10d._set_pg_timeout = _set_pg_timeout

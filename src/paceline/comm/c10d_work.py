@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from paceline.comm.c10d_completion import completer
+from paceline.comm.c10d_future import typed_future
 from paceline.comm.native_work import DONE, NativeWork
 from paceline.errors import CommError, Timeout
 from paceline.types import Work
@@ -98,7 +99,9 @@ class C10dWork(dist.Work):
             self._future = self._make_future()
         return self._future
 
-    def _make_future(self) -> torch.futures.Future:
+    def _make_future(self) -> Any:
+        if self._is_typed():
+            return self._make_typed_future()
         promise: torch.futures.Future = torch.futures.Future()
         if self._native.is_done() and self._native.exception() is None:
             self.wait()
@@ -108,6 +111,18 @@ class C10dWork(dist.Work):
         # instead, and raise in `then`.
         self._promise = promise
         future = promise.then(_unwrap)
+        self._watch()
+        return future
+
+    def _is_typed(self) -> bool:
+        """DDP's built-in FP16 hook reads its future in C++, where a Python list is no list of tensors."""
+        first = self._result[0] if self._result else None
+        return isinstance(first, torch.Tensor) and first.dtype == torch.float16
+
+    def _make_typed_future(self) -> Any:
+        promise: torch.futures.Future = torch.futures.Future()
+        self._promise = promise
+        future = typed_future(promise.then(_unwrap), self._result)
         self._watch()
         return future
 
