@@ -14,20 +14,16 @@ import json
 import statistics
 import sys
 from math import exp, gamma, lgamma
-from pathlib import Path
 from typing import Any
 
 import torch
+from chart import Series, draw
 
 from paceline.bench.compare import compare
 from paceline.bench.virtual import VirtualCluster
 from paceline.comm import current
 from paceline.comm.simulation import simulate
 from paceline.strategies.strategy import make
-
-PICTURES = Path(__file__).resolve().parents[1] / "docs" / "pictures"
-COLOURS = ["#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed"]
-Series = dict[str, list[tuple[float, float]]]
 
 
 def shape(seeds: int = 3, epochs: int = 16, workers: int = 30, learning_rate: float = 0.02) -> Any:
@@ -46,7 +42,7 @@ def shape(seeds: int = 3, epochs: int = 16, workers: int = 30, learning_rate: fl
             best[trial.strategy].append(trial.curve[-1].accuracy)
             if seed == 0:
                 curves[trial.strategy] = [(p.epoch, 100 * p.accuracy) for p in trial.curve]
-    draw("shape", f"{workers} workers, same learning rate", "epochs", "test accuracy, %", curves)
+    draw("asynchronous_shape", f"{workers} workers, same learning rate", "epochs", "test accuracy, %", curves)
     return {s: {"median": statistics.median(v), "seeds": v} for s, v in best.items()}
 
 
@@ -66,12 +62,12 @@ def periods(seeds: int = 3, epochs: int = 16, workers: int = 30, learning_rate: 
     points = [(float(i), medians[k]) for i, k in enumerate(found)]
     names = ["1", "5", "20", "200"]
     draw(
-        "periods",
+        "asynchronous_periods",
         f"parameter averaging, {workers} workers",
         "period",
         "accuracy, %",
         {"digits": points},
-        names,
+        ticks=dict(enumerate(names)),
     )
     return medians
 
@@ -91,7 +87,13 @@ def stragglers(steps: int = 2000) -> Any:
         formula.append((float(p), p / slowest))
         alone.append((float(p), p / throughput_s(p, max(60, steps // p), is_synchronous=False)))
     series = {"synchronous": measured, "synchronous, formula": formula, "asynchronous": alone}
-    draw("stragglers", "Pareto(3) compute times, 10 ms at least", "workers", "minibatches per s", series)
+    draw(
+        "asynchronous_stragglers",
+        "Pareto(3) compute times, 10 ms at least",
+        "workers",
+        "minibatches per s",
+        series,
+    )
     return series
 
 
@@ -127,7 +129,13 @@ def servers(workers: int = 32, compute_s: float = 0.05, numel: int = 250_000, st
         formula.append((float(shards), bound))
         tree.append((float(shards), workers / (compute_s + reduced_s(workers, numel))))
     series = {"parameter server": measured, "closed queue": formula, "all-reduce": tree}
-    draw("servers", f"{workers} workers, 1 MB model, 1 Gbit/s", "shards", "minibatches per s", series)
+    draw(
+        "asynchronous_servers",
+        f"{workers} workers, 1 MB model, 1 Gbit/s",
+        "shards",
+        "minibatches per s",
+        series,
+    )
     return series
 
 
@@ -168,49 +176,6 @@ class Flat:
 
     def adopt(self) -> None:
         pass
-
-
-def draw(name: str, title: str, x: str, y: str, series: Series, ticks: list[str] | None = None) -> None:
-    """A line chart as SVG."""
-    xs = [p[0] for s in series.values() for p in s]
-    top = max(p[1] for s in series.values() for p in s) * 1.08
-    width, height, left, base = 720, 400, 70, 340
-    low, span = min(xs), (max(xs) - min(xs)) or 1.0
-
-    def at(px: float, py: float) -> tuple[float, float]:
-        return left + (px - low) / span * (width - left - 30), base - py / top * (base - 50)
-
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{left}" y="26" font-size="16">{title}</text>',
-        f'<text x="{width / 2}" y="{height - 12}" text-anchor="middle" font-size="13">{x}</text>',
-        f'<text x="16" y="{base / 2 + 25}" font-size="13" transform="rotate(-90 16 {base / 2 + 25})" '
-        f'text-anchor="middle">{y}</text>',
-    ]
-    for i in range(5):
-        value = top * i / 4
-        _, gy = at(low, value)
-        out.append(f'<line x1="{left}" x2="{width - 30}" y1="{gy:.1f}" y2="{gy:.1f}" stroke="#e5e7eb"/>')
-        out.append(
-            f'<text x="{left - 8}" y="{gy + 4:.1f}" text-anchor="end" font-size="11">{value:.3g}</text>'
-        )
-    for i, tick in enumerate(sorted(set(xs))):
-        label = ticks[i] if ticks else f"{tick:g}"
-        out.append(
-            f'<text x="{at(tick, 0)[0]:.1f}" y="{base + 18}" text-anchor="middle" '
-            f'font-size="11">{label}</text>'
-        )
-    for i, (label, points) in enumerate(series.items()):
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (at(*p) for p in points))
-        dash = ' stroke-dasharray="5 4"' if "formula" in label or "queue" in label else ""
-        out.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[i]}" stroke-width="2"{dash}/>')
-        a, b = at(*points[-1])
-        head = f'<text x="{left + 10}" y="{56 + 17 * i}" font-size="12" fill="{COLOURS[i]}">'
-        out.append(f"{head}{label}</text>")
-        out.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{COLOURS[i]}"/>')
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    (PICTURES / f"asynchronous_{name}.svg").write_text("\n".join([*out, "</svg>"]) + "\n")
 
 
 if __name__ == "__main__":

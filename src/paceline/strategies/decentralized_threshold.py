@@ -63,6 +63,7 @@ class DecentralizedThreshold(TrainingStrategy):
         self._base = [flat.clone() for flat in replica.parameters]
         residuals = [torch.zeros(flat.numel(), device=flat.device) for flat in self._base]
         self._states: list[dict[str, Any]] = [{"residual": residual} for residual in residuals]
+        self._updates = [torch.empty_like(residual) for residual in residuals]
         if comm.size > 1:
             is_relayed = comm.size > _DIRECT if self._relay is None else self._relay
             self._spread = Spread(comm, "decentralized_threshold", is_relayed=is_relayed)
@@ -74,7 +75,9 @@ class DecentralizedThreshold(TrainingStrategy):
             return
         flats = self.replica.parameters
         self._steps += 1
-        updates = [(f.float() - b.float()) * self._rate for f, b in zip(flats, self._base, strict=True)]
+        updates = self._updates
+        for update, flat, base in zip(updates, flats, self._base, strict=True):
+            torch.sub(flat, base, out=update).mul_(self._rate)
         if not self.replica.has_samples:  # a repeated batch must not change anything
             torch._foreach_zero_(updates)
         if self._steps <= self._dense_steps:
