@@ -55,8 +55,8 @@ class Peer:
             self.model, self.optimizer = self.job.prepare(self.model, self.optimizer, strategy=method)
             return
         dist.init_process_group("gloo")
-        # The PowerSGD hook starts a bucket's later sums from callbacks, in an order that differs between ranks:
-        # over Gloo more than one bucket aborts. So it gets one bucket.
+        # The PowerSGD hook starts a bucket's later sums from callbacks, in an order that differs between
+        # ranks: over Gloo more than one bucket aborts. So it gets one bucket.
         cap_mb = 64 if parsed.name == "ddp_powersgd" else None
         self.model = nn.parallel.DistributedDataParallel(self.model, bucket_cap_mb=cap_mb)
         if parsed.name == "ddp_powersgd":
