@@ -59,7 +59,7 @@ class DecentralizedThreshold(TrainingStrategy):
     def attach(self, replica: Any, comm: Communicator) -> None:
         """Listen to peers; `base` is the model that ±τ updates are applied to."""
         super().attach(replica, comm)
-        self._rate = self._rate or 1 / comm.size
+        self._scale = self._rate or 1 / comm.size
         self._base = [flat.clone() for flat in replica.parameters]
         residuals = [torch.zeros(flat.numel(), device=flat.device) for flat in self._base]
         self._states: list[dict[str, Any]] = [{"residual": residual} for residual in residuals]
@@ -77,7 +77,7 @@ class DecentralizedThreshold(TrainingStrategy):
         self._steps += 1
         updates = self._updates
         for update, flat, base in zip(updates, flats, self._base, strict=True):
-            torch.sub(flat, base, out=update).mul_(self._rate)
+            torch.sub(flat, base, out=update).mul_(self._scale)
         if not self.replica.has_samples:  # a repeated batch must not change anything
             torch._foreach_zero_(updates)
         if self._steps <= self._dense_steps:
