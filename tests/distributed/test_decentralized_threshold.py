@@ -108,6 +108,26 @@ def test_tau_towards_zero_is_the_sum_of_all_updates() -> None:
     assert results[0]["stats"]["received"] == 0
 
 
+def test_warm_start_with_fewer_workers() -> None:
+    """Until it is over, the first two workers alone are followed, as a cluster of two would be."""
+    spec = "decentralized_threshold(tau=1.0, dense_steps=9, {})"
+    warm = list(simulate(train, args=(spec.format("warm_steps=9, warm_workers=2"), 9), num_workers=4))
+    alone = list(simulate(train, args=(spec.format("relay=false"), 9), num_workers=2))
+    all_four = list(simulate(train, args=(spec.format("warm_workers=2"), 9), num_workers=4))
+    assert torch.allclose(warm[3]["final"], alone[0]["final"], atol=1e-6)
+    assert not torch.allclose(all_four[3]["final"], alone[0]["final"], atol=1e-6)
+
+
+def test_relay_is_the_default_beyond_16_workers() -> None:
+    spec = "decentralized_threshold(tau=0.0003)"
+    results = list(simulate(train, args=(spec, 8), num_workers=32, compute="pareto(shape=3)", seed=2))
+    moved = results[0]["final"].double() - results[0]["first"]
+    assert torch.allclose(moved, sum(r["made"] for r in results) / 32, atol=2e-5)
+    for r in results:
+        assert torch.equal(r["final"], results[0]["final"])
+        assert r["stats"]["received"] >= 31  # everybody's messages came, each once
+
+
 def test_one_worker_is_plain_sgd() -> None:
     (alone,) = simulate(train, args=("decentralized_threshold(tau=0.5)", 10), num_workers=1)
     (single,) = simulate(train, args=("single", 10), num_workers=1)
@@ -146,7 +166,10 @@ def test_a_lost_worker_does_not_stop_the_others() -> None:
         assert sum(r["losses"][-5:]) < sum(r["losses"][:5])
 
 
-@pytest.mark.parametrize("options", ["tau=0", "density=2", "rate=0", "dense_steps=-1", "tau=0.1, foo=3"])
+@pytest.mark.parametrize(
+    "options",
+    ["tau=0", "density=2", "rate=0", "dense_steps=-1", "warm_workers=0", "warm_steps=-2", "tau=0.1, foo=3"],
+)
 def test_bad_options(options: str) -> None:
     with pytest.raises(ConfigError):
         strategies.make(f"decentralized_threshold({options})")

@@ -90,14 +90,13 @@ class Threshold(KernelCodec):
         """Move τ towards the target density."""
         if self._density is None or "tau" not in state or header.numel == 0:
             return
-        density = header.count / header.numel
-        tau = state["tau"]
+        density, tau = header.count / header.numel, state["tau"]
         if density < self._density / self._band:
             tau = max(tau * _STEP, 1e-30)
         elif density > self._density * self._band:
             # Momentum makes updates ten times larger in a few steps: far above the target τ follows faster.
-            octaves = math.log2(density / (self._density * self._band))
-            tau = min(tau / _STEP ** (1 + math.floor(octaves)), 1e30)
+            octaves = math.floor(math.log2(density / (self._density * self._band)))
+            tau = min(tau / _STEP ** (1 + octaves), 1e30)
         state["tau"] = float(np.float32(tau))
 
     def reference_encode(

@@ -18,8 +18,10 @@ import torch
 from paceline.codecs import ledger
 from paceline.codecs.payload import HEADER_BYTES
 from paceline.codecs.threshold import Threshold
-from paceline.errors import ConfigError, ProtocolError
+from paceline.errors import ConfigError
+from paceline.strategies.peers.agreement import mean_with_residuals
 from paceline.strategies.peers.spread import Spread
+from paceline.strategies.staleness.policy import whole
 from paceline.strategies.strategy import TrainingStrategy
 from paceline.types import Communicator
 
@@ -32,6 +34,7 @@ class DecentralizedThreshold(TrainingStrategy):
     `rate` multiplies every update; by default 1/N, so that N workers together make the step of their mean.
     `relay`: pass messages on over a mesh of log₂N neighbours; by default with more than 16 workers.
     `dense_steps`: so many first minibatches add up everything, in step, while gradients are still large.
+    `warm_steps`: so many first minibatches count on the first `warm_workers` workers only.
     """
 
     advice = "Two to three orders of magnitude fewer bytes, no server, no waiting: for slow links."
@@ -46,14 +49,16 @@ class DecentralizedThreshold(TrainingStrategy):
         entropy: bool = False,
         rate: float | None = None,
         dense_steps: int = 0,
+        warm_steps: int = 0,
+        warm_workers: int = 1,
         relay: bool | None = None,
     ) -> None:
         if rate is not None and not rate > 0:
             raise ConfigError(f"decentralized_threshold: rate={rate!r}: a number above 0 expected")
-        if type(dense_steps) is not int or dense_steps < 0:
-            raise ConfigError(f"decentralized_threshold: dense_steps={dense_steps!r}: 0 or more expected")
+        self._dense_steps = whole("dense_steps", dense_steps, least=0)
+        self._warm = whole("warm_steps", warm_steps, least=0), whole("warm_workers", warm_workers, least=1)
         self._codec = Threshold(tau=tau, density=density, entropy=entropy)
-        self._rate, self._dense_steps, self._relay = rate, dense_steps, relay
+        self._rate, self._relay = rate, relay
         self._steps = self._received = 0
 
     def attach(self, replica: Any, comm: Communicator) -> None:
@@ -61,9 +66,8 @@ class DecentralizedThreshold(TrainingStrategy):
         super().attach(replica, comm)
         self._scale = self._rate or 1 / comm.size
         self._base = [flat.clone() for flat in replica.parameters]
-        residuals = [torch.zeros(flat.numel(), device=flat.device) for flat in self._base]
-        self._states: list[dict[str, Any]] = [{"residual": residual} for residual in residuals]
-        self._updates = [torch.empty_like(residual) for residual in residuals]
+        self._updates = [torch.zeros_like(flat, dtype=torch.float32) for flat in self._base]
+        self._states: list[dict[str, Any]] = [{"residual": u.clone()} for u in self._updates]
         if comm.size > 1:
             is_relayed = comm.size > _DIRECT if self._relay is None else self._relay
             self._spread = Spread(comm, "decentralized_threshold", is_relayed=is_relayed)
@@ -73,12 +77,15 @@ class DecentralizedThreshold(TrainingStrategy):
         self.replica.adopt()
         if self.comm.size == 1:
             return
-        flats = self.replica.parameters
         self._steps += 1
-        updates = self._updates
+        flats = list(self.replica.parameters)
+        updates, num_trained, scale = self._updates, self.comm.size, self._scale
+        if self._steps <= self._warm[0]:
+            num_trained = min(self.comm.size, self._warm[1])
+            scale *= self.comm.size / num_trained
         for update, flat, base in zip(updates, flats, self._base, strict=True):
-            torch.sub(flat, base, out=update).mul_(self._scale)
-        if not self.replica.has_samples:  # a repeated batch must not change anything
+            torch.sub(flat, base, out=update).mul_(scale)
+        if not self.replica.has_samples or self.comm.rank >= num_trained:  # must not change anything
             torch._foreach_zero_(updates)
         if self._steps <= self._dense_steps:
             for work in [self.comm.all_reduce(update) for update in updates]:
@@ -90,7 +97,7 @@ class DecentralizedThreshold(TrainingStrategy):
                 self._spread.send(own)
                 self._apply(own)
         self._take_in()
-        torch._foreach_copy_(list(flats), self._base)
+        torch._foreach_copy_(flats, self._base)
 
     update_skipped = after_update
 
@@ -111,20 +118,11 @@ class DecentralizedThreshold(TrainingStrategy):
         return self._agreed() if self.comm.size > 1 else None
 
     def _agreed(self) -> list[torch.Tensor]:
-        count, means = torch.ones(1, dtype=torch.float64), [flat.double() for flat in self._base]
-        left = [state["residual"].double() for state in self._states]
-        for work in [self.comm.all_reduce(t) for t in [count, *means, *left]]:
-            work.wait()
-        every = zip(means, left, self._base, strict=True)
-        return [(mean / count.item() + rest).to(flat.dtype) for mean, rest, flat in every]
+        return mean_with_residuals(self.comm, self._base, [state["residual"] for state in self._states])
 
     def _take_in(self) -> None:
-        for origin, payloads in self._spread.take() if self.comm.size > 1 else []:
+        for payloads in self._spread.take(len(self._base)) if self.comm.size > 1 else []:
             self._received += 1
-            if len(payloads) != len(self._base):
-                raise ProtocolError(
-                    f"rank {origin}: {len(self._base)} payloads expected, got {len(payloads)}"
-                )
             self._apply(payloads)
 
     def _apply(self, payloads: list[torch.Tensor]) -> None:
@@ -133,8 +131,7 @@ class DecentralizedThreshold(TrainingStrategy):
 
     def stats(self) -> dict[str, Any]:
         """`codec`: bytes by cause, bits per hit; `received`: updates of peers applied."""
-        codec = ledger.total(self._codec.stats(state) for state in self._states)
-        return {"codec": codec, "received": self._received}
+        return {"codec": ledger.total(map(self._codec.stats, self._states)), "received": self._received}
 
     def state_dict(self) -> dict[str, Any]:
         """The model that updates are applied to, residuals and τ."""

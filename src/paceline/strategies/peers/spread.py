@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from paceline.errors import ProtocolError
 from paceline.types import Communicator, Message, Rank
 
 
@@ -37,10 +38,13 @@ class Spread:
             if peer not in self.lost:
                 self._comm.post(peer, self._channel, Message({"origin": origin}, tensors))
 
-    def take(self) -> list[tuple[Rank, list[torch.Tensor]]]:
-        """What arrived since the last time, as (origin, tensors), in order of arrival."""
+    def take(self, count: int) -> list[list[torch.Tensor]]:
+        """What arrived since the last time, in order; ProtocolError unless `count` tensors each."""
         inbox, self._inbox = self._inbox, []
-        return inbox
+        for origin, tensors in inbox:
+            if len(tensors) != count:
+                raise ProtocolError(f"rank {origin}: {count} payloads expected, got {len(tensors)}")
+        return [tensors for _, tensors in inbox]
 
     def drain(self) -> None:
         """Collective: everything that was sent has arrived everywhere, relays included."""
