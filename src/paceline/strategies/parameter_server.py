@@ -30,9 +30,7 @@ from paceline.types import Communicator
 class ParameterServer(TrainingStrategy):
     """Push updates, pull weights; nobody waits for anybody unless the staleness policy says so."""
 
-    advice = (
-        "Nobody waits for stragglers: for uneven or busy machines. Shards balance the load over all ports."
-    )
+    advice = "Nobody waits for stragglers: for uneven or busy machines. Shards spread load over all ports."
     replicas_differ = True
     survives_loss = True
 
