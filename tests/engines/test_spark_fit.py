@@ -97,12 +97,16 @@ def build_slowly(folder: str) -> Task:
     return task
 
 
-def test_a_killed_executor_continues_at_the_last_average(digits: Any, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "checkpoint"
+@pytest.mark.parametrize("with_checkpoint", [True, False], ids=["checkpoint", "driver keeps it"])
+def test_a_killed_executor_continues_at_the_last_average(
+    digits: Any, tmp_path: Path, with_checkpoint: bool
+) -> None:
+    checkpoint = tmp_path / "checkpoint" if with_checkpoint else None
     task = build_slowly(str(tmp_path))
     _, history = fit(digits, task, strategy="local_sgd(period=8)", epochs=5, checkpoint=checkpoint)
     assert (tmp_path / "killed").exists()
     assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5], "no epoch twice, none left out"
+    assert history[2]["train_loss"] < history[1]["train_loss"] < history[0]["train_loss"]
     assert history[-1]["accuracy"] >= 0.93
 
 

@@ -160,3 +160,20 @@ def test_the_wire_lets_in_only_who_knows_the_secret(secret: bytes) -> None:
                 wire.connect("127.0.0.1", port, secret, 5)
         thread.join(20)
     assert bool(refused) == secret.startswith(b"wrong")
+
+
+def leaves_progress(folder: str) -> str:
+    from paceline.launchers.call import keep_progress, progress
+
+    found = progress()
+    if found is None and os.environ["RANK"] == "0":
+        keep_progress(b"half way")
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif found is None:
+        time.sleep(60)
+    return (found or b"").decode()
+
+
+def test_progress_reaches_every_worker_of_the_next_attempt(tmp_path: Path) -> None:
+    assert run(leaves_progress, str(tmp_path))[1] == ["half way"] * 3

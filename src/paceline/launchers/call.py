@@ -25,6 +25,7 @@ from paceline.errors import ConfigError
 importing_main = threading.Event()
 """Set in a worker while it imports the script that called `launch`."""
 
+_FOLDER = "PACELINE_CALL"  # the environment variable by which a worker finds the call's folder
 _BOOTSTRAP = "import sys; from paceline.launchers.call import main; main(sys.argv.pop())"
 
 
@@ -120,6 +121,7 @@ def _passes_rank(fn: Callable[..., Any], args: Sequence[Any]) -> bool:
 def main(folder: str) -> None:
     """A worker's body: import the caller's script, call the function, leave the result."""
     rank = who_am_i(os.environ).rank
+    os.environ[_FOLDER] = folder
     preparation, payload = pickle.loads((Path(folder) / "call").read_bytes())
     importing_main.set()
     spawn.prepare(preparation)
@@ -133,6 +135,19 @@ def main(folder: str) -> None:
         _leave(Path(folder) / f"error.{rank}", error, may_fail=True)
         sys.exit(1)
     _leave(Path(folder) / f"result.{rank}", value, may_fail=False)
+
+
+def keep_progress(content: bytes) -> None:
+    """In a worker: leave `content` with the launcher, for `progress` in the next attempt to find."""
+    folder = Path(os.environ[_FOLDER])
+    (folder / "progress.partial").write_bytes(content)
+    os.replace(folder / "progress.partial", folder / "progress")
+
+
+def progress() -> bytes | None:
+    """In a worker: what an attempt before this one kept last, on whatever rank."""
+    path = Path(os.environ[_FOLDER]) / "resume"
+    return path.read_bytes() if path.is_file() else None
 
 
 def _leave(path: Path, value: Any, *, may_fail: bool) -> None:

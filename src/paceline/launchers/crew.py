@@ -32,6 +32,9 @@ _GONE = "gone"
 class Crew(ABC):
     """The keepers of one job."""
 
+    progress: bytes | None = None
+    """What a worker kept last for the next attempt."""
+
     @abstractmethod
     def gather(self, attempt: int) -> list[Member]:
         """Wait until all keepers of this attempt are there. Raises CommError if they do not come."""
@@ -127,7 +130,8 @@ class _Attempt:
             port = self._crew.open_store(order[0])
             environments = _environments(self._job, self._members, port, self._attempt, self._console)
             for rank, index in enumerate(order):
-                self._crew.start(index, _order(self._job, rank, environments[rank]))
+                order_of_rank = _order(self._job, rank, environments[rank])
+                self._crew.start(index, dataclasses.replace(order_of_rank, progress=self._crew.progress))
             self._watch()
         except CommError as error:  # a keeper that went before its worker began
             self._crew.stop(0.0)
@@ -162,6 +166,8 @@ class _Attempt:
                 self._console.line(rank, value[0], error=value[1])
             elif kind == keeper.BAR:
                 self._console.bar(rank, value)
+            elif kind == keeper.PROGRESS:
+                self._crew.progress = value
             elif kind == keeper.END:
                 ending = dataclasses.replace(value, began_s=time.monotonic() + value.began_s)
                 self._ends.setdefault(rank, ending)

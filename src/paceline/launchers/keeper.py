@@ -23,9 +23,9 @@ from paceline.errors import ConfigError
 from paceline.launchers.failure import Ending
 from paceline.launchers.workers import Workers
 
-LINE, BAR, END = "line", "bar", "end"
+LINE, BAR, PROGRESS, END = "line", "bar", "progress", "end"
 Event = tuple[str, Any]
-"""(LINE, (text, whether it is of standard error)), (BAR, text) or (END, Ending)."""
+"""(LINE, (text, whether it is of standard error)), (BAR, text), (PROGRESS, bytes) or (END, Ending)."""
 
 _POLL_S = 0.05
 
@@ -44,6 +44,8 @@ class Order:
     """Where to run; None: the keeper's current directory."""
     call: bytes | None
     """The content of a `Call`; its folder's path is then the command's last word."""
+    progress: bytes | None = None
+    """What the attempt before left for the next one (`call.keep_progress`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Keeper:
         if order.call is not None:
             self._folder = tempfile.TemporaryDirectory(prefix="paceline-call-")
             (Path(self._folder.name) / "call").write_bytes(order.call)
+            if order.progress is not None:
+                (Path(self._folder.name) / "resume").write_bytes(order.progress)
             command.append(self._folder.name)
         self._rank, self._is_running = order.rank, True
         environment = {**os.environ, **order.environment}
@@ -109,6 +113,8 @@ class Keeper:
                 continue
             except queue.Empty:
                 pass
+            if (progress := self._progress()) is not None:
+                found.append((PROGRESS, progress))
             if self._is_running and all(w.exit_code is not None for w in self._workers.all):
                 self._is_running = False
                 self._workers.kill()  # its children too; and its last words are in the queue now
@@ -139,6 +145,15 @@ class Keeper:
             self._folder.cleanup()
             self._folder = None
         return dataclasses.replace(ending, began_s=-age_s, result=result, error=error)
+
+    def _progress(self) -> bytes | None:
+        """What the worker keeps for another attempt, once."""
+        path = None if self._folder is None else Path(self._folder.name) / "progress"
+        if path is None or not path.is_file():
+            return None
+        content = path.read_bytes()
+        path.unlink()
+        return content
 
     def _left(self, kind: str) -> bytes | None:
         if self._folder is None:

@@ -85,10 +85,12 @@ def run_stage(job: JobSpec, spark: Any, console: Console, *, frame: Any = None) 
     def collect(launcher: spark_tasks.Launcher) -> None:
         if frame is None:
             task = functools.partial(spark_tasks.plain_task, launcher)
-            context.parallelize(range(num_tasks), num_tasks).barrier().mapPartitionsWithIndex(task).collect()
+            stage = context.parallelize(range(num_tasks), num_tasks).barrier()
+            # A stage before a shuffle: Spark runs it again as a whole; a last one it would give up.
+            stage.mapPartitionsWithIndex(task).map(lambda row: (row, row)).partitionBy(1).collect()
         else:
             task = functools.partial(spark_tasks.data_task, launcher)
-            frame.mapInArrow(task, "nothing long", barrier=True).collect()
+            frame.mapInArrow(task, "nothing long", barrier=True).repartition(1).collect()
 
     with _shipped(job, context) as code:
         return crew.work(job, _SparkCrew(job, context, collect, code), console)

@@ -113,6 +113,9 @@ def _answer(
 
 def _report(link: wire.Wire, event: Event) -> None:
     kind, value = event
+    if kind == keeper.PROGRESS:
+        link.send({"event": kind, "value": None}, value)
+        return
     if kind != keeper.END:
         link.send({"event": kind, "value": value})
         return
@@ -126,21 +129,23 @@ def read_event(header: dict[str, Any], blob: bytes) -> Event:
     """The launcher's side of what `keep` reports."""
     kind, value = header["event"], header["value"]
     if kind != keeper.END:
-        return kind, value
+        return kind, blob if kind == keeper.PROGRESS else value
     left = {header["has"]: blob} if header["has"] else {}
     return kind, Ending(**{**value, "traceback": tuple(value["traceback"]), **left})
 
 
 def write_order(order: Order) -> tuple[dict[str, Any], bytes]:
     """An order as a header and a blob."""
-    return dataclasses.asdict(dataclasses.replace(order, call=None)) | {
-        "has_call": order.call is not None
-    }, order.call or b""
+    plain = dataclasses.asdict(dataclasses.replace(order, call=None, progress=None))
+    sizes = [None if part is None else len(part) for part in (order.call, order.progress)]
+    return plain | {"sizes": sizes}, (order.call or b"") + (order.progress or b"")
 
 
 def _read_order(values: dict[str, Any], blob: bytes) -> Order:
-    has_call = values.pop("has_call")
-    return Order(**{**values, "command": tuple(values["command"]), "call": blob if has_call else None})
+    call_bytes, progress_bytes = values.pop("sizes")
+    call = None if call_bytes is None else blob[:call_bytes]
+    progress = None if progress_bytes is None else blob[call_bytes or 0 :]
+    return Order(**{**values, "command": tuple(values["command"]), "call": call, "progress": progress})
 
 
 def plain_task(launcher: Launcher, index: int, _rows: Iterator[Any]) -> Iterator[Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from paceline.errors import ConfigError
 
+_HASHED_ROWS = 4096
 _LABELS = ("label", "labels", "target", "targets", "y")
 _FEATURES = ("features", "feature", "image", "images", "x")
 
@@ -54,15 +55,33 @@ def choose(available: Sequence[str], features: Any, label: str | None) -> tuple[
 
 
 def tensors(table: Any, columns: Columns) -> tuple[Tensor, Tensor]:
-    """An Arrow table's features [N, *input_shape] and labels [N, *target_shape]."""
+    """An Arrow table's features [N, *input_shape] and labels [N, *target_shape].
+
+    In an order of their content: after a shuffle, Spark gives a partition's rows in another order each time,
+    and a stage that runs again must train as the first one did.
+    """
     count = table.num_rows
     parts = [_array(table.column(name), name, count) for name in columns.features]
     values = parts[0] if len(parts) == 1 else np.stack([p.reshape(count) for p in parts], axis=1)
     labels = _array(table.column(columns.label), columns.label, count)
-    return (
-        _shaped(values, columns.input_shape, columns.input_dtype, ", ".join(columns.features)),
-        _shaped(labels, columns.target_shape, columns.target_dtype, columns.label),
-    )
+    x = _shaped(values, columns.input_shape, columns.input_dtype, ", ".join(columns.features))
+    y = _shaped(labels, columns.target_shape, columns.target_dtype, columns.label)
+    order = torch.argsort(_hashes(x) * 31 + _hashes(y), stable=True)
+    return x[order], y[order]
+
+
+def _hashes(values: Tensor) -> Tensor:
+    """One number per row, from its bytes."""
+    found = torch.empty(len(values), dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    factors: Tensor | None = None
+    for start in range(0, len(values), _HASHED_ROWS):
+        part = values[start : start + _HASHED_ROWS].contiguous().reshape(-1).view(torch.uint8)
+        part = part.reshape(min(_HASHED_ROWS, len(values) - start), -1).long()
+        if factors is None:
+            factors = torch.randint(-(2**62), 2**62, (part.shape[1],), generator=generator)
+        found[start : start + _HASHED_ROWS] = (part * factors).sum(1)  # wraps round, which is meant
+    return found
 
 
 def _shaped(values: Any, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:

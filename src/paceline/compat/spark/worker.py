@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from paceline.compat.spark.rows import Columns, tensors
 from paceline.errors import ConfigError
+from paceline.launchers.call import keep_progress, progress
 from paceline.launchers.spark_tasks import PARTITION
 
 
@@ -56,10 +58,12 @@ def train(task: Any, columns: Columns, settings: dict[str, Any]) -> dict[str, An
     x, y = read_partition(os.environ[PARTITION], columns)
     order = Order(len(x), settings["batch_size"], seed=settings["seed"], worker=job.rank)
     loader: Any = DataLoader(TensorDataset(x, y), batch_sampler=order)
+    saved: dict[str, Any] = {"history": []}
+    if job.checkpoint is None:
+        _continue(job, task, saved)
     model, optimizer, loader = job.prepare(
         task.model, task.optimizer, loader, strategy=settings["strategy"], shard=False
     )
-    saved: dict[str, Any] = {"history": []}
     job.register(history=_Plain(saved))
     for epoch in job.epochs(settings["epochs"]):
         order.epoch = epoch
@@ -77,6 +81,8 @@ def train(task: Any, columns: Columns, settings: dict[str, Any]) -> dict[str, An
         saved["history"].append({k: float(v) for k, v in row.items()})
         if job.checkpoint is not None:
             job.save(job.checkpoint)
+        else:
+            _keep(job, task, saved, epoch + 1)
     if task.test_set is not None and saved["history"]:  # the model that is returned: replicas are one now
         final = job.evaluate(model, task.test_set, metrics=task.metrics)
         saved["history"][-1] |= {k: float(v) for k, v in final.items()}
@@ -85,6 +91,36 @@ def train(task: Any, columns: Columns, settings: dict[str, Any]) -> dict[str, An
         result["state"] = {k: v.detach().clone() for k, v in task.model.state_dict().items()}
     job.close()
     return result
+
+
+def _keep(job: Any, task: Any, saved: dict[str, Any], next_epoch: int) -> None:
+    """Without a checkpoint: rank 0 leaves the averaged model with the launcher, for a stage run again."""
+    attachment = job.attachments[-1]
+    consensus = attachment.strategy.consensus()  # all ranks take part
+    if not job.is_main:
+        return
+    flats = list(attachment.replica.parameters)
+    own = [flat.clone() for flat in flats]
+    with torch.no_grad():
+        torch._foreach_copy_(flats, consensus if consensus is not None else own)
+        model = {k: v.detach().clone() for k, v in task.model.state_dict().items()}
+        torch._foreach_copy_(flats, own)
+    content = io.BytesIO()
+    values = {"model": model, "optimizer": task.optimizer.state_dict(), "history": saved["history"]}
+    torch.save({**values, "next_epoch": next_epoch, "seconds": job.clock.seconds}, content)
+    keep_progress(content.getvalue())
+
+
+def _continue(job: Any, task: Any, saved: dict[str, Any]) -> None:
+    """Begin where the attempt before was after its last whole epoch; before `prepare`, which spreads it."""
+    content = progress()
+    if content is None:
+        return
+    values = torch.load(io.BytesIO(content), weights_only=True)
+    task.model.load_state_dict(values["model"])
+    task.optimizer.load_state_dict(values["optimizer"])
+    saved["history"] = values["history"]
+    job.set_resumed(values["next_epoch"], values["seconds"])
 
 
 class _Plain:
