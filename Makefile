@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 
 # What `pip install 'paceline[ray,spark]'` would add, without building Paceline again.
 ENGINES := $(VENV)/.engines
-EXTRAS  := ray spark
+EXTRAS  := ray spark lightning accelerate
 define REQUIREMENTS
 import importlib.metadata, sys
 for line in importlib.metadata.requires("paceline"):
@@ -45,7 +45,7 @@ test: install
 slow: install
 	$(PYTEST) -n 2 --dist loadgroup -m "slow and not gpu and not engines and not exhaustive"
 
-# Real Ray and Spark clusters on this machine, with the extras they need.
+# Real Ray and Spark clusters, MPI launchers, Lightning and Accelerate, with the extras they need.
 engines: $(ENGINES)
 	$(PYTEST) -m "engines and not gpu" tests/engines
 

@@ -99,6 +99,8 @@ def meet(
     place = who_am_i(environment)
     if place.launcher == "mpich":
         pmi.abort_on_exception(environment)
+        if place.local_size < place.size and not place.master_address:
+            place = pmi.agree_where(place, environment, timeout_s)
     store = PrefixStore(f"paceline/{_meetings}", _open_store(place, environment, timeout_s))
     _meetings += 1
     address = _own_address(place)

@@ -19,6 +19,7 @@ from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
 
+from paceline.comm import pmi
 from paceline.comm.placement import who_am_i
 from paceline.errors import ConfigError
 
@@ -91,6 +92,15 @@ class Call:
             return None
         return value if isinstance(value, BaseException) else None
 
+    def first_exception(self) -> tuple[int, BaseException] | None:
+        """(rank, what it raised) of the rank that failed first, for engines that report no rank."""
+        left = sorted(Path(self._folder.name).glob("error.[0-9]*"), key=lambda p: p.stat().st_mtime_ns)
+        for path in left:
+            rank = int(path.suffix[1:])
+            if (error := self.exception(rank)) is not None:
+                return rank, error
+        return None
+
 
 def _name(fn: Callable[..., Any]) -> str:
     return str(getattr(fn, "__qualname__", fn))
@@ -133,6 +143,7 @@ def main(folder: str) -> None:
         error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
         traceback.print_exception(error)
         _leave(Path(folder) / f"error.{rank}", error, may_fail=True)
+        pmi.abort(os.environ)
         sys.exit(1)
     _leave(Path(folder) / f"result.{rank}", value, may_fail=False)
 

@@ -88,12 +88,18 @@ def results_of(outcome: Outcome, call: Call) -> list[Any]:
     if outcome.signal is not None:
         _be_ended_by(outcome.signal)
     if outcome.exit_code:
-        raise WorkerFailed(f"the engine ended with exit code {outcome.exit_code}; see what it printed")
+        if (first := call.first_exception()) is None:
+            raise WorkerFailed(f"the engine ended with exit code {outcome.exit_code}; see what it printed")
+        rank, original = first
+        raise _named(original, f"rank {rank}: {type(original).__name__}: {original}")
     return call.results(lost=outcome.lost)
 
 
 def _error(failure: Failure, original: BaseException | None) -> PacelineError:
-    text = "\n".join([failure.headline, *failure.traceback])
+    return _named(original, "\n".join([failure.headline, *failure.traceback]))
+
+
+def _named(original: BaseException | None, text: str) -> PacelineError:
     if isinstance(original, PacelineError):
         error: PacelineError = type(original)(text)
     else:
