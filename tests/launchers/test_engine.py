@@ -11,6 +11,7 @@ import pytest
 import paceline
 from paceline.cli import _job_arguments as arguments
 from paceline.launchers import engine as engines
+from paceline.launchers import ray, spark
 from paceline.launchers.console import Console
 from paceline.launchers.engine import Engine, Outcome
 from paceline.launchers.job import JobSpec, Resources
@@ -26,6 +27,14 @@ class Elsewhere(Engine):
 
 
 class Here(Elsewhere):
+    packages = ()
+
+
+class Ray(ray.Ray):
+    packages = ()
+
+
+class Spark(spark.Spark):
     packages = ()
 
 
@@ -52,6 +61,11 @@ def test_every_engine_is_found_and_checks_a_plain_job_or_names_its_extra() -> No
         (Here(), {"ship": Path()}, "sends no code"),
         (Here(), {"rendezvous": "a:1"}, "leave out --rendezvous"),
         (engines.make("local"), {"nodes": 2}, "needs --rendezvous"),
+        (Spark(), {"nodes": 2}, "give -n 4 and leave out --nodes"),
+        (Spark(), {"resources": Resources(gpus=1)}, "spark.task.resource.gpu.amount"),
+        (Spark(), {"engine_options": {"mster": "a"}}, "master, wait or spark"),
+        (Ray(), {"engine_options": {"wait": "long"}}, "wait=long: seconds expected"),
+        (Ray(), {"rendezvous": "a:1"}, "leave out --rendezvous"),
         (engines.make("local"), {"engine_options": {"a": "b"}}, "no options of its own"),
         (engines.make("local"), {"resources": Resources(gpus=1)}, "reserves neither gpus nor memory"),
     ],

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
-from paceline.errors import CommError
+from paceline.errors import CommError, ConfigError
 from paceline.launchers import keeper, signals
 from paceline.launchers.console import Console
 from paceline.launchers.engine import Outcome
@@ -62,6 +62,14 @@ class Crew(ABC):
     @abstractmethod
     def close(self, *, succeeded: bool) -> None:
         """Leave nothing behind."""
+
+
+def check(job: JobSpec, engine: str) -> None:
+    """Raise ConfigError for what no crew can do."""
+    if job.secret_file is not None:
+        raise ConfigError(
+            f"engine {engine} gives its workers a secret over its own channels; leave out --secret-file"
+        )
 
 
 def gone(why: str) -> Event:

@@ -54,6 +54,7 @@ class Ray(Engine):
     def check(self, job: JobSpec) -> None:
         """`wait` must be a number."""
         super().check(job)
+        crew.check(job, self.name)
         _wait_s(job)
 
     def run(self, job: JobSpec, *, console: Console) -> Outcome:
@@ -305,7 +306,7 @@ class _RayCrew(crew.Crew):
         import ray
 
         try:
-            return ray.get(reference, timeout=max(60.0, _wait_s(self._job)))
+            return ray.get(reference, timeout=max(120.0, _wait_s(self._job)))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:

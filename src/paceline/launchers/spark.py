@@ -59,8 +59,19 @@ class Spark(Engine):
         return dumps
 
     def check(self, job: JobSpec) -> None:
-        """Options are `master`, `wait` and Spark's own settings."""
+        """Options are `master`, `wait` and Spark's own settings; executors are Spark's business."""
         super().check(job)
+        crew.check(job, self.name)
+        if job.nodes > 1:
+            raise ConfigError(
+                f"engine spark: it places tasks where slots are free; give -n {job.total_workers} and leave"
+                " out --nodes"
+            )
+        if job.resources is not None and (job.resources.gpus or job.resources.memory_bytes):
+            raise ConfigError(
+                "engine spark: of --resources only cpus= is a task's; memory and gpus belong to executors:"
+                " -o spark.executor.memory=…, -o spark.task.resource.gpu.amount=…"
+            )
         for name in job.engine_options:
             if name not in ("master", "wait") and not name.startswith("spark."):
                 raise ConfigError(f"engine spark: option {name}: master, wait or spark.… expected")
