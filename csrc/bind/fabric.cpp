@@ -230,6 +230,9 @@ void bind_fabric(nb::module_& m) {
   m.def("is_reducible", [](int dtype, int op) {
     return is_reducible(static_cast<DType>(dtype), static_cast<ReduceOp>(op));
   }, "Whether the operator has a meaning for the dtype.");
+  m.def("scale", [](std::uintptr_t to, std::uintptr_t from, std::size_t numel, float factor) {
+    scale(reinterpret_cast<float*>(to), reinterpret_cast<const float*>(from), numel, factor);
+  }, release(), "to = from * factor of float32 numbers, past the caches.");
   m.attr("EAGER_BYTES") = Outbox::eager_bytes;
   m.def("reduce_isa", &reduce_isa, "Instruction set of the reduction kernels.");
 

@@ -99,6 +99,7 @@ std::shared_ptr<Peer> Engine::peer(int pid, int control_fd) {
 void Engine::connect(Group& group, const std::vector<Address>& addresses) {
   const Driving lock(*this);
   group.connect(addresses);
+  start_helper();
 }
 
 Group::Quick Engine::quick(Group& group, const SmallReduce& call) {
@@ -267,6 +268,7 @@ void Engine::help() {
   std::atomic<std::uint32_t>& bell = control.bells[Control::helper];
   Nanoseconds pause = short_nap;  // grows while there is nothing to do
   while (!is_stopping_.load()) {
+    control.beat.fetch_add(1, std::memory_order_relaxed);
     const std::uint32_t heard = bell.load();
     std::vector<int> network;  // none while somebody else drives
     Nanoseconds rest = pause;

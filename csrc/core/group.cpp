@@ -11,6 +11,8 @@
 namespace paceline {
 namespace {
 
+constexpr Nanoseconds frozen_after = 400'000'000;  // several times as long as a helper sleeps
+
 // What all ranks must agree on besides the number of elements.
 std::uint32_t signature(Kind kind, DType dtype, ReduceOp op, int root) {
   const bool reduces = kind == Kind::all_reduce || kind == Kind::reduce || kind == Kind::reduce_scatter;
@@ -49,6 +51,7 @@ void Group::connect(const std::vector<Address>& addresses) {
   is_alone_ = true;
   for (int r = 0; r < size_; ++r)
     if (r != rank_ && peer(r).pid() == getpid()) is_alone_ = false;
+  pulses_.assign(static_cast<std::size_t>(size_), {});
   known_done_.assign(static_cast<std::size_t>(size_), 0);
   pipes_.resize(size_);
   is_connected_ = true;
@@ -106,8 +109,22 @@ void Group::check(Nanoseconds now) {
                  describe(op) + ": " + name(r) + (closed ? " closed its communicator" : " is gone: process " +
                  std::to_string(peer(r).pid()) + " has ended") + " before it finished this operation"});
   }
+  const int frozen = find_frozen(now);
+  if (frozen >= 0 && !queue_.empty()) queue_.front()->waiting_for = frozen;
   if (const Failure late = lateness(now)) return fail(late);
   pipes_.check(now);
+}
+
+// Whom we wait for may itself wait for somebody who is stopped: processes that run have a beat.
+int Group::find_frozen(Nanoseconds now) {
+  int frozen = -1;
+  for (int r = 0; r < size_; ++r) {
+    Pulse& pulse = pulses_[static_cast<std::size_t>(r)];
+    const std::uint32_t beat = peer(r).beat();
+    if (beat != pulse.beat || pulse.since == 0) pulse = {beat, now};
+    if (r != rank_ && now - pulse.since > frozen_after && frozen < 0) frozen = r;
+  }
+  return frozen;
 }
 
 void Group::publish(Outbox::Counter& counter, std::uint64_t value) {
@@ -193,6 +210,7 @@ Group::Quick Group::all_reduce_at_once(const SmallReduce& call, int looks) {
   void* destination = call.data;
   reduce(call.dtype, call.op, &destination, 1, sources, size_, call.numel, size_);
   publish(own_.done(), sequence);
+  __builtin_prefetch(&own_.post(next_sequence_), 1);  // peers have read it; fetching it back takes a while
   return {true, sequence};
 }
 

@@ -77,11 +77,19 @@ class Group final : public Session {
   bool progress_messages() override { return pipes_.progress(); }
   void fail_messages(const Failure& failure) override { pipes_.fail_all(failure); }
 
+  // A peer whose process stands still, or -1.
+  int find_frozen(Nanoseconds now);
+
   std::byte* memory_ = nullptr;
   Outbox own_;
   std::vector<Outbox> outboxes_;
   std::vector<std::shared_ptr<Peer>> peers_;
   std::vector<std::uint64_t> known_done_;
+  struct Pulse {
+    std::uint32_t beat = 0;
+    Nanoseconds since = 0;  // when it was first seen
+  };
+  std::vector<Pulse> pulses_;
   Pipes pipes_;
   std::uint64_t last_staged_ = 0;  // the last operation that used whole stages
   std::uint64_t last_filled_ = 0;  // the last small one in the ring; those before the last few are over

@@ -38,7 +38,7 @@ class Outbox {
   static constexpr std::size_t inline_bytes = 1 << 10;
   // Writing to lines that a peer still has in its cache costs four times as much as reading what it wrote: the
   // ring of stages is larger than a core's cache, so that they have left it when they are used again.
-  static constexpr int num_stages = 16;
+  static constexpr int num_stages = 8;
   static constexpr std::size_t stage_bytes = 256 << 10;
   static constexpr std::size_t ring_bytes = num_stages * stage_bytes;
   static constexpr std::size_t pipe_bytes = 64 << 10;

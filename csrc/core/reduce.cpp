@@ -3,16 +3,17 @@
 namespace paceline {
 
 using Kernel = void (*)(void* const*, int, const void* const*, int, std::size_t, int);
-namespace generic { Kernel kernel(DType, ReduceOp); }
+namespace generic { Kernel kernel(DType, ReduceOp); void scale(float*, const float*, std::size_t, float); }
 #ifdef PACELINE_X86
-namespace v3 { Kernel kernel(DType, ReduceOp); }
-namespace v4 { Kernel kernel(DType, ReduceOp); }
+namespace v3 { Kernel kernel(DType, ReduceOp); void scale(float*, const float*, std::size_t, float); }
+namespace v4 { Kernel kernel(DType, ReduceOp); void scale(float*, const float*, std::size_t, float); }
 #endif
 
 namespace {
 
 struct Table {
   const char* isa = "generic";
+  void (*scale)(float*, const float*, std::size_t, float) = generic::scale;
   Kernel kernels[num_dtypes][num_reduce_ops];
 
   Table() {
@@ -23,10 +24,12 @@ struct Table {
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512cd")) {
       find = v4::kernel;
+      scale = v4::scale;
       isa = "x86-64-v4";
     } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c")) {
       find = v3::kernel;
+      scale = v3::scale;
       isa = "x86-64-v3";
     }
 #endif
@@ -49,6 +52,8 @@ void reduce(DType dtype, ReduceOp op, void* const* destinations, int num_destina
   table.kernels[static_cast<int>(dtype)][static_cast<int>(op)](destinations, num_destinations, sources,
                                                                num_sources, numel, divisor);
 }
+
+void scale(float* to, const float* from, std::size_t numel, float factor) { table.scale(to, from, numel, factor); }
 
 const char* reduce_isa() { return table.isa; }
 

@@ -17,6 +17,9 @@ bool is_reducible(DType dtype, ReduceOp op);
 void reduce(DType dtype, ReduceOp op, void* const* destinations, int num_destinations,
             const void* const* sources, int num_sources, std::size_t numel, int divisor);
 
+// to = from * factor, for buffers larger than the caches.
+void scale(float* to, const float* from, std::size_t numel, float factor);
+
 // The instruction set that `reduce` runs on: "generic", "x86-64-v3" or "x86-64-v4".
 const char* reduce_isa();
 

@@ -194,6 +194,23 @@ constexpr Kernel boolean(ReduceOp op) {
 
 }  // namespace
 
+// Past the caches: what is larger than them would only push out what is still needed.
+void scale(float* to, const float* from, Size n, float factor) {
+  Size i = 0;
+#ifdef __AVX512F__
+  for (; i < n && (reinterpret_cast<Size>(to + i) & 63) != 0; ++i) to[i] = from[i] * factor;
+  for (const __m512 f = _mm512_set1_ps(factor); i + 16 <= n; i += 16)
+    _mm512_stream_ps(to + i, _mm512_mul_ps(_mm512_loadu_ps(from + i), f));
+  _mm_sfence();
+#elif defined(__AVX2__)
+  for (; i < n && (reinterpret_cast<Size>(to + i) & 31) != 0; ++i) to[i] = from[i] * factor;
+  for (const __m256 f = _mm256_set1_ps(factor); i + 8 <= n; i += 8)
+    _mm256_stream_ps(to + i, _mm256_mul_ps(_mm256_loadu_ps(from + i), f));
+  _mm_sfence();
+#endif
+  for (; i < n; ++i) to[i] = from[i] * factor;
+}
+
 // The loop for a pair, or nullptr where the pair has no meaning.
 Kernel kernel(DType dtype, ReduceOp op) {
   switch (dtype) {

@@ -242,8 +242,10 @@ def test_communicators_leave_nothing(rounds, network):
 
 def victim_body(comm, operation, deadline_s, how):
     """Rank 1 goes away in the middle of a stream of operations; the others must hear of it."""
+    comm.timeout_s = deadline_s
     n = 1 if operation == "small" else 3_000_000
     t = comm.allocate(n, torch.float32) if operation == "allocated" else torch.zeros(n)
+    other, part = torch.zeros_like(t), torch.zeros(n // comm.size)
     for i in range(1_000_000):
         if comm.rank == 1 and i == (0 if operation == "recv" else 5):
             threading.Timer(0.05, lambda: os.kill(os.getpid(), how)).start()
@@ -253,6 +255,16 @@ def victim_body(comm, operation, deadline_s, how):
                 comm.recv(t, 1).wait() if comm.rank != 1 else time.sleep(60)
             elif operation == "broadcast":
                 comm.broadcast(t, root=1).wait()
+            elif operation == "barrier":
+                comm.barrier().wait()
+            elif operation == "all_to_all":
+                comm.all_to_all(other, t).wait()
+            elif operation == "all_gather":
+                comm.all_gather(other, part).wait()
+            elif operation == "reduce_scatter":
+                comm.reduce_scatter(part, other).wait()
+            elif operation == "urgent":
+                comm.all_reduce(t, priority=1).wait()
             else:
                 comm.all_reduce(t).wait()
         except CommError as error:
@@ -262,7 +274,23 @@ def victim_body(comm, operation, deadline_s, how):
 
 @pytest.mark.parametrize(
     "operation",
-    ["small", "private", *(pytest.param(o, marks=SLOW) for o in ("allocated", "broadcast", "recv"))],
+    [
+        "small",
+        "private",
+        *(
+            pytest.param(o, marks=SLOW)
+            for o in (
+                "allocated",
+                "broadcast",
+                "recv",
+                "barrier",
+                "all_to_all",
+                "all_gather",
+                "reduce_scatter",
+                "urgent",
+            )
+        ),
+    ],
 )
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
 @FABRICS
@@ -270,9 +298,7 @@ def test_lost_peers_are_named(operation, how, network):
     if network and operation in ("allocated", "small"):
         pytest.skip("the same as private over a network")
     deadline_s = 1.0
-    processes, pipes = start(
-        3, victim_body, operation, deadline_s, how, timeout_s=deadline_s, network=network
-    )
+    processes, pipes = start(3, victim_body, operation, deadline_s, how, network=network)
     try:
         for rank in (0, 2):
             assert pipes[rank].poll(30), f"rank {rank} hangs"

@@ -69,7 +69,8 @@ def connect(
     from paceline.comm.native_network import NetworkCommunicator
 
     comm = native.connect(meeting, timeout_s=timeout_s, device=device)
-    if isinstance(comm, NetworkCommunicator) and len(set(meeting.hosts)) > 1:
+    has_hosts = len(set(meeting.hosts)) > 1
+    if isinstance(comm, NetworkCommunicator) and has_hosts and comm.size <= select.MOST_RANKS:
         select.adopt(comm)
     return comm
 

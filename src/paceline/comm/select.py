@@ -7,7 +7,9 @@ frozen for the job; a file per cluster keeps it, so that the next job starts wit
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -23,6 +25,7 @@ from paceline import collectives, registry
 from paceline.errors import ConfigError
 from paceline.schedule import topology
 from paceline.schedule.network import Topology
+from paceline.schedule.program import Program
 from paceline.schedule.simulate import simulate
 from paceline.types import ReduceOp
 
@@ -35,9 +38,10 @@ KNOWN = (*OPERATIONS, "gather", "scatter", "all_to_all", "barrier")
 DIRECT = "direct"
 _FINALISTS = 3
 _REPEATS = 3
-_TOO_LONG_S = 0.2  # beyond, bandwidth decides, and what won at the size before wins again
+_TOO_LONG_S = 0.02  # beyond, bandwidth decides, and what won at the size before wins again
 _PROBE_BYTES = 256 << 10
 _VERSION = 1
+MOST_RANKS = 64  # simulating all candidates for more takes too long to do it at every job's start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,17 +201,22 @@ def measure_links(comm: NetworkCommunicator) -> Topology:
 def _rank(operation: str, num_bytes: int, links: Topology) -> dict[str, float]:
     """Simulated seconds by algorithm, fastest first."""
     p = links.num_ranks
-    times: dict[str, float] = {}
-    for name in collectives.names():
-        if not collectives.supports(name, operation, p) or operation not in collectives.find(name).OPERATIONS:
-            continue
-        try:
-            times[name] = simulate(collectives.build(name, operation, p), links, num_bytes).time_s
-        except ConfigError:
-            continue  # it needs to know more than the number of ranks
+    programs = _candidates(operation, p)
+    times = {name: simulate(program, links, num_bytes).time_s for name, program in programs.items()}
     # What the core does by itself is all pairs at once, with fewer copies.
     times[DIRECT] = times.pop("all_pairs", min(times.values(), default=0.0))
     return dict(sorted(times.items(), key=lambda item: (item[1], item[0])))
+
+
+@functools.lru_cache(maxsize=len(OPERATIONS))
+def _candidates(operation: str, num_ranks: int) -> dict[str, Program]:
+    programs = {}
+    for name in collectives.names():
+        is_meant = operation in collectives.find(name).OPERATIONS
+        if is_meant and collectives.supports(name, operation, num_ranks):
+            with contextlib.suppress(ConfigError):  # it needs to know more than the number of ranks
+                programs[name] = collectives.build(name, operation, num_ranks)
+    return programs
 
 
 def _race(comm: NetworkCommunicator, operation: str, num_bytes: int, algorithm: str) -> float:

@@ -16,10 +16,13 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
+from paceline import _core
 from paceline.comm.communicator import FabricCommunicator
 from paceline.errors import ConfigError
 from paceline.strategies.strategy import TrainingStrategy
 from paceline.train.replica import FlatReplica, GradientBucket
+
+_LARGE_NUMEL = 1 << 18  # a megabyte: the copy would only push out of the caches what backward needs next
 
 
 class Attachment:
@@ -227,7 +230,7 @@ class Attachment:
                 " all_reduce of dense buckets cannot send; use sparse=False, or strategy='local_sgd(...)'"
             )
         else:
-            torch.mul(gradient, weight, out=view)
+            _scale(view, gradient, weight)
         if gradient is not None:
             parameter.grad = view
 
@@ -284,3 +287,12 @@ class Attachment:
             " when prepare() saw it, or a frozen parameter was unfrozen; their gradients would stay local."
             " Call job.prepare(model, optimizer, ...) again after adding or unfreezing parameters"
         )
+
+
+def _scale(view: torch.Tensor, gradient: torch.Tensor, weight: float) -> None:
+    """`view` = `gradient` · `weight`; both are dense."""
+    is_plain = gradient.dtype is torch.float32 and gradient.is_cpu and gradient.stride() == view.stride()
+    if is_plain and view.dtype is torch.float32 and gradient.numel() >= _LARGE_NUMEL:
+        _core.scale(view.data_ptr(), gradient.data_ptr(), gradient.numel(), weight)
+    else:
+        torch.mul(gradient, weight, out=view)
