@@ -17,7 +17,7 @@ for line in importlib.metadata.requires("paceline"):
 endef
 export REQUIREMENTS
 
-.PHONY: install demo test slow engines exhaustive check quick docs bench clean
+.PHONY: install demo test slow engines exhaustive pytorch-suite check quick docs bench clean
 
 install: $(STAMP)
 
@@ -57,6 +57,10 @@ $(ENGINES): $(STAMP)
 # Sweeps of many minutes, for a quiet machine.
 exhaustive: install
 	$(PYTEST) -n 2 --dist loadgroup -m "exhaustive and not gpu" --timeout 3000
+
+# PyTorch's own distributed tests over gloo and over our backend, side by side; results stay in runs/.
+pytorch-suite: install
+	$(BIN)/python tests/pytorch_suite.py both --folder runs
 
 quick: install
 	$(PYTEST) -n 2 --dist loadgroup -m "not gpu and not slow and not engines and not exhaustive and not net" -x -q tests/unit tests/meta

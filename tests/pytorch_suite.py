@@ -38,8 +38,12 @@ def run(backend: str, path: Path, only: list[str], seconds: float, again: bool) 
         if time.monotonic() > end or (name in known and not again):
             continue
         start = time.monotonic()
-        result = unittest.TextTestRunner(stream=io.StringIO(), verbosity=0).run(Case(name))
-        problems = [text for _, text in result.failures + result.errors]
+        for _ in range(3):
+            result = unittest.TextTestRunner(stream=io.StringIO(), verbosity=0).run(Case(name))
+            problems = [text for _, text in result.failures + result.errors]
+            # PyTorch's test ranks meet through files for at most 10 s: too little on a busy machine.
+            if not any('RuntimeError("barrier timeout")' in text for text in problems):
+                break
         state = "failed" if problems else "skipped" if result.skipped else "passed"
         why = problems[0][-3000:] if problems else result.skipped[0][1] if result.skipped else ""
         known[name] = {"state": state, "seconds": round(time.monotonic() - start, 1), "why": why}
