@@ -67,12 +67,12 @@ def test_a_wrong_strategy_is_refused_at_once() -> None:
         ("lightning_digits.py", "all_reduce"),
         ("lightning_digits.py", "local_sgd(period=4)"),
         ("accelerate_digits.py", "all_reduce"),
-        ("accelerate_digits.py", "parameter_server"),
+        ("accelerate_digits.py", "parameter_server --backend gloo"),
     ],
 )
 def test_examples_reach_their_accuracy(tmp_path: Path, example: str, strategy: str) -> None:
     words = [sys.executable, "-m", "paceline.cli.main", "run", "-n", "2", "--no-progress"]
-    words += [str(ROOT / "examples" / example), "--epochs", "8", "--strategy", strategy]
+    words += [str(ROOT / "examples" / example), "--epochs", "8", "--strategy", *strategy.split()]
     words += ["--folder", str(tmp_path)] if example.startswith("lightning") else []
     done = subprocess.run(
         words, check=False, capture_output=True, text=True, timeout=150, cwd=tmp_path, env={**os.environ}

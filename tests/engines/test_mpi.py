@@ -30,14 +30,25 @@ CACHE = Path(os.environ.get("PACELINE_TEST_MPI", ROOT / "build" / "mpi"))
 
 @pytest.fixture(scope="session", params=WHEELS)
 def mpirun(request: pytest.FixtureRequest) -> str:
-    """The launcher of one MPI; installed once into build/mpi. Python stays the one that runs the tests."""
-    folder = CACHE / request.param
+    """The launcher of each MPI."""
+    return installed(request.param)
+
+
+@pytest.fixture(scope="session", params=["openmpi", "mpich"])
+def family(request: pytest.FixtureRequest) -> str:
+    """One launcher of each family: Intel MPI's is Hydra, like MPICH's."""
+    return installed(request.param)
+
+
+def installed(name: str) -> str:
+    """Installs a wheel once into build/mpi. Python stays the one that runs the tests."""
+    folder = CACHE / name
     if not (folder / "complete").exists():
         words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-warn-script-location"]
-        words += ["--ignore-installed", "--prefix", str(folder), WHEELS[request.param]]
+        words += ["--ignore-installed", "--prefix", str(folder), WHEELS[name]]
         done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=200)
         if done.returncode:
-            pytest.skip(f"{WHEELS[request.param]} cannot be installed: {done.stderr.strip()[-200:]}")
+            pytest.skip(f"{WHEELS[name]} cannot be installed: {done.stderr.strip()[-200:]}")
         (folder / "complete").touch()
     return str(folder / "bin" / "mpirun")
 
@@ -73,27 +84,27 @@ def double(rank: int, fail: bool) -> int:
     return 2 * paceline.init().rank
 
 
-def test_a_function_and_its_error(mpirun: str) -> None:
-    options = {"mpirun": mpirun}
+def test_a_function_and_its_error(family: str) -> None:
+    options = {"mpirun": family}
     assert paceline.launch(double, num_workers=2, args=(False,), on="mpi", engine_options=options) == [0, 2]
     with pytest.raises(ConfigError, match="rank 1: ConfigError: no doubling today"):
         paceline.launch(double, num_workers=2, args=(True,), on="mpi", engine_options=options)
 
 
-def run_on_mpi(mpirun: str, *words: str) -> list[str]:
+def run_on_mpi(*words: str) -> list[str]:
     return [sys.executable, "-m", "paceline.cli.main", "run", "--on", "mpi", "-n", "2", *words]
 
 
-def test_a_failing_rank_ends_all(mpirun: str, tmp_path: Path) -> None:
+def test_a_failing_rank_ends_all(family: str, tmp_path: Path) -> None:
     script = tmp_path / "fail.py"
     script.write_text(
         "import paceline, time\njob = paceline.init()\nprint('rank', job.rank, job.options.strategy)\n"
         "job.barrier()\n"
         "if job.rank == 1: raise ValueError('broken on purpose')\ntime.sleep(80)\n"
     )
-    words = run_on_mpi(mpirun, "--engine-option", f"mpirun={mpirun}", "--strategy", "local_sgd", str(script))
+    words = run_on_mpi("--engine-option", f"mpirun={family}", "--strategy", "local_sgd", str(script))
     began = time.monotonic()
-    done = call(words, mpirun)
+    done = call(words, family)
     assert done.returncode == 1 and time.monotonic() - began < 60
     assert "[0] rank 0 local_sgd" in done.stdout and "[1] rank 1 local_sgd" in done.stdout
     assert "[1] ValueError: broken on purpose" in done.stderr
@@ -108,10 +119,10 @@ def runs(pid: int) -> bool:
         return False
 
 
-def test_ctrl_c_leaves_nothing(mpirun: str, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing(family: str, tmp_path: Path) -> None:
     script = tmp_path / "sleep.py"
     script.write_text("import os, time\nprint('pid', os.getpid(), flush=True)\ntime.sleep(300)\n")
-    words = run_on_mpi(mpirun, "--engine-option", f"mpirun={mpirun}", str(script))
+    words = run_on_mpi("--engine-option", f"mpirun={family}", str(script))
     child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert child.stdout is not None

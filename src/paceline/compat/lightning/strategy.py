@@ -41,10 +41,12 @@ class _SyncControl(_BackwardSyncControl):  # type: ignore[misc]
 class PacelineStrategy(TrainerDDP, FabricDDP):  # type: ignore[misc]
     """`strategy=` of `Trainer` and `Fabric`: any of Paceline's strategies, by its spec.
 
-    `fabric` and `process_group_backend` say what carries Paceline's tensors and Lightning's own. The other
-    arguments are Lightning's. Validation and checkpoints see the strategy's consensus model; a checkpoint
-    also holds every rank's state, so that `trainer.fit(ckpt_path=…)` continues bit for bit. Each of the
-    Trainer's loggers gets the job's statistics as `paceline/…` every `log_every_n_steps`.
+    `fabric` and `process_group_backend` say what carries Paceline's tensors and Lightning's own (by default
+    the backend "paceline" beside the native fabric). The other arguments are Lightning's.
+
+    Validation and checkpoints see the strategy's consensus model; a checkpoint also holds every rank's state,
+    so that `trainer.fit(ckpt_path=…)` continues bit for bit. Each of the Trainer's loggers gets the job's
+    statistics as `paceline/…` every `log_every_n_steps`.
     """
 
     def __init__(
@@ -104,6 +106,8 @@ class PacelineStrategy(TrainerDDP, FabricDDP):  # type: ignore[misc]
             self._job = embedding.join("Lightning", fabric=self._fabric_name)
         if not dist.is_initialized():
             assert self.job.meeting is not None
+            is_native = self.job.comm.fabric == "native"
+            self._process_group_backend = self.process_group_backend or ("paceline" if is_native else None)
             dist.init_process_group(
                 self._get_process_group_backend(),
                 store=PrefixStore("lightning", self.job.meeting.store),
