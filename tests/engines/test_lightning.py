@@ -41,9 +41,9 @@ def test_checkpoints_validation_and_loggers(tmp_path: Path, spec: str) -> None:
     assert any(row.get("paceline/wait_s") for row in rows)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_all_reduce_is_what_ddp_computes(tmp_path: Path, accumulate: int) -> None:
-    for result in paceline.launch(bodies.beside_ddp, num_workers=2, args=(str(tmp_path), accumulate)):
+def test_all_reduce_is_what_ddp_computes(tmp_path: Path) -> None:
+    """With clipping, and gradients accumulated over two batches."""
+    for result in paceline.launch(bodies.beside_ddp, num_workers=2, args=(str(tmp_path), 2)):
         assert result["ours"] == pytest.approx(result["theirs"], rel=1e-5, abs=1e-7)
 
 
@@ -64,7 +64,6 @@ def test_a_wrong_strategy_is_refused_at_once() -> None:
 @pytest.mark.parametrize(
     ("example", "strategy"),
     [
-        ("lightning_digits.py", "all_reduce"),
         ("lightning_digits.py", "local_sgd(period=4)"),
         ("accelerate_digits.py", "all_reduce"),
         ("accelerate_digits.py", "parameter_server --backend gloo"),
