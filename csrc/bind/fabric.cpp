@@ -11,6 +11,7 @@
 
 #include "bind/bind.h"
 #include "core/engine.h"
+#include "core/mixed_group.h"
 #include "core/network_group.h"
 #include "core/reduce.h"
 #include "core/tcp.h"
@@ -44,6 +45,7 @@ struct Holder {
 
 using Member = Holder<Group>;
 using NetworkMember = Holder<NetworkGroup>;
+using MixedMember = Holder<MixedGroup>;
 
 // A transport that the engine serves for as long as Python or a group holds it.
 struct Network {
@@ -302,6 +304,13 @@ void bind_fabric(nb::module_& m) {
       })
       .def("run", &run, release());
   shared_methods(network_group);
+
+  nb::class_<MixedMember> mixed_group(m, "MixedGroup");
+  mixed_group.def("__init__", [](MixedMember* self, int rank, const std::vector<int>& hosts, Member& local,
+                                 NetworkMember& world, NetworkMember* stripe) {
+    new (self) MixedMember(local.engine, rank, hosts, local.get(), world.get(), stripe ? &stripe->get() : nullptr);
+  }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
+  shared_methods(mixed_group);
 }
 
 }  // namespace paceline::bind

@@ -11,7 +11,7 @@ namespace {
 
 enum Phase : std::uint64_t { call, contribution, result };
 
-constexpr std::size_t window = 4;  // slices of a part that may be under way to its owner
+constexpr std::size_t max_window = 8;
 constexpr std::size_t max_slice_bytes = 256 << 10, min_slice_bytes = 16 << 10;
 
 struct Combination {
@@ -58,6 +58,10 @@ struct Combination {
   std::size_t slice_bytes_of(int p) const {
     const std::size_t wanted = (part(p).num_bytes / 8 + 63) / 64 * 64;
     return std::clamp(wanted, min_slice_bytes, max_slice_bytes);
+  }
+  // Slices of part p that may be under way to its owner: all of a small part, a megabyte of a large one.
+  std::size_t window_of(int p) const {
+    return std::clamp((std::size_t{1} << 20) / slice_bytes_of(p), std::size_t{4}, max_window);
   }
   std::size_t num_slices(int p) const { return (part(p).num_bytes + slice_bytes_of(p) - 1) / slice_bytes_of(p); }
   Range slice(int p, std::size_t k) const {  // relative to the part
@@ -134,7 +138,7 @@ struct TwoStep : Combination {
     CallHeader header;
     std::size_t num_sent = 0, num_returned = 0;  // slices of the peer's part
     std::vector<Transfer*> results;              // slices of the peer's part, back from it
-    Transfer* arriving[window] = {};             // contributions to our part, by slice
+    Transfer* arriving[max_window] = {};             // contributions to our part, by slice
   };
   std::vector<Exchange> exchanges;
   std::size_t num_combined = 0, num_posted = 0;  // slices of our part
@@ -152,14 +156,14 @@ struct TwoStep : Combination {
   TwoStep(Network& n, Operation& o)
       : Combination(n, o), exchanges(static_cast<std::size_t>(size)), header(CallHeader::of(o.request)),
         flight(n, o, planned(*this)) {
-    const std::size_t slots = window * static_cast<std::size_t>(size);
+    const std::size_t slots = window_of(rank) * static_cast<std::size_t>(size);
     rooms = std::make_unique_for_overwrite<std::byte[]>(slots * slice_bytes_of(rank));
     if (!has_output) results = std::make_unique_for_overwrite<std::byte[]>(part(rank).num_bytes);
   }
 
   Exchange& with(int p) { return exchanges[static_cast<std::size_t>(p)]; }
   std::byte* room(int p, std::size_t k) {
-    return rooms.get() + (static_cast<std::size_t>(p) * window + k % window) * slice_bytes_of(rank);
+    return rooms.get() + (static_cast<std::size_t>(p) * window_of(rank) + k % window_of(rank)) * slice_bytes_of(rank);
   }
   std::byte* result_of(std::size_t k) {
     std::byte* base = has_output ? request.output + output_offset(rank) : results.get();
@@ -185,10 +189,10 @@ struct TwoStep : Combination {
   }
 
   void post_contributions() {
-    for (; num_posted < std::min(num_combined + window, num_slices(rank)); ++num_posted)
+    for (; num_posted < std::min(num_combined + window_of(rank), num_slices(rank)); ++num_posted)
       for (int i = 1; i < size; ++i) {
         const int p = (rank + size - i) % size;
-        with(p).arriving[num_posted % window] =
+        with(p).arriving[num_posted % window_of(rank)] =
             &flight.receive(p, contribution, room(p, num_posted), slice(rank, num_posted).num_bytes);
       }
   }
@@ -197,14 +201,14 @@ struct TwoStep : Combination {
   // leaves the pace to the transport's credit.
   bool send_contributions() {
     bool has_moved = false;
-    for (std::size_t round = 0; round < window; ++round)
+    for (std::size_t round = 0; round < max_window; ++round)
       for (int i = 1; i < size; ++i) {
         const int p = (rank + i) % size;
         Exchange& e = with(p);
         while (e.num_returned < e.results.size() && e.results[e.num_returned]->state == Transfer::State::done)
           ++e.num_returned;
         const bool is_paced = receives_results(rank);
-        const std::size_t limit = is_paced ? e.num_returned + std::min(round + 1, window) : num_slices(p);
+        const std::size_t limit = is_paced ? e.num_returned + std::min(round + 1, window_of(p)) : num_slices(p);
         if (e.num_sent >= std::min(limit, num_slices(p))) continue;
         const Range r = slice(p, e.num_sent++);
         flight.send(p, contribution, request.source + part(p).offset + r.offset, r.num_bytes);
@@ -228,7 +232,7 @@ struct TwoStep : Combination {
     const std::size_t k = num_combined;
     if (k >= num_slices(rank)) return false;
     for (int p = 0; p < size; ++p)
-      if (p != rank && !flight.has_landed(*with(p).arriving[k % window])) return false;
+      if (p != rank && !flight.has_landed(*with(p).arriving[k % window_of(rank)])) return false;
     const Range r = slice(rank, k);
     for (int p = 0; p < size; ++p) from[static_cast<std::size_t>(p)] = room(p, k);
     from[static_cast<std::size_t>(rank)] = request.source + part(rank).offset + r.offset;

@@ -13,6 +13,8 @@ namespace {
 
 constexpr std::size_t heavy_bytes = 512 << 10;  // from here on a submit leaves the work to the helper
 constexpr int submit_looks = 4000;              // while something moves
+constexpr int network_spins = 400;              // a look at the network is a system call
+constexpr Nanoseconds short_sleep = 50'000;     // spinning instead would have paid
 constexpr Nanoseconds look_around = 50'000'000; // how often sleepers check deadlines and the life of peers
 constexpr Nanoseconds short_nap = 60'000;       // of the helper, when there was work lately
 constexpr Nanoseconds long_nap = 500'000;       // it need not be woken from a nap shorter than this
@@ -119,7 +121,7 @@ OperationPointer Engine::submit(Session& group, Request request, Nanoseconds tim
   op->deadline = op->started + timeout;
   const Driving lock(*this);
   if (group.failure()) throw Failed(group.failure());
-  if (std::find(groups_.begin(), groups_.end(), &group) == groups_.end()) groups_.push_back(&group);
+  activate(group);
   group.enqueue(op);
   if (!op->is_heavy) linger(*op);
   leave();
@@ -135,7 +137,7 @@ bool Engine::is_soon_free() {
 
 // Drives for a moment: most small operations are over before anybody could take them over.
 void Engine::linger(Operation& op) {
-  for (int idle = 0, looks = 0; idle < submit_idle_ && looks < submit_looks; ++looks) {
+  for (int idle = 0, looks = 0; idle < std::min(submit_idle_, spins()) && looks < submit_looks; ++looks) {
     if (op.is_done.load(std::memory_order_relaxed) || num_claims_.load() > 0) return;
     if (progress()) idle = 0;
     else if (++idle < num_spins_) cpu_pause();
@@ -161,6 +163,10 @@ void Engine::check() {
   const Nanoseconds now = now_ns();
   for (Session* g : std::vector<Session*>(groups_)) g->check(now);
   std::erase_if(groups_, [](Session* g) { return !g->has_pending(); });
+}
+
+void Engine::activate(Session& group) {
+  if (std::find(groups_.begin(), groups_.end(), &group) == groups_.end()) groups_.push_back(&group);
 }
 
 void Engine::completed(Operation& op) {
@@ -211,11 +217,12 @@ void Engine::drive(Operation& op, Nanoseconds until) {
   for (std::uint32_t turn = 1; !is_done(); ++turn) {
     if (turn % 4096 == 0) check();
     if (num_claims_.load() > 0) return;  // somebody has a call to make: it drives next
+    const int limit = spins();
     if (progress()) {
       idle = 0;
-    } else if (++idle < num_spins_) {
+    } else if (++idle < limit) {
       cpu_pause();
-    } else if (idle < num_spins_ + num_yields_) {
+    } else if (idle < limit + (has_network_.load() ? 1 : num_yields_)) {
       sched_yield();
     } else {
       const std::uint32_t heard = control.bells[Control::waiter].load();
@@ -224,12 +231,24 @@ void Engine::drive(Operation& op, Nanoseconds until) {
         check();
         const Nanoseconds now = now_ns();
         if (now >= until) return;
-        if (!is_done()) sleep(Control::waiter, heard, nap(std::min(look_around, until - now)), network_fds());
+        if (!is_done()) {
+          sleep(Control::waiter, heard, nap(std::min(look_around, until - now)), network_fds());
+          learn(now_ns() - now);
+        }
       }
       control.armed.store(Control::nobody);
-      idle = num_spins_;  // rung or not: look, yield a little, sleep again
+      idle = spins();  // rung or not: look, yield a little, sleep again
     }
   }
+}
+
+// Messages of a fast network come within the time of a few looks; waiting for a slow one must leave the processor
+// to others. Which of them this is shows in how long sleeps last.
+int Engine::spins() const { return has_network_.load() ? std::min(num_spins_, network_spins_) : num_spins_; }
+
+void Engine::learn(Nanoseconds slept) {
+  if (slept < short_sleep) network_spins_ = std::min(network_spins_ * 2, network_spins);
+  else network_spins_ = std::max(network_spins_ / 2, 2);
 }
 
 bool Engine::poll(Operation& op) {
@@ -317,7 +336,7 @@ std::vector<int> Engine::network_fds() const {
 
 // Peers on this host ring a bell, which a sleeper that listens to the network does not hear.
 Nanoseconds Engine::nap(Nanoseconds longest) const {
-  return transports_.empty() || peers_.empty() ? longest : std::min<Nanoseconds>(longest, 1'000'000);
+  return transports_.empty() || peers_.empty() ? longest : std::min<Nanoseconds>(longest, 100'000);
 }
 
 // Until rung, until the network has something (if this thread serves it), or `timeout`.

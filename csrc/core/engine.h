@@ -66,6 +66,7 @@ class Engine {
 
   // For groups, under the lock.
   void completed(Operation& op);
+  void activate(Session& group);  // it has something to do
 
  private:
   class Driving;
@@ -77,6 +78,8 @@ class Engine {
   bool is_soon_free();
   void linger(Operation& op);
   void help();
+  int spins() const;
+  void learn(Nanoseconds slept);
   void sweep();
   void start_helper();
   void wake(Control::Armed listener);
@@ -100,6 +103,7 @@ class Engine {
   std::thread helper_;
   std::atomic<bool> is_stopping_{false};
   std::uint32_t born_after_ = 0;  // forks before this engine was made
+  int network_spins_ = 400;
   int num_spins_ = 2000;
   int num_yields_ = 50;
   int submit_idle_ = 400;

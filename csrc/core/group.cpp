@@ -86,7 +86,6 @@ bool Group::can_free() const {
 
 void Group::check(Nanoseconds now) {
   if (!has_pending()) return;
-  const auto name = [](int r) { return "rank " + std::to_string(r); };
   for (int r = 0; r < size_; ++r) {
     if (r == rank_) continue;
     const std::uint64_t poison = outbox(r).poison().load();
@@ -233,7 +232,7 @@ bool Group::has_posted(Operation& op, int r) {
   const std::uint32_t mine = signature(op.request);
   if (post.what != mine || post.numel != op.request.numel)
     throw Failed({FailureKind::mismatch, r,
-                  "this rank called " + describe_call(mine, op.request.numel) + " but rank " + std::to_string(r) +
+                  "this rank called " + describe_call(mine, op.request.numel) + " but " + name(r) +
                       " called " + describe_call(post.what, post.numel) +
                       ": all ranks must make the same calls in the same order"});
   return true;

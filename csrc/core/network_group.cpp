@@ -56,10 +56,10 @@ Failure NetworkGroup::heard_farewell() const {
     const auto kind = static_cast<FailureKind>(f.words[0]);
     if (f.transfer.state != Transfer::State::done || kind == FailureKind::none || kind > FailureKind::aborted) continue;
     const int culprit = static_cast<int>(f.words[1]) - 1;
-    std::string why = "rank " + std::to_string(rank_) + ": rank " + std::to_string(rank_of(f.transfer.peer)) + " gave up";
-    if (kind == FailureKind::timeout) why += ": it waited too long for rank " + std::to_string(culprit);
-    if (kind == FailureKind::peer_lost) why += " because it lost rank " + std::to_string(culprit);
-    if (kind == FailureKind::mismatch) why += ": its call and that of rank " + std::to_string(culprit) + " did not match";
+    std::string why = name(rank_) + ": " + name(rank_of(f.transfer.peer)) + " gave up";
+    if (kind == FailureKind::timeout) why += ": it waited too long for " + name(culprit);
+    if (kind == FailureKind::peer_lost) why += " because it lost " + name(culprit);
+    if (kind == FailureKind::mismatch) why += ": its call and that of " + name(culprit) + " did not match";
     return {kind, culprit, why};
   }
   return {};
@@ -149,8 +149,8 @@ void NetworkGroup::check(Nanoseconds now) {
     for (int r = 0; r < size_; ++r)
       if (r != rank_ && transport_->is_lost(world_rank(r)) && !progress())
         return fail({FailureKind::peer_lost, r,
-                     (queue_.empty() ? std::string() : describe(*queue_.front()) + ": ") + "the connection to rank " +
-                         std::to_string(r) + " is lost"});
+                     (queue_.empty() ? std::string() : describe(*queue_.front()) + ": ") + "the connection to " +
+                         name(r) + " is lost"});
   if (const Failure late = lateness(now)) return fail(late);
   for (const Message& m : messages_)
     if (now >= m.op->deadline)

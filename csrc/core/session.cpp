@@ -13,7 +13,7 @@ const char* name_of(Kind kind) {
 
 std::string Session::describe(const Operation& op) const {
   const Request& r = op.request;
-  std::string text = "rank " + std::to_string(rank_) + ": " + name_of(r.kind);
+  std::string text = name(rank_) + ": " + name_of(r.kind);
   if (r.kind == Kind::send || r.kind == Kind::receive)
     return text + " (tag " + std::to_string(r.tag) + ", " + std::to_string(r.numel) + " x " + name_of(r.dtype) + ")";
   return text + " #" + std::to_string(op.sequence) + " (" + std::to_string(r.numel) + " x " + name_of(r.dtype) + ")";
@@ -71,7 +71,7 @@ Failure Session::lateness(Nanoseconds now) const {
   if (queue_.empty() || now < queue_.front()->deadline) return {};
   const Operation& op = *queue_.front();
   const double waited_s = static_cast<double>(now - op.started) / second_ns;
-  const std::string from = op.waiting_for < 0 ? "the peers" : "rank " + std::to_string(op.waiting_for);
+  const std::string from = op.waiting_for < 0 ? "the peers" : name(op.waiting_for);
   return {FailureKind::timeout, op.waiting_for,
           describe(op) + ": nothing from " + from + " for " + std::to_string(waited_s).substr(0, 5) +
               " s; its process exists: is it stopped or slow?"};

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <deque>
 #include <string>
+#include <vector>
 
 #include "core/operation.h"
 
@@ -38,6 +39,18 @@ class Session {
     if (!queue_.empty()) queue_.front()->deadline = 0;
   }
 
+  // The failure with its culprit as users number the ranks.
+  Failure failure_to_tell() const {
+    Failure told = failure_;
+    if (told.rank >= 0 && !known_as.empty()) told.rank = known_as[static_cast<std::size_t>(told.rank)];
+    return told;
+  }
+  std::string name(int r) const {
+    const bool is_known = r >= 0 && static_cast<std::size_t>(r) < known_as.size();
+    return "rank " + std::to_string(is_known ? known_as[static_cast<std::size_t>(r)] : r);
+  }
+
+  std::vector<int> known_as;  // how users number the ranks, if this group is part of a larger one
   bool did_move = false;  // set by conditions that do work while they are polled
 
  protected:

@@ -145,6 +145,17 @@ class NetworkGroup(_AnyGroup):
         /,
     ) -> Operation | None: ...
 
+class MixedGroup(_AnyGroup):
+    def __init__(
+        self,
+        rank: int,
+        hosts: Sequence[int],
+        local: Group,
+        world: NetworkGroup,
+        stripe: NetworkGroup | None,
+        /,
+    ) -> None: ...
+
 class Group(_AnyGroup):
     def __init__(self, engine: Engine, rank: int, size: int, /) -> None: ...
     @property

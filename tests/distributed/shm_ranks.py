@@ -18,10 +18,10 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "paceline.comm.native"])
 
 
-def meeting(rank: int, size: int, path: str, *, network: bool = False) -> Meeting:
-    """`network`: every rank pretends to be a host of its own."""
+def meeting(rank: int, size: int, path: str, *, network: bool | str = False) -> Meeting:
+    """`network`: every rank pretends to be a host of its own; or the hosts by one letter each, as "aab"."""
     store = FileStore(path, size)
-    hosts = tuple(f"host{r}" if network else "host" for r in range(size))
+    hosts = tuple(network if isinstance(network, str) else (f"h{r}" if network else "h" for r in range(size)))
     addresses = ("127.0.0.1" if network else "",) * size
     return Meeting(rank, size, rank, size, "test", hosts, addresses, store, b"secret")
 
@@ -31,7 +31,7 @@ def _main(
     rank: int,
     size: int,
     path: str,
-    network: bool,
+    network: bool | str,
     timeout_s: float,
     pipe: Any,
     rest: Any,
@@ -50,7 +50,7 @@ def _main(
 
 
 def start(
-    size: int, body: Callable[..., Any], *rest: Any, timeout_s: float = 30.0, network: bool = False
+    size: int, body: Callable[..., Any], *rest: Any, timeout_s: float = 30.0, network: bool | str = False
 ) -> tuple[list[Any], list[Any]]:
     """Start `body(comm, *rest)` on every rank; returns processes and the pipes with their results."""
     path = os.path.join(tempfile.mkdtemp(), "store")
@@ -81,7 +81,7 @@ def run(
     *rest: Any,
     timeout_s: float = 30.0,
     limit_s: float = 90.0,
-    network: bool = False,
+    network: bool | str = False,
 ) -> list[Any]:
     """Result of `body(comm, *rest)` of every rank."""
     processes, pipes = start(size, body, *rest, timeout_s=timeout_s, network=network)

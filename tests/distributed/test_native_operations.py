@@ -178,6 +178,31 @@ def test_operations_between_hosts(size):
     run(size, network_body, limit_s=120, network=True)
 
 
+@pytest.mark.parametrize(
+    "hosts", ["aab", *(pytest.param(h, marks=pytest.mark.slow) for h in ("abab", "baaab", "aabbcc", "abba"))]
+)
+def test_operations_on_hosts_with_several_ranks(hosts):
+    run(len(hosts), network_body, limit_s=120, network=hosts)
+
+
+def split_body(comm):
+    """Groups within a host, across hosts, and of everybody."""
+    for ranks in ([0, 1], [0, 2], [1, 2], [0, 1, 2], [2]):
+        part = comm.split(ranks)
+        assert (part is not None) == (comm.rank in ranks)
+        if part is None:
+            continue
+        for n in (3, 50_001):
+            t = torch.full((n,), float(comm.rank + 1))
+            part.all_reduce(t).wait()
+            assert torch.all(t == sum(r + 1 for r in ranks))
+        part.close()
+
+
+def test_groups_of_hosts_with_several_ranks():
+    run(3, split_body, network="aab")
+
+
 def mixed_body(comm):
     """Some ranks have allocated buffers, others private ones."""
     for n in (1021, 100_003):

@@ -297,6 +297,15 @@ def victim_body(comm, operation, deadline_s, how):
 def test_lost_peers_are_named(operation, how, network):
     if network and operation in ("allocated", "small"):
         pytest.skip("the same as private over a network")
+    check_lost_peer(operation, how, network)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=SLOW)])
+def test_lost_peers_are_named_on_hosts_with_several_ranks(how):
+    check_lost_peer("private", how, "aab")
+
+
+def check_lost_peer(operation, how, network):
     deadline_s = 1.0
     processes, pipes = start(3, victim_body, operation, deadline_s, how, network=network)
     try:

@@ -17,6 +17,7 @@ from paceline import _core
 from paceline.comm.native_choice import ChoosingCommunicator
 from paceline.comm.native_codes import LAYOUTS, OP_CODES, REDUCIBLE
 from paceline.comm.native_core import engine
+from paceline.comm.native_mixed import MixedCommunicator, with_shared_memory
 from paceline.comm.native_network import NetworkCommunicator, connect_hosts
 from paceline.comm.native_work import DONE
 from paceline.comm.rendezvous import Meeting
@@ -27,8 +28,8 @@ from paceline.types import Rank, ReduceOp, Work
 
 def connect(
     meeting: Meeting, *, timeout_s: float, device: torch.device | None = None
-) -> NativeCommunicator | NetworkCommunicator:
-    """Join the job's ranks: through shared memory on one host, over TCP between hosts.
+) -> NativeCommunicator | NetworkCommunicator | MixedCommunicator:
+    """Join the job's ranks: through shared memory within a host, over TCP between hosts.
 
     `timeout_s` is the deadline of every operation. Raises ConfigError for other devices than the CPU and when
     ranks cannot open each other's memory, Timeout naming the ranks that did not come.
@@ -36,7 +37,7 @@ def connect(
     if device is not None and device.type != "cpu":
         raise ConfigError(f"the native fabric moves CPU tensors, got device {device}; use fabric='torch'")
     if len(set(meeting.hosts)) > 1:
-        return connect_hosts(meeting, timeout_s=timeout_s)
+        return with_shared_memory(connect_hosts(meeting, timeout_s=timeout_s))
     core = engine()
     core.set_ranks_on_host(meeting.size)
     group = _core.Group(core, meeting.rank, meeting.size)

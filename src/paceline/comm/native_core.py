@@ -40,7 +40,7 @@ class CoreCommunicator(FabricCommunicator):
         self,
         rank: Rank,
         hosts: Sequence[str],
-        group: _core.Group | _core.NetworkGroup,
+        group: _core.Group | _core.NetworkGroup | _core.MixedGroup,
         *,
         timeout_s: float,
     ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +20,11 @@ from paceline.comm.native_work import DONE
 from paceline.comm.rendezvous import Meeting
 from paceline.comm.select import DIRECT, Choice, Table, check_operation
 from paceline.errors import CommError, ConfigError, Timeout
+from paceline.options import JobOptions
 from paceline.types import Rank, ReduceOp, Work
 
+INTERFACE = "PACELINE_INTERFACE"
+"""Interfaces or addresses of this host to use, separated by commas, where the launcher says none."""
 _FEW_RANKS = 16
 """Up to here everybody talks to everybody: two steps, and no more bytes than a ring."""
 _LITTLE_BYTES = 32 << 10
@@ -47,9 +51,22 @@ def connect_hosts(meeting: Meeting, *, timeout_s: float) -> NetworkCommunicator:
         store.set("native/session", secrets.token_hex(16))
     session = bytes.fromhex(_read(meeting, "native/session", 0, timeout_s))
     towards = next((a for r, a in enumerate(meeting.addresses) if a and r != meeting.rank), "127.0.0.1")
-    network = _core.Network(
-        engine(), meeting.rank, meeting.size, meeting.secret, session, meeting.address, towards
-    )
+    wanted = JobOptions.from_environment(os.environ).interface or os.environ.get(INTERFACE, "")
+    try:
+        network = _core.Network(
+            engine(),
+            meeting.rank,
+            meeting.size,
+            meeting.secret,
+            session,
+            wanted or meeting.address,
+            towards,
+        )
+    except (ValueError, RuntimeError) as error:
+        where = f"--interface or {INTERFACE} says {wanted!r}: " if wanted else ""
+        raise ConfigError(
+            f"rank {meeting.rank} (host {meeting.hosts[meeting.rank]}): {where}{error}"
+        ) from error
     store.set(f"native/endpoints/{meeting.rank}", network.endpoints)
     everyone = [_read(meeting, f"native/endpoints/{r}", r, timeout_s) for r in range(meeting.size)]
     network.set_peers(everyone)
@@ -148,6 +165,22 @@ class NetworkCommunicator(ChoosingCommunicator):
         )
         lane.selection = self.selection
         return lane
+
+    @property
+    def network_group(self) -> _core.NetworkGroup:
+        """The core's group of all ranks."""
+        return self._group
+
+    def core_group(self, ranks: Sequence[Rank]) -> _core.NetworkGroup:
+        """Another group on this network, of `ranks`; disjoint groups may be made at once."""
+        mine = [self._world_ranks[r] for r in ranks]
+        group = _core.NetworkGroup(self._network, self._ids[0], ranks.index(self.rank), mine)
+        self._ids[0] += 1
+        return group
+
+    def skip_group(self) -> None:
+        """Count a group that other ranks make."""
+        self._ids[0] += 1
 
     @property
     def wire_bytes(self) -> int:

@@ -1,0 +1,106 @@
+#include "core/mixed_group.h"
+
+#include <algorithm>
+
+#include "core/engine.h"
+
+namespace paceline {
+
+MixedGroup::MixedGroup(Engine& engine, int rank, std::vector<int> hosts, Group& local, NetworkGroup& world,
+                       NetworkGroup* stripe)
+    : Session(engine, rank, static_cast<int>(hosts.size())),
+      hosts_(std::move(hosts)),
+      local_(local),
+      world_(world),
+      stripe_(stripe) {
+  members_.resize(static_cast<std::size_t>(*std::ranges::max_element(hosts_)) + 1);
+  for (int r = 0; r < size_; ++r) {
+    auto& host = members_[static_cast<std::size_t>(host_of(r))];
+    places_.push_back(static_cast<int>(host.size()));
+    host.push_back(r);
+  }
+  num_stripes_ = size_;
+  for (const auto& host : members_) num_stripes_ = std::min(num_stripes_, static_cast<int>(host.size()));
+  if (local.size() != static_cast<int>(members(host()).size()) || local.rank() != place() ||
+      (place() < num_stripes_) != (stripe != nullptr))
+    throw Failed({FailureKind::config, -1, "the groups do not fit the hosts"});
+  local_.known_as = members(host());
+  if (stripe_)
+    for (int h = 0; h < num_hosts(); ++h) stripe_->known_as.push_back(members(h)[static_cast<std::size_t>(place())]);
+}
+
+MixedGroup::~MixedGroup() {
+  fail({FailureKind::aborted, rank_, "rank " + std::to_string(rank_) + ": the communicator was closed"});
+}
+
+OperationPointer MixedGroup::begin(Session& group, const Operation& whole, Request part) {
+  if (group.failure()) throw Failed(group.failure_to_tell());
+  auto op = std::make_shared<Operation>();
+  op->request = std::move(part);
+  op->request.dtype = whole.request.dtype;
+  op->is_heavy = whole.is_heavy;
+  op->started = whole.started;
+  op->deadline = whole.deadline;
+  engine_.activate(group);
+  group.enqueue(op);
+  did_move = true;
+  return op;
+}
+
+std::vector<Session*> MixedGroup::groups() const {
+  std::vector<Session*> all{&local_, &world_};
+  if (stripe_) all.push_back(stripe_);
+  return all;
+}
+
+bool MixedGroup::is_over(const OperationPointer& part) const {
+  if (!part->is_done.load(std::memory_order_relaxed)) return false;
+  if (part->failure)
+    for (const Session* g : groups())
+      if (g->failure()) throw Failed(g->failure_to_tell());
+  return true;
+}
+
+void MixedGroup::check(Nanoseconds now) {
+  if (queue_.empty()) return;
+  for (Session* g : groups()) {
+    if (now >= queue_.front()->deadline) g->expire_running();
+    if (g->has_pending() && !g->failure()) g->check(now);
+    // One host's loss must reach ranks that wait for another group of theirs.
+    if (g->failure() && !queue_.empty()) return fail(g->failure_to_tell());
+  }
+  if (const Failure late = lateness(now)) fail(late);
+}
+
+void MixedGroup::failed(const Failure& failure) {
+  for (Session* g : groups()) {
+    if (g->failure()) continue;
+    Failure inside = failure;
+    const auto found = std::ranges::find(g->known_as, failure.rank);
+    if (!g->known_as.empty()) inside.rank = found == g->known_as.end() ? -1 : static_cast<int>(found - g->known_as.begin());
+    g->fail(inside);
+  }
+}
+
+void MixedGroup::enqueue_message(const OperationPointer& op) {
+  if (world_.failure()) {
+    op->failure = world_.failure();
+    return engine_.completed(*op);
+  }
+  engine_.activate(world_);
+  world_.enqueue(op);
+}
+
+Task MixedGroup::start(Operation& op) {
+  switch (op.request.kind) {
+    case Kind::all_reduce:
+    case Kind::reduce: return combine_mixed(*this, op);
+    case Kind::reduce_scatter: return reduce_scatter_mixed(*this, op);
+    case Kind::all_gather: return all_gather_mixed(*this, op);
+    case Kind::broadcast: return broadcast_mixed(*this, op);
+    case Kind::barrier: return barrier_mixed(*this, op);
+    default: return exchange_mixed(*this, op);
+  }
+}
+
+}  // namespace paceline

@@ -1,0 +1,83 @@
+"""The native fabric on several hosts with several ranks each: shared memory within, TCP between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from paceline import _core
+from paceline.comm.native_core import CoreCommunicator, engine
+from paceline.comm.native_network import NetworkCommunicator
+from paceline.errors import ConfigError
+from paceline.types import Rank, ReduceOp
+
+
+def with_shared_memory(world: NetworkCommunicator) -> NetworkCommunicator | MixedCommunicator:
+    """`world` with shortcuts through the memory of hosts that it has several ranks on. Collective.
+
+    Where ranks of a host may not open each other's memory, all stay with TCP.
+    """
+    names = list(dict.fromkeys(world.hosts))
+    hosts = [names.index(h) for h in world.hosts]
+    members = [[r for r in range(world.size) if hosts[r] == h] for h in range(len(names))]
+    if all(len(m) == 1 for m in members):
+        return world
+    mine = members[hosts[world.rank]]
+    place = mine.index(world.rank)
+    core = engine()
+    core.set_ranks_on_host(len(mine))
+    local = _core.Group(core, place, len(mine))
+    everyone = torch.empty(5 * world.size, dtype=torch.int64)
+    world.all_gather(everyone, torch.tensor(local.address, dtype=torch.int64)).wait()
+    rows = everyone.view(world.size, 5).tolist()
+    failed = torch.zeros(1, dtype=torch.int64)
+    try:
+        local.connect([tuple(rows[r]) for r in mine])
+    except ConfigError:
+        failed += 1
+    world.all_reduce(failed, op=ReduceOp.MAX).wait()
+    if failed.item():
+        local.close()
+        return world
+    num_stripes = min(len(m) for m in members)
+    stripe = None
+    # Groups of different ranks may share a number, but not with the next group of everybody.
+    if place < num_stripes:
+        stripe = world.core_group([m[place] for m in members])
+    else:
+        world.skip_group()
+    return MixedCommunicator(world, hosts, local, stripe)
+
+
+class MixedCommunicator(CoreCommunicator):
+    """A communicator over the hosts' shared memory and a network; owns `world`, `local` and `stripe`."""
+
+    def __init__(
+        self,
+        world: NetworkCommunicator,
+        hosts: Sequence[int],
+        local: _core.Group,
+        stripe: _core.NetworkGroup | None,
+    ) -> None:
+        self._world, self._local, self._stripe = world, local, stripe
+        group = _core.MixedGroup(world.rank, hosts, local, world.network_group, stripe)
+        super().__init__(world.rank, world.hosts, group, timeout_s=world.timeout_s)
+        self.meeting = world.meeting
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes that this process put on the network."""
+        return self._world.wire_bytes
+
+    def _split(self, ranks: list[Rank]) -> NetworkCommunicator | MixedCommunicator | None:
+        part = self._world._split(ranks)
+        return None if part is None else with_shared_memory(part)
+
+    def _close(self) -> None:
+        self.ledger.wire_bytes = self.wire_bytes
+        super()._close()
+        self._local.close()
+        if self._stripe is not None:
+            self._stripe.close()
+        self._world.close()
