@@ -23,7 +23,7 @@ int Network::local(int world_rank) const {
 }
 
 Tag Network::tag(std::uint64_t sequence, std::uint64_t phase) const {
-  return mix(mix(mix(space + 1) + sequence) * 8 + phase);
+  return mix(mix(mix(space + 1) + sequence) * 512 + phase);
 }
 
 std::size_t default_one_step_bytes(int size) {

@@ -34,7 +34,7 @@ struct Network {
   int size() const { return static_cast<int>(world_ranks.size()); }
   int world(int r) const { return world_ranks[static_cast<std::size_t>(r)]; }
   int local(int world_rank) const;  // -1 if it is no member
-  // Tags of one operation by phase.
+  // Tags of one operation by phase, below 512.
   Tag tag(std::uint64_t sequence, std::uint64_t phase) const;
 };
 

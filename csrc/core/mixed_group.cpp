@@ -5,6 +5,11 @@
 #include "core/engine.h"
 
 namespace paceline {
+namespace {
+
+constexpr Nanoseconds grace = second_ns / 3;
+
+}  // namespace
 
 MixedGroup::MixedGroup(Engine& engine, int rank, std::vector<int> hosts, Group& local, NetworkGroup& world,
                        NetworkGroup* stripe)
@@ -33,14 +38,14 @@ MixedGroup::~MixedGroup() {
   fail({FailureKind::aborted, rank_, "rank " + std::to_string(rank_) + ": the communicator was closed"});
 }
 
-OperationPointer MixedGroup::begin(Session& group, const Operation& whole, Request part) {
+OperationPointer MixedGroup::begin(Session& group, const Operation& whole, Request part, int stage) {
   if (group.failure()) throw Failed(group.failure_to_tell());
   auto op = std::make_shared<Operation>();
   op->request = std::move(part);
   op->request.dtype = whole.request.dtype;
   op->is_heavy = whole.is_heavy;
   op->started = whole.started;
-  op->deadline = whole.deadline;
+  op->deadline = whole.deadline + stage * grace;
   engine_.activate(group);
   group.enqueue(op);
   did_move = true;
@@ -64,12 +69,13 @@ bool MixedGroup::is_over(const OperationPointer& part) const {
 void MixedGroup::check(Nanoseconds now) {
   if (queue_.empty()) return;
   for (Session* g : groups()) {
-    if (now >= queue_.front()->deadline) g->expire_running();
+    if (queue_.front()->deadline == 0) g->expire_running();
     if (g->has_pending() && !g->failure()) g->check(now);
     // One host's loss must reach ranks that wait for another group of theirs.
-    if (g->failure() && !queue_.empty()) return fail(g->failure_to_tell());
+    if (queue_.empty()) return;
+    if (g->failure()) return fail(g->failure_to_tell());
   }
-  if (const Failure late = lateness(now)) fail(late);
+  if (const Failure late = lateness(now - 3 * grace)) fail(late);
 }
 
 void MixedGroup::failed(const Failure& failure) {
@@ -77,7 +83,8 @@ void MixedGroup::failed(const Failure& failure) {
     if (g->failure()) continue;
     Failure inside = failure;
     const auto found = std::ranges::find(g->known_as, failure.rank);
-    if (!g->known_as.empty()) inside.rank = found == g->known_as.end() ? -1 : static_cast<int>(found - g->known_as.begin());
+    if (failure.rank >= 0 && !g->known_as.empty())
+      inside.rank = found == g->known_as.end() ? g->size() + failure.rank : static_cast<int>(found - g->known_as.begin());
     g->fail(inside);
   }
 }

@@ -32,8 +32,9 @@ class MixedGroup final : public Session {
   Group& local() { return local_; }
   NetworkGroup& world() { return world_; }
   NetworkGroup* stripe() { return stripe_; }
-  // Starts a part of `whole` on one of the groups.
-  OperationPointer begin(Session& group, const Operation& whole, Request part);
+  // Starts a part of `whole` on one of the groups. Later stages are patient: who waits for a rank that waits for
+  // the culprit should hear from it before it blames it.
+  OperationPointer begin(Session& group, const Operation& whole, Request part, int stage);
   // Whether it is over; throws Failed if it failed.
   bool is_over(const OperationPointer& part) const;
 

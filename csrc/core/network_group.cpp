@@ -5,6 +5,11 @@
 #include "core/engine.h"
 
 namespace paceline {
+namespace {
+
+constexpr std::uint64_t messages = 1ull << 62;  // instead of an operation's number
+
+}  // namespace
 
 NetworkGroup::NetworkGroup(Engine& engine, std::shared_ptr<Transport> transport, std::uint32_t id, int rank,
                            std::vector<int> world_ranks)
@@ -72,9 +77,8 @@ NetworkGroup::~NetworkGroup() {
       if (f.transfer.state == Transfer::State::pending) transport_->cancel(f.transfer);
 }
 
-// id 22 bits, collective or message 1 bit, then sequence and channel, or the caller's tag.
 Tag NetworkGroup::collective_tag(const Operation& op, int channel) const {
-  return Tag{id_} << 41 | (op.sequence & 0xffffffffu) << 8 | static_cast<Tag>(channel);
+  return network_.tag(op.sequence, 256 + static_cast<std::uint64_t>(channel));
 }
 
 int NetworkGroup::rank_of(int world) const {
@@ -102,7 +106,7 @@ void NetworkGroup::enqueue_message(const OperationPointer& op) {
   Message& m = messages_.emplace_back();
   m.op = op;
   m.transfer.peer = r.root == any_rank ? any_rank : world_rank(r.root);
-  m.transfer.tag = Tag{id_} << 41 | Tag{1} << 40 | (static_cast<Tag>(r.tag) & 0xffffffffffu);
+  m.transfer.tag = network_.tag(messages, 0) + static_cast<Tag>(r.tag);
   m.transfer.num_bytes = r.numel * size_of(r.dtype);
   const bool is_send = r.kind == Kind::send;
   m.transfer.data = is_send ? const_cast<std::byte*>(r.source) : r.output;

@@ -42,15 +42,17 @@ class Session {
   // The failure with its culprit as users number the ranks.
   Failure failure_to_tell() const {
     Failure told = failure_;
-    if (told.rank >= 0 && !known_as.empty()) told.rank = known_as[static_cast<std::size_t>(told.rank)];
+    told.rank = told_rank(told.rank);
     return told;
   }
-  std::string name(int r) const {
-    const bool is_known = r >= 0 && static_cast<std::size_t>(r) < known_as.size();
-    return "rank " + std::to_string(is_known ? known_as[static_cast<std::size_t>(r)] : r);
+  std::string name(int r) const { return "rank " + std::to_string(told_rank(r)); }
+  int told_rank(int r) const {
+    if (r < 0 || known_as.empty()) return r;
+    return r < size_ ? known_as[static_cast<std::size_t>(r)] : r - size_;
   }
 
-  std::vector<int> known_as;  // how users number the ranks, if this group is part of a larger one
+  // How users number the ranks, if this group is part of a larger one; culprits from outside are size + that number.
+  std::vector<int> known_as;
   bool did_move = false;  // set by conditions that do work while they are polled
 
  protected:

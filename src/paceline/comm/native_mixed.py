@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
 from paceline import _core
-from paceline.comm.native_core import CoreCommunicator, engine
+from paceline.comm.native_choice import ChoosingCommunicator
+from paceline.comm.native_core import engine
 from paceline.comm.native_network import NetworkCommunicator
+from paceline.comm.select import Choice, check_operation
 from paceline.errors import ConfigError
 from paceline.types import Rank, ReduceOp
 
@@ -41,16 +44,11 @@ def with_shared_memory(world: NetworkCommunicator) -> NetworkCommunicator | Mixe
         local.close()
         return world
     num_stripes = min(len(m) for m in members)
-    stripe = None
-    # Groups of different ranks may share a number, but not with the next group of everybody.
-    if place < num_stripes:
-        stripe = world.core_group([m[place] for m in members])
-    else:
-        world.skip_group()
+    stripe = world.stripe_group([m[place] for m in members]) if place < num_stripes else None
     return MixedCommunicator(world, hosts, local, stripe)
 
 
-class MixedCommunicator(CoreCommunicator):
+class MixedCommunicator(ChoosingCommunicator):
     """A communicator over the hosts' shared memory and a network; owns `world`, `local` and `stripe`."""
 
     def __init__(
@@ -64,6 +62,24 @@ class MixedCommunicator(CoreCommunicator):
         group = _core.MixedGroup(world.rank, hosts, local, world.network_group, stripe)
         super().__init__(world.rank, world.hosts, group, timeout_s=world.timeout_s)
         self.meeting = world.meeting
+
+    def explain(self, operation: str, num_bytes: int, *, buffers: str = "private") -> Choice:
+        """Which algorithm `operation` gets for a buffer of `num_bytes`, why, and the runner-up."""
+        check_operation(operation)
+        why = "ranks of one host share memory: every byte crosses the network once between two hosts"
+        if operation in ("gather", "scatter", "all_to_all", "all_to_all_v"):
+            why = "straight to everybody: through shared memory within the host, over TCP to the others"
+        return Choice(operation, num_bytes, "hierarchical", why, "direct")
+
+    def using(self, algorithm: str) -> NoReturn:
+        """Refused: where hosts have several ranks, the hierarchy is fixed."""
+        raise ConfigError(
+            f"{self._who()}: algorithm={algorithm!r}: hosts with several ranks use the hierarchy"
+            " of shared memory and TCP (see explain); algorithms can be chosen where every host has one rank"
+        )
+
+    def _open_urgent_lane(self) -> ChoosingCommunicator:
+        return with_shared_memory(self._world._open_urgent_lane())
 
     @property
     def wire_bytes(self) -> int:
