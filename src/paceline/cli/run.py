@@ -93,6 +93,14 @@ def run(
             rich_help_panel=TRAIN,
         ),
     ] = None,
+    interface: Annotated[
+        str,
+        typer.Option(
+            metavar="eth0,eth1",
+            help="Network interfaces or addresses for the tensors. Default: the route to the other hosts.",
+            rich_help_panel=TRAIN,
+        ),
+    ] = "",
     checkpoint: Annotated[
         str | None,
         typer.Option(
@@ -171,6 +179,7 @@ def run(
         options=JobOptions(
             strategy=strategy,
             fabric=fabric,
+            interface=interface,
             checkpoint=checkpoint,
             log_dir=log_dir,
             log_to=log_to,
