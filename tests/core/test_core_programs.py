@@ -30,13 +30,11 @@ GROUP = [
     "reduce_generic",
 ]
 DIRECT = [*TCP, *GROUP, "direct", "direct_combine", "direct_exchange"]
-NETWORK = [*DIRECT, "network_group", "plan", "execute", "mixed_group", "mixed"]
 PROGRAMS = {
     "digest_test": ["sha256", "socket"],
     "tcp_test": TCP,
     "group_test": GROUP,
     "direct_test": DIRECT,
-    "network_test": NETWORK,
 }
 
 
