@@ -24,6 +24,7 @@ GROUP = [
     "group",
     "pipes",
     "engine",
+    "engine_sleep",
     "combine",
     "exchange",
     "reduce",
