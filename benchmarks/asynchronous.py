@@ -26,7 +26,7 @@ from paceline.comm.simulation import simulate
 from paceline.strategies.strategy import make
 
 
-def shape(seeds: int = 3, epochs: int = 16, workers: int = 30, learning_rate: float = 0.02) -> Any:
+def shape(seeds: int = 3, epochs: int = 16, workers: int = 30, learning_rate: float = 0.05) -> Any:
     strategies = [
         "all_reduce",
         "parameter_server(staleness=constant)",

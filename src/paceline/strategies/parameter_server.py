@@ -3,7 +3,8 @@
 Source: Dean et al. (Downpour SGD), NIPS 2012; Li et al. (parameter server), OSDI 2014; see `staleness/`.
 A worker pushes its update Δ (what its optimizer changed, learning rate included), pulls the weights that
 the others have moved on to; a shard does W ← W + rate · λ(s) · Δ, with s = clock at apply − clock at pull.
-With `sends=gradients` the shards are the optimizer: v ← momentum·v + λ(s)·g, W ← W − rate·lr·v.
+With `sends=gradients` the shards are the optimizer: v ← momentum·v + λ(s)·g, W ← W − rate·lr·v. `codec`
+encodes updates and weights (see `server/encoding.py`).
 
 Cost per minibatch: the model each way, once per push and pull interval, plus backups.   [tested]
 """
@@ -14,8 +15,10 @@ from typing import Any
 
 import torch
 
+from paceline import codecs
 from paceline.errors import ConfigError
 from paceline.spec import Spec
+from paceline.strategies.server import encoding
 from paceline.strategies.server.host import ShardHost
 from paceline.strategies.server.script import Script
 from paceline.strategies.server.shard import Optimizer, Shard
@@ -47,6 +50,7 @@ class ParameterServer(TrainingStrategy):
         lr: float = 0.1,
         momentum: float = 0.0,
         backup: int | None = None,
+        codec: str | Spec | None = None,
         record: str = "",
         replay: str = "",
     ) -> None:
@@ -58,6 +62,7 @@ class ParameterServer(TrainingStrategy):
             raise ConfigError(f"sends={sends}, rate={rate}: updates or gradients, and rate > 0 expected")
         policy.make(staleness)  # a wrong policy is refused here, before any work
         self.staleness, self.prefetch, self._optimizer = staleness, prefetch, (rate, lr, momentum)
+        self._codec = None if codec is None else codecs.make(codec)
         self._script = Script(replay=replay, record=record)
         self._kept: list[torch.Tensor] | None = None
         self._last_stats: dict[str, Any] = {}
@@ -68,21 +73,17 @@ class ParameterServer(TrainingStrategy):
         flats = replica.parameters
         n = self.num_shards or default_shards(sum(f.nbytes for f in flats), comm.size)
         slices = Slices(flats, n)
-        self.worker = Sender(slices, flats, n, comm)
+        encoding.check(self._codec, flats)
+        self.worker = Sender(slices, flats, n, comm, self._codec)
 
         def make_shard(j: int, weights: list[torch.Tensor]) -> Shard:
             optimizer = Optimizer(self.needs_gradients, *self._optimizer)
-            return Shard(weights, policy.make(self.staleness), optimizer, comm.size, comm.deferred)
+            stale = policy.make(self.staleness)
+            return Shard(weights, stale, optimizer, comm.size, comm.deferred, self._codec)
 
-        self.host = ShardHost(
-            comm,
-            n,
-            make_shard,
-            lambda j: slices.of(flats, j),
-            self.worker.remembered,
-            backup_every=comm.size if self.backup is None else self.backup,
-            script=self._script,
-        )
+        every = comm.size if self.backup is None else self.backup
+        given = (comm, n, make_shard, lambda j: slices.of(flats, j), self.worker.remembered)
+        self.host = ShardHost(*given, backup_every=every, script=self._script)
 
     def before_update(self) -> None:
         """Keep the gradient (the pull overwrites the local step), or what a repeated batch would spoil."""
@@ -98,13 +99,8 @@ class ParameterServer(TrainingStrategy):
         if self._kept is not None:
             torch._foreach_copy_(list(self.replica.parameters), self._kept)
             self._kept = None
-        self.worker.step(
-            self.host,
-            push_every=self.push,
-            pull_every=self.pull,
-            prefetch=self.prefetch,
-            sends_gradients=self.needs_gradients,
-        )
+        when = (self.push, self.pull, self.prefetch)
+        self.worker.step(self.host, *when, sends_gradients=self.needs_gradients)
 
     update_skipped = after_update
 
@@ -129,7 +125,8 @@ class ParameterServer(TrainingStrategy):
 
     def stats(self) -> dict[str, Any]:
         """Staleness of the last pull; that of all applied updates is known after `synchronize`."""
-        return {"staleness": self.worker.staleness, **self._last_stats}
+        codec = encoding.stats(self._codec, self.worker.pushes, self.host.shards.values())
+        return {"staleness": self.worker.staleness, **self._last_stats, **codec}
 
     def state_dict(self) -> dict[str, Any]:
         """The worker's side, and the shards of this rank."""
@@ -144,5 +141,7 @@ class ParameterServer(TrainingStrategy):
         """Δ up and W down at their intervals, W to the backup every so many updates."""
         backup = size if self.backup is None else self.backup
         copies = 1 / (self.push * policy.make(self.staleness).group * backup) if backup and size > 1 else 0.0
-        progress = 16 * size * (self.num_shards or default_shards(model_bytes, size))
-        return model_bytes * (1 / self.push + 1 / self.pull + copies) + progress * (1 / self.pull + copies)
+        shards = self.num_shards or default_shards(model_bytes, size)
+        progress, once = 16 * size * shards, encoding.encoded_bytes(self._codec, model_bytes, shards, self)
+        rounds = 1 / self.push + 1 / self.pull
+        return once * rounds + model_bytes * copies + progress * (1 / self.pull + copies)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from paceline.codecs.codec import Codec
+from paceline.strategies.server.encoding import Pulls
 from paceline.strategies.server.tally import Tally
 from paceline.strategies.staleness.policy import StalenessPolicy
 from paceline.types import Message, Rank, Reply
@@ -58,6 +60,7 @@ class Shard:
         optimizer: Optimizer,
         num_workers: int,
         deferred: Callable[[], Reply],
+        codec: Codec | None = None,
     ) -> None:
         self.weights = [w.clone() for w in weights]
         self.clock = 0
@@ -72,6 +75,7 @@ class Shard:
         self.lost: set[Rank] = set()
         self._policy, self._optimizer, self._deferred = policy, optimizer, deferred
         self._num_workers = num_workers
+        self.pulls = None if codec is None else Pulls(codec, self.weights, range(num_workers))
         self._collected: list[_Update] = []
         self._waiting: list[tuple[Rank, Reply]] = []
 
@@ -85,12 +89,15 @@ class Shard:
             if header["push"]:
                 self.clocks[src] += 1
                 if message.tensors:
-                    self._arrive(_Update(src, int(header["version"]), list(message.tensors)))
+                    pieces = list(message.tensors)
+                    if self.pulls is not None:
+                        pieces = self.pulls.decode(pieces, self.weights)
+                    self._arrive(_Update(src, int(header["version"]), pieces))
         self._settle()
         if not header["pull"]:
             return None
         if self._may_read(src):
-            return self.snapshot()
+            return self._answer(src)
         reply = self._deferred()
         self._waiting.append((src, reply))
         return reply
@@ -110,6 +117,8 @@ class Shard:
         """Go on from a copy of another rank's shard."""
         self.clock = clock
         self.seen, self.clocks = progress.tolist()
+        if self.pulls is not None:
+            self.pulls.known.clear()
 
     def set_state(self, src: Rank, state: str) -> None:
         """What a worker says about itself when a shard is rebuilt."""
@@ -123,6 +132,19 @@ class Shard:
             tensors.append(self.tally.counts())
         return Message({"version": self.clock, **self.tally.totals()}, tensors)
 
+    def _answer(self, src: Rank) -> Message:
+        """What a worker pulls: as `snapshot`, its weights encoded if there is a codec; whole in the end."""
+        message = self.snapshot()
+        if self.pulls is None:
+            return message
+        if self._all_finished():
+            self.pulls.whole(src, self.weights)
+            return message
+        payloads = self.pulls.encode(src, self.weights)
+        if payloads is None:
+            return message
+        return Message({**message.header, "encoded": True}, [*payloads, *message.tensors[len(payloads) :]])
+
     def state_dict(self) -> dict[str, Any]:
         """What a continued run needs; no worker may be waiting."""
         return {
@@ -132,6 +154,7 @@ class Shard:
             "collected": [[u.src, u.version, u.pieces] for u in self._collected],
             "momentum": self._optimizer.buffers,
             "policy": self._policy.state_dict(),
+            "pulls": {} if self.pulls is None else self.pulls.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -142,6 +165,8 @@ class Shard:
         self._collected = [_Update(src, version, list(p)) for src, version, p in state["collected"]]
         self._optimizer.buffers = list(state["momentum"])
         self._policy.load_state_dict(state["policy"])
+        if self.pulls is not None:
+            self.pulls.load_state_dict(state["pulls"])
         self.away.clear()
         self.finished.clear()
 
@@ -175,8 +200,8 @@ class Shard:
         for src, reply in self._waiting:
             (ready if self._may_read(src) else still).append((src, reply))
         self._waiting = still
-        for _, reply in ready:
-            reply.set(self.snapshot())
+        for src, reply in ready:
+            reply.set(self._answer(src))
 
     def _apply_collected(self) -> None:
         batch, self._collected = self._collected, []

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from paceline.codecs.codec import Codec
 from paceline.errors import PeerLost
+from paceline.strategies.server.encoding import Pushes
 from paceline.strategies.server.host import CHANNEL, Copy, ShardHost
 from paceline.strategies.server.slices import Slices, owner
 from paceline.types import Communicator, Message, Rank, Reply
@@ -27,8 +29,14 @@ class Sender:
     """Pushes and pulls all shards at once. The flat parameters are changed in place."""
 
     def __init__(
-        self, slices: Slices, flats: Sequence[torch.Tensor], num_shards: int, comm: Communicator
+        self,
+        slices: Slices,
+        flats: Sequence[torch.Tensor],
+        num_shards: int,
+        comm: Communicator,
+        codec: Codec | None = None,
     ) -> None:
+        self._codec, self.pushes = codec, None if codec is None else Pushes(codec)
         self._slices, self._flats, self._num_shards, self._comm = slices, flats, num_shards, comm
         self._base = [f.clone() for f in flats]
         """What the unpushed update is counted from."""
@@ -61,10 +69,10 @@ class Sender:
     def step(
         self,
         host: ShardHost,
-        *,
         push_every: int,
         pull_every: int,
         prefetch: bool,
+        *,
         sends_gradients: bool,
     ) -> None:
         """One minibatch is done: exchange with the shards if it is time."""
@@ -137,7 +145,10 @@ class Sender:
                 "pull": pull,
                 "state": state,
             }
-            requests.append(self._call(host, Message(header, self._slices.of(update, j) if update else [])))
+            pieces = self._slices.of(update, j) if update else []
+            if self.pushes is not None:
+                pieces = self.pushes.encode(j, pieces)
+            requests.append(self._call(host, Message(header, pieces)))
         return requests
 
     def _call(self, host: ShardHost, message: Message) -> Request:
@@ -172,7 +183,11 @@ class Sender:
         for j, answer in enumerate(answers):
             pieces = self._slices.of(self._pulled, j)
             for view, weights in zip(pieces, answer.tensors, strict=False):
-                view.copy_(weights)
+                if answer.header.get("encoded"):
+                    assert self._codec is not None
+                    self._codec.decode(weights, view, accumulate=True)
+                else:
+                    view.copy_(weights)
             self._progress[j] = answer.tensors[len(pieces)]
             self._next_versions[j] = self._versions[j] = int(answer.header["version"])
         for flat, base, pulled, rest in zip(self._flats, self._base, self._pulled, unpushed, strict=True):
@@ -181,9 +196,10 @@ class Sender:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a continued run needs on this worker."""
-        ahead = [[m.header["version"], list(m.tensors)] for m in (r.reply.wait() for r in self._ahead or [])]
+        ahead = [[dict(m.header), list(m.tensors)] for m in (r.reply.wait() for r in self._ahead or [])]
         return {
             "ahead": ahead,
+            "residuals": {} if self.pushes is None else self.pushes.states,
             "base": self._base,
             "pulled": self._pulled,
             "versions": list(self._versions),
@@ -198,7 +214,9 @@ class Sender:
         self._versions, self._next_versions = list(state["versions"]), list(state["versions"])
         self._number, self._steps = state["number"], state["steps"]
         self._ahead = None
-        for version, tensors in state["ahead"]:
+        if self.pushes is not None:
+            self.pushes.states = dict(state["residuals"])
+        for header, tensors in state["ahead"]:
             reply = self._comm.deferred()
-            reply.set(Message({"version": version}, tensors))
+            reply.set(Message(header, tensors))
             self._ahead = [*(self._ahead or []), Request(Message(), self._comm.rank, reply)]
