@@ -384,6 +384,24 @@ def check_functional_collectives(rank: int, size: int) -> None:
     assert [b[0].item() for b in both] == [size] * 2
 
 
+def check_tensors_of_other_devices_go_to_their_backend(rank: int, size: int) -> None:
+    class Other:
+        calls: tuple = ()
+
+        def allreduce(self, tensors: list, opts: object) -> dist.Work:
+            self.calls = (*self.calls, tensors[0].device.type)
+            return dist.barrier(async_op=True)
+
+    group = dist.group.WORLD
+    with pytest.raises(ValueError, match="CPU tensor expected"):
+        dist.all_reduce(torch.empty(3, device="meta"))
+    group.other_backends["meta"] = other = Other()
+    dist.all_reduce(torch.empty(3, device="meta"))
+    assert other.calls == ("meta",)
+    assert torch.device("meta") in group._device_types and group._get_backend(torch.device("meta")) is other
+    del group.other_backends["meta"]
+
+
 def check_many_groups(rank: int, size: int) -> None:
     for _ in range(20):
         group = dist.new_group(list(range(size)))

@@ -278,3 +278,27 @@ def aborted(rank: int, size: int) -> str:
 def test_abort_ends_the_operation_on_the_other_side() -> None:
     message, _ = run(2, aborted, timeout_s=60, limit_s=40)
     assert "rank 1" in message
+
+
+def summed(rank: int, size: int) -> None:
+    t = torch.ones(4)
+    dist.all_reduce(t)
+    assert t.tolist() == [size] * 4
+    assert "paceline" in dist.get_backend_config()
+
+
+@pytest.mark.parametrize("name", ["cpu:paceline", "cpu:paceline,cuda:nccl", "PACELINE"])
+def test_every_spelling_of_the_name(name: str) -> None:
+    run(2, summed, backend=name)
+
+
+def made_again(rank: int, size: int) -> None:
+    store = dist.distributed_c10d._get_default_store()
+    for _ in range(3):
+        dist.destroy_process_group()
+        dist.init_process_group("paceline", store=store, rank=rank, world_size=size)
+        summed(rank, size)
+
+
+def test_a_group_can_be_made_again_on_the_same_store() -> None:
+    run(2, made_again)

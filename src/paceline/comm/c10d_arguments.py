@@ -63,12 +63,21 @@ def only(tensors: Any, name: str) -> Any:
     return tensors[0]
 
 
+class Elsewhere(ConfigError):
+    """A tensor on a device that this backend does not reach; another backend of the group may."""
+
+    def __init__(self, text: str, device: torch.device) -> None:
+        super().__init__(text)
+        self.device = device
+
+
 def check_cpu(tensor: torch.Tensor, name: str) -> None:
     """Raise a ConfigError for tensors this backend cannot reach."""
     if not tensor.is_cpu or tensor.layout is not torch.strided:
-        raise ConfigError(
-            f"paceline backend: {name}: a dense CPU tensor expected, got {tensor.layout} on {tensor.device}"
-            + ("; use init_process_group('cpu:paceline,cuda:nccl')" if tensor.is_cuda else "")
+        raise Elsewhere(
+            f"paceline backend: {name}: a dense CPU tensor expected, got {tensor.layout} on {tensor.device};"
+            " NCCL takes CUDA tensors where torch has it, other devices need a group of their own backend",
+            tensor.device,
         )
 
 

@@ -10,6 +10,8 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from paceline.comm import native
@@ -33,7 +35,20 @@ def create(options: Any, backend_options: Any) -> PacelineGroup:
     timeout_s = options.timeout.total_seconds()
     meeting = meet(options.store, rank, size, timeout_s)
     comm = native.connect(meeting, timeout_s=timeout_s)
-    return PacelineGroup(comm, options.store, timeout_s=timeout_s)
+    group = PacelineGroup(comm, options.store, timeout_s=timeout_s)
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        group.other_backends["cuda"] = _nccl(options, backend_options)
+    return group
+
+
+def _nccl(options: Any, given: Any) -> Any:
+    """The group's backend for CUDA tensors ("cpu:paceline,cuda:nccl"); it connects when it is first used."""
+    nccl: Any = dist.ProcessGroupNCCL
+    chosen = given if isinstance(given, nccl.Options) else nccl.Options()
+    chosen._timeout = options.timeout
+    chosen.global_ranks_in_group = options.global_ranks_in_group
+    chosen.group_name = options.group_id
+    return nccl(PrefixStore("cuda", options.store), options.group_rank, options.group_size, chosen)
 
 
 def meet(store: Store, rank: int, size: int, timeout_s: float) -> Meeting:

@@ -44,6 +44,8 @@ class GroupIdentity(dist.ProcessGroup):
         self._description = "undefined"
         self._coalesced: list[dist.Work] | None = None
         self._own = OwnMessages()
+        self.other_backends: dict[str, Any] = {}
+        """By device type: backends for tensors that are not on the CPU."""
 
     # Names
 
@@ -77,12 +79,13 @@ class GroupIdentity(dist.ProcessGroup):
 
     @property
     def _device_types(self) -> list[torch.device]:
-        return [_CPU]
+        return [_CPU, *(torch.device(kind) for kind in self.other_backends)]
 
     def _get_backend(self, device: torch.device) -> Any:
-        if torch.device(device).type != "cpu":
-            raise RuntimeError(f"No backend type associated with device type {torch.device(device).type}")
-        return self
+        kind = torch.device(device).type
+        if kind != "cpu" and kind not in self.other_backends:
+            raise RuntimeError(f"No backend type associated with device type {kind}")
+        return self.other_backends.get(kind, self)
 
     def get_group_store(self) -> Store:
         """Return the part of the store that belongs to this group."""
@@ -268,9 +271,14 @@ class GroupIdentity(dist.ProcessGroup):
 
     def abort(self) -> None:
         """Fail what is in flight, here and on the other members; the group cannot be used any more."""
+        for other in self.other_backends.values():
+            other.abort()
         self._comm._core_group.abort("the process group was aborted")
         self._comm.unusable = "it was aborted"
 
     def shutdown(self) -> None:
         """Leave the group; idempotent."""
+        for other in self.other_backends.values():
+            other.shutdown()
+        self.other_backends = {}
         self._comm.close()

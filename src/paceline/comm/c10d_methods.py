@@ -1,4 +1,4 @@
-"""What surrounds every collective of the backend: profiler records, invisibility to Dynamo."""
+"""What surrounds every collective of the backend: profiles, other devices, invisibility to Dynamo."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from paceline.comm.c10d_arguments import Elsewhere
 from paceline.comm.c10d_register import BACKEND
 
 _profiler_enabled = torch._C._autograd._profiler_enabled
@@ -46,10 +47,18 @@ def record_calls(cls: type) -> None:
 
 
 def _recorded(method: Callable[..., Any], title: str) -> Callable[..., Any]:
+    name = method.__name__
+
     @functools.wraps(method)
     def call(self: Any, *args: Any, **named: Any) -> Any:
         if not _profiler_enabled():
-            return method(self, *args, **named)
+            try:
+                return method(self, *args, **named)
+            except Elsewhere as error:
+                other = self.other_backends.get(error.device.type)
+                if other is None:
+                    raise
+                return getattr(other, name)(*args, **named)
         with torch._C._profiler._RecordFunctionFast(title, list(tensors_in(args))):
             work = method(self, *args, **named)
             if not getattr(args[-1], "asyncOp", True):
