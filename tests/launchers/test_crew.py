@@ -44,9 +44,9 @@ class Crew(crew.Crew):
     def poll(self, wait_s: float) -> list[tuple[int, Event]]:
         return [(i, e) for i, k in enumerate(self.keepers) for e in k.events(wait_s / 10)]
 
-    def stop(self, grace_s: float) -> None:
+    def stop(self, grace_s: float, attempt: int) -> None:
         for keeper in self.keepers:
-            threading.Thread(target=keeper.stop, args=(grace_s,), daemon=True).start()
+            threading.Thread(target=keeper.stop, args=(grace_s, attempt), daemon=True).start()
 
     def prepare_restart(self) -> None:
         pass
@@ -125,9 +125,9 @@ def test_a_folder_that_is_not_there_is_refused() -> None:
     keeper = Keeper()
     try:
         with pytest.raises(ConfigError, match="rank 0: folder /no/such is not on host"):
-            keeper.start(Order(0, ("-c", ""), True, {}, "/no/such", None))
+            keeper.start(Order(0, 0, ("-c", ""), True, {}, "/no/such", None))
         with pytest.raises(ConfigError, match="cannot start 'no-such-program'"):
-            keeper.start(Order(0, ("no-such-program",), False, {}, None, None))
+            keeper.start(Order(0, 0, ("no-such-program",), False, {}, None, None))
     finally:
         keeper.close()
 
@@ -177,3 +177,17 @@ def leaves_progress(folder: str) -> str:
 
 def test_progress_reaches_every_worker_of_the_next_attempt(tmp_path: Path) -> None:
     assert run(leaves_progress, str(tmp_path))[1] == ["half way"] * 3
+
+
+def test_a_late_stop_does_not_end_the_next_attempt() -> None:
+    keeper = Keeper()
+    try:
+        keeper.start(Order(0, 1, ("-c", "import time; time.sleep(1)"), True, {}, None, None))
+        keeper.stop(0.0, attempt=0)
+        ended = []
+        deadline = time.monotonic() + 30
+        while not ended and time.monotonic() < deadline:
+            ended = [value for kind, value in keeper.events(0.5) if kind == "end"]
+        assert [e.exit_code for e in ended] == [0]
+    finally:
+        keeper.close()

@@ -52,7 +52,7 @@ class Crew(ABC):
         """Events of any keeper; `gone(why)` is the last of a keeper that is no more."""
 
     @abstractmethod
-    def stop(self, grace_s: float) -> None:
+    def stop(self, grace_s: float, attempt: int) -> None:
         """`Keeper.stop` of all, without waiting."""
 
     @abstractmethod
@@ -138,14 +138,14 @@ class _Attempt:
             port = self._crew.open_store(order[0])
             environments = _environments(self._job, self._members, port, self._attempt, self._console)
             for rank, index in enumerate(order):
-                order_of_rank = _order(self._job, rank, environments[rank])
+                order_of_rank = _order(self._job, rank, self._attempt, environments[rank])
                 self._crew.start(index, dataclasses.replace(order_of_rank, progress=self._crew.progress))
             self._watch()
         except CommError as error:  # a keeper that went before its worker began
-            self._crew.stop(0.0)
+            self._crew.stop(0.0, self._attempt)
             return [keeper.lost(r, m, str(error)) for r, m in enumerate(self._members)]
         except signals.Stopped:
-            self._crew.stop(self._job.stop_grace_s)
+            self._crew.stop(self._job.stop_grace_s, self._attempt)
             self._until(time.monotonic() + self._job.stop_grace_s + _SLACK_S)
             raise
         for rank, member in enumerate(self._members):
@@ -157,7 +157,7 @@ class _Attempt:
             self._take(0.5)
             signals.check()
             if any(e.has_failed for e in self._ends.values()):
-                self._crew.stop(FAILURE_GRACE_S)
+                self._crew.stop(FAILURE_GRACE_S, self._attempt)
                 self._until(time.monotonic() + FAILURE_GRACE_S + _SLACK_S)
                 return
 
@@ -183,7 +183,7 @@ class _Attempt:
                 self._ends.setdefault(rank, keeper.lost(rank, self._members[rank], value))
 
 
-def _order(job: JobSpec, rank: int, environment: dict[str, str]) -> Order:
+def _order(job: JobSpec, rank: int, attempt: int, environment: dict[str, str]) -> Order:
     is_python = job.command[0] == sys.executable
     command = job.command[1:] if is_python else job.command
     directory = None
@@ -194,7 +194,7 @@ def _order(job: JobSpec, rank: int, environment: dict[str, str]) -> Order:
         command, content = command[:-1], job.call.content
     elif job.local_rank_option:
         command = (*command, f"{job.local_rank_option}={environment['LOCAL_RANK']}")
-    return Order(rank, tuple(command), is_python, environment, directory, content)
+    return Order(rank, attempt, tuple(command), is_python, environment, directory, content)
 
 
 def _environments(

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ class Order:
     """What a keeper is told to run."""
 
     rank: int
+    attempt: int
     command: tuple[str, ...]
     """Without its first word if `is_python`: that is the keeper's own Python."""
     is_python: bool
@@ -70,6 +72,8 @@ class Keeper:
         self._rank = -1
         self._is_running = False
         self._store: Any = None
+        self._attempt = -1
+        self._changing = threading.Lock()  # starting, stopping and ending exclude each other
 
     def open_store(self) -> int:
         """Open a store in which the workers meet; returns its port. The one before is closed."""
@@ -86,7 +90,12 @@ class Keeper:
                 f"rank {order.rank}: folder {order.directory} is not on host {socket.gethostname()}: share"
                 " it, or let the engine bring the code there with --ship FOLDER"
             )
+        with self._changing:
+            self._start(order)
+
+    def _start(self, order: Order) -> None:
         self._workers.forget()
+        self._attempt = order.attempt
         command = ([sys.executable] if order.is_python else []) + list(order.command)
         if order.call is not None:
             self._folder = tempfile.TemporaryDirectory(prefix="paceline-call-")
@@ -117,16 +126,22 @@ class Keeper:
                 found.append((PROGRESS, progress))
             if self._is_running and all(w.exit_code is not None for w in self._workers.all):
                 self._is_running = False
-                self._workers.kill()  # its children too; and its last words are in the queue now
+                with self._changing:
+                    self._workers.kill()  # its children too; and its last words are in the queue now
                 while not self._queue.empty():
                     found.append(self._queue.get())
                 found.append((END, self._ending()))
             if found or time.monotonic() > deadline:
                 return found
 
-    def stop(self, grace_s: float) -> None:
-        """SIGTERM now, SIGKILL after `grace_s` seconds; returns when the worker has ended."""
-        self._workers.stop(grace_s)
+    def stop(self, grace_s: float, attempt: int) -> None:
+        """SIGTERM now, SIGKILL after `grace_s` seconds; returns when the worker has ended.
+
+        Only the worker of that attempt: a call that comes late must not end the next one.
+        """
+        with self._changing:
+            if attempt == self._attempt:
+                self._workers.stop(grace_s)
 
     def close(self) -> None:
         """End everything."""

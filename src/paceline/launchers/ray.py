@@ -189,9 +189,9 @@ class _RayCrew(crew.Crew):
                 self._polls[self._actors[index].events.remote(_LONG_POLL_S)] = index
         return found
 
-    def stop(self, grace_s: float) -> None:
+    def stop(self, grace_s: float, attempt: int) -> None:
         for actor in self._actors:
-            actor.stop.remote(grace_s)
+            actor.stop.remote(grace_s, attempt)
 
     def prepare_restart(self) -> None:
         """Nothing: Ray has restarted what died."""
@@ -256,9 +256,9 @@ class _RayCrew(crew.Crew):
             bundles, strategy="STRICT_SPREAD" if spread else "PACK", name=f"paceline:{job.name}"
         )
         deadline = time.monotonic() + _wait_s(job)
-        while not self._group.wait(1) and time.monotonic() < deadline:
+        while not (is_placed := self._group.wait(1)) and time.monotonic() < deadline:
             signals.check()
-        if not self._group.wait(0):
+        if not is_placed:
             there = {k: v for k, v in ray.cluster_resources().items() if k in ("CPU", "GPU", "memory")}
             where = f"on {job.nodes} different nodes " if spread else ""
             self.close(succeeded=False)

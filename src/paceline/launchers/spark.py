@@ -297,8 +297,8 @@ class _SparkCrew(crew.Crew):
                     found.append((index, event))
         return found
 
-    def stop(self, grace_s: float) -> None:
-        self._tell({"do": "stop", "grace_s": grace_s})
+    def stop(self, grace_s: float, attempt: int) -> None:
+        self._tell({"do": "stop", "grace_s": grace_s, "attempt": attempt})
 
     def prepare_restart(self) -> None:
         self._tell({"do": "finish", "retry": True})

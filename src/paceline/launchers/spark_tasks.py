@@ -60,7 +60,8 @@ def _listen(link: wire.Wire, commands: queue.Queue[dict[str, Any] | None], own: 
         while True:
             header, blob = link.receive()
             if header["do"] == "stop":  # not queued: it waits for the worker's end
-                threading.Thread(target=own.stop, args=(header["grace_s"],), daemon=True).start()
+                arguments = (header["grace_s"], header["attempt"])
+                threading.Thread(target=own.stop, args=arguments, daemon=True).start()
             else:
                 commands.put({**header, "blob": blob})
     commands.put(None)
