@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,23 +158,28 @@ if sys.argv[3] == "pending" and rank == 0:
 """
 
 
-@pytest.mark.parametrize("how", ["destroy", "leave", "pending"])
+@pytest.mark.parametrize("how", ["leave", pytest.param("destroy", marks=pytest.mark.slow), "pending"])
 def test_interpreter_exits_clean(how: str, tmp_path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for attempt in range(2):
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, str(r), str(tmp_path / f"store{attempt}"), how],
-                env=environment,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for r in range(2)
-        ]
-        for p in processes:
-            _, errors = p.communicate(timeout=60)
-            assert p.returncode == 0, errors
-            assert "terminate called" not in errors
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(r), str(tmp_path / "store"), how],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(2)
+    ]
+    for p in processes:
+        _, errors = p.communicate(timeout=60)
+        assert p.returncode == 0, errors
+        assert "terminate called" not in errors
+
+
+@pytest.mark.slow
+def test_exits_again_and_again() -> None:
+    script = Path(__file__).resolve().parents[1] / "exit_script.py"
+    subprocess.run([sys.executable, str(script), "--times", "8"], check=True, timeout=190)
 
 
 def average_of_integers(rank: int, size: int) -> None:
