@@ -20,13 +20,13 @@ from paceline.compat.accelerate import evaluating, job_of, prepare
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--epochs", type=int, default=15)
 parser.add_argument("--strategy", default="all_reduce")
-parser.add_argument("--backend", default="paceline", help="of torch.distributed, for what Accelerate sends")
+parser.add_argument("--backend", help="of torch.distributed, for what Accelerate sends")
 parser.add_argument("--accumulate", type=int, default=1)
 parser.add_argument("--save", help="a folder for the state after each epoch")
 parser.add_argument("--resume", help="a folder to go on from")
 arguments = parser.parse_args()
 
-if "RANK" in os.environ:  # otherwise Accelerate takes Gloo
+if arguments.backend and "RANK" in os.environ:  # otherwise Accelerate takes Gloo
     dist.init_process_group(arguments.backend)
 set_seed(0)
 accelerator = Accelerator(cpu=True, gradient_accumulation_steps=arguments.accumulate)

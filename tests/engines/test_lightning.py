@@ -66,7 +66,7 @@ def test_a_wrong_strategy_is_refused_at_once() -> None:
     [
         ("lightning_digits.py", "local_sgd(period=4)"),
         ("accelerate_digits.py", "all_reduce"),
-        ("accelerate_digits.py", "parameter_server --backend gloo"),
+        ("accelerate_digits.py", "parameter_server"),
     ],
 )
 def test_examples_reach_their_accuracy(tmp_path: Path, example: str, strategy: str) -> None:
