@@ -47,7 +47,7 @@ def main() -> int:
             for process in ranks:
                 process.start()
             for process in ranks:
-                process.join(60)
+                process.join(300)
                 if process.exitcode != 0:
                     bad += 1
                     print(f"exit {i} (destroy={destroy}): code {process.exitcode}", flush=True)
