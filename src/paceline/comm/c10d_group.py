@@ -228,8 +228,7 @@ class GroupIdentity(dist.ProcessGroup):
         Raises CommError on rank 0 for the first missing rank, or for all with `wait_all_ranks`; on the others
         when rank 0 does not answer.
         """
-        seconds = timeout.total_seconds() if timeout is not None else 0
-        limit = datetime.timedelta(seconds=seconds if seconds > 0 else self._timeout_s)
+        limit = timeout if timeout is not None else datetime.timedelta(seconds=self._timeout_s)
         self._monitored += 1
         mine, store, rank = f"monitored/{self._monitored}", self._group_store, self._comm.rank
         if rank == 0:
@@ -238,7 +237,7 @@ class GroupIdentity(dist.ProcessGroup):
             return
         store.set(f"{mine}/{rank}", "here")
         try:
-            store.wait([f"{mine}/0"], limit)
+            store.wait([f"{mine}/0"], max(limit, datetime.timedelta(milliseconds=1)))
             answer = store.get(f"{mine}/0").decode()
         except RuntimeError:
             answer = f"nothing within {limit}"
@@ -252,7 +251,11 @@ class GroupIdentity(dist.ProcessGroup):
         missing: list[int] = []
         deadline = datetime.datetime.now() + limit
         for r in range(1, self._comm.size):
-            left = max(deadline - datetime.datetime.now(), datetime.timedelta(milliseconds=1))
+            left = deadline - datetime.datetime.now()
+            if left <= datetime.timedelta() and not missing:
+                ms = limit.total_seconds() * 1000
+                raise CommError(f"[Rank 0]: Rank 0 timed out in monitoredBarrier after {ms:.0f} ms")
+            left = max(left, datetime.timedelta(milliseconds=1))
             try:
                 self._group_store.wait([f"{mine}/{r}"], left)
             except RuntimeError:
