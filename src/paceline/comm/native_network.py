@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from paceline import _core, collectives
-from paceline.comm import native_links
 from paceline.comm.native_choice import ChoosingCommunicator, replaced
 from paceline.comm.native_codes import OP_CODES, Kind
 from paceline.comm.native_core import engine
@@ -28,8 +27,6 @@ INTERFACE = "PACELINE_INTERFACE"
 """Interfaces or addresses of this host to use, separated by commas, where the launcher says none."""
 _FEW_RANKS = 16
 """Up to here everybody talks to everybody: two steps, and no more bytes than a ring."""
-_UNEVEN_BYTES = 256 << 10
-"""From here on links of different speeds get different shares."""
 _LITTLE_BYTES = 32 << 10
 """All ranks' data in one step up to here."""
 
@@ -78,8 +75,6 @@ def connect_hosts(meeting: Meeting, *, timeout_s: float) -> NetworkCommunicator:
     )
     comm.meeting = meeting
     comm.barrier().wait()
-    if 3 <= comm.size <= _FEW_RANKS and len(set(meeting.addresses)) == comm.size:
-        comm.shares = native_links.shares(native_links.measure(comm))
     return comm
 
 
@@ -121,8 +116,6 @@ class NetworkCommunicator(ChoosingCommunicator):
         """Measured choices; empty: the rule of `algorithm_for`. The same on all ranks."""
         self.algorithm_for: Callable[[str, int, int], str] = self._select
         """Chooses an algorithm for (operation, bytes, ranks); the same on all ranks."""
-        self.shares: list[float] | None = None
-        """What part of a large all_reduce each rank reduces, where links differ; the same on all ranks."""
 
     def _select(self, operation: str, num_bytes: int, num_ranks: int) -> str:
         choice = self.selection.find(operation, num_bytes) if self.selection.choices else None
@@ -139,8 +132,6 @@ class NetworkCommunicator(ChoosingCommunicator):
             return dataclasses.replace(choice, num_bytes=num_bytes, reason=reason)
         name = algorithm_for(operation, num_bytes, self.size)
         why = f"up to {_FEW_RANKS} ranks everybody talks to everybody at once, in one or two steps"
-        if self.shares is not None and operation == "all_reduce" and num_bytes >= _UNEVEN_BYTES:
-            why += f"; links differ, so the ranks reduce shares of {[round(x, 2) for x in self.shares]}"
         if name != DIRECT:
             why = f"more than {_FEW_RANKS} ranks: few connections, at {num_bytes} bytes"
         other = "ring" if name == DIRECT else DIRECT
@@ -192,9 +183,6 @@ class NetworkCommunicator(ChoosingCommunicator):
 
     def _all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> Work:
         program = self._program("all_reduce", tensor)
-        if program is None and self.shares is not None and tensor.numel() * tensor.itemsize >= _UNEVEN_BYTES:
-            parts = native_links.counts(tensor.numel(), self.shares, multiple=64)
-            return self._combine("all_reduce", Kind.ALL_REDUCE, tensor, tensor, 0, op, parts)
         if program is None:
             return super()._all_reduce(tensor, op)
         return self._run(program, "all_reduce", Kind.ALL_REDUCE, tensor, tensor, tensor.numel(), op=op)
