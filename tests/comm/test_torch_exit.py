@@ -7,7 +7,7 @@ import sys
 
 SCRIPT = """
 import gc, os, torch, paceline
-job = paceline.init()
+job = paceline.init(fabric="torch")
 model = torch.nn.Linear(2, 2)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 job.prepare(model, optimizer)

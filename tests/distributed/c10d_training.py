@@ -261,8 +261,9 @@ def averaging(rank: int, size: int) -> list[float]:
     from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
     net = model(rank)
+    before = train(net, rank)  # only parameters that have a gradient are averaged
     PeriodicModelAverager(period=1, warmup_steps=0).average_parameters(list(net.parameters()))
-    return train(net, rank)
+    return before + train(net, rank)
 
 
 BODIES: dict[str, Callable[[int, int], list[float]]] = {
