@@ -53,10 +53,13 @@ def build(program: str, sanitizer: str, directory: Path) -> Path:
     return target
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(
-    "sanitizer", ["plain", *(pytest.param(s, marks=pytest.mark.slow) for s in ("address", "thread"))]
+    "sanitizer",
+    [
+        pytest.param("plain", marks=pytest.mark.xdist_group("processes")),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("address", "thread")),
+    ],
 )
 def test_program(program: str, sanitizer: str, tmp_path: Path) -> None:
     done = subprocess.run(
