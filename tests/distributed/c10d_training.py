@@ -203,7 +203,8 @@ def pipeline(rank: int, size: int) -> list[float]:
     parts = [whole[:2], whole[2:]] if size == 2 else [whole[:2], whole[2:3], whole[3:4], whole[4:]]
     stage = PipelineStage(parts[rank], rank, size, torch.device("cpu"))
     schedule = Schedule1F1B(stage, n_microbatches=4, loss_fn=F.cross_entropy)
-    optimizer = torch.optim.SGD(parts[rank].parameters(), lr=0.1)
+    # A stage of an activation alone has no parameters.
+    optimizer = torch.optim.SGD(list(parts[rank].parameters()) or [torch.zeros(1)], lr=0.1)
     out = []
     for step in range(STEPS):
         x, y = data(0, step)
