@@ -47,7 +47,7 @@ slow: install
 
 # Real Ray and Spark clusters, MPI launchers, Lightning and Accelerate, with the extras they need.
 engines: $(ENGINES)
-	$(PYTEST) -m "engines and not gpu" tests/engines
+	$(PYTEST) -m "engines and not gpu and not exhaustive" tests/engines
 
 $(ENGINES): $(STAMP)
 	$(BIN)/python -c "$$REQUIREMENTS" $(EXTRAS) | xargs -d '\n' \

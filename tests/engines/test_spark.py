@@ -48,7 +48,11 @@ def test_digits_train_as_on_this_host(spark: Any, local: list[dict[str, Any]]) -
     assert local[0]["all_reduce"]["digest"] == remote[0]["all_reduce"]["digest"], "bit for bit"
 
 
-@pytest.mark.parametrize("victim", [0, 3], ids=["worker", "executor"])
+@pytest.mark.parametrize(
+    "victim",
+    [pytest.param(0, marks=pytest.mark.exhaustive), 3],
+    ids=["worker", "executor"],
+)
 def test_a_killed_executor_makes_spark_run_the_stage_again(
     spark: Any, undisturbed: dict[str, Any], tmp_path: Path, victim: int
 ) -> None:

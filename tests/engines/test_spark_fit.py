@@ -57,6 +57,7 @@ def test_the_driver_averages_as_the_collectives_do(digits: Any) -> None:
     assert by_collective.history[-1]["accuracy"] >= 0.93
 
 
+@pytest.mark.exhaustive
 def test_more_partitions_than_executors_need_a_tree(digits: Any) -> None:
     """Six tasks on two slots: no barrier, so for the driver only; depth changes nothing but the route."""
     flat, tree = (
@@ -96,7 +97,11 @@ def build_slowly(folder: str) -> Task:
     return task
 
 
-@pytest.mark.parametrize("with_checkpoint", [True, False], ids=["checkpoint", "driver keeps it"])
+@pytest.mark.parametrize(
+    "with_checkpoint",
+    [pytest.param(True, marks=pytest.mark.exhaustive), False],
+    ids=["checkpoint", "driver keeps it"],
+)
 def test_a_killed_executor_continues_at_the_last_average(
     digits: Any, tmp_path: Path, with_checkpoint: bool
 ) -> None:
