@@ -309,7 +309,8 @@ void bind_fabric(nb::module_& m) {
   mixed_group.def("__init__", [](MixedMember* self, int rank, const std::vector<int>& hosts, Member& local,
                                  NetworkMember& world, NetworkMember* stripe) {
     new (self) MixedMember(local.engine, rank, hosts, local.get(), world.get(), stripe ? &stripe->get() : nullptr);
-  }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
+  }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(),
+                  nb::keep_alive<1, 6>());
   shared_methods(mixed_group);
 }
 

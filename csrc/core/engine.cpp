@@ -7,6 +7,8 @@
 
 #include <algorithm>
 
+#include "core/inquiry.h"
+
 namespace paceline {
 namespace {
 
@@ -257,11 +259,16 @@ void Engine::abort(Session& group, Failure failure) {
 }
 
 void Engine::expire(Session& group, Operation& op) {
+  {
+    const Driving lock(*this);
+    if (op.is_done.load()) return;
+    op.deadline = 0;
+    group.expire_running();
+    check();
+    leave();
+  }
+  if (wait(op, Inquiry::patience + second_ns / 2)) return;  // while peers are asked whose fault it is
   const Driving lock(*this);
-  if (op.is_done.load()) return;
-  op.deadline = 0;
-  group.expire_running();
-  check();
   if (!op.is_done.load())
     group.fail({FailureKind::timeout, op.waiting_for, group.describe(op) + ": not done in the given time"});
 }

@@ -17,6 +17,8 @@ enum class FrameKind : std::uint8_t {
   accept,     // send message `sequence`
   credit,     // carries only `consumed_bytes`
   goodbye,    // no more messages follow: the end of the stream is meant
+  ask,        // question `sequence`: whom do you wait for in group `tag`?
+  answer,     // to question `sequence` of group `tag`: a rank + 2, or a special value of Respondent + 2
 };
 
 struct FrameHeader {
@@ -26,7 +28,7 @@ struct FrameHeader {
   std::uint16_t reserved = 0;
   std::uint64_t sequence = 0;   // counts the messages from this sender to this receiver
   std::uint64_t tag = 0;
-  std::uint64_t total_bytes = 0;
+  std::uint64_t total_bytes = 0; // of the message; of an answer: what it says
   std::uint64_t offset = 0;
   std::uint64_t consumed_bytes = 0;  // of unasked messages from the receiver, so far: returns credit
   std::uint32_t checksum = 0;        // CRC-32C of this header with checksum 0, continued over the slice
@@ -36,7 +38,7 @@ static_assert(sizeof(FrameHeader) == 56 && std::endian::native == std::endian::l
 
 // Why these bytes cannot be a header of ours, or nullptr.
 inline const char* defect_of(const FrameHeader& h) {
-  if (h.kind < FrameKind::data || h.kind > FrameKind::goodbye) return "unknown kind";
+  if (h.kind < FrameKind::data || h.kind > FrameKind::answer) return "unknown kind";
   if (h.reserved || h.padding || h.is_checked > 1) return "reserved bits set";
   if (h.kind != FrameKind::data) return h.num_bytes ? "control frame with a payload" : nullptr;
   if (h.num_bytes > slice_bytes) return "slice too long";

@@ -117,11 +117,12 @@ void Group::check(Nanoseconds now) {
 // Whom we wait for may itself wait for somebody who is stopped: processes that run have a beat.
 int Group::find_frozen(Nanoseconds now) {
   int frozen = -1;
+  Nanoseconds longest = frozen_after;
   for (int r = 0; r < size_; ++r) {
     Pulse& pulse = pulses_[static_cast<std::size_t>(r)];
     const std::uint32_t beat = peer(r).beat();
     if (beat != pulse.beat || pulse.since == 0) pulse = {beat, now};
-    if (r != rank_ && now - pulse.since > frozen_after && frozen < 0) frozen = r;
+    if (r != rank_ && now - pulse.since > longest) longest = now - pulse.since, frozen = r;
   }
   return frozen;
 }

@@ -59,12 +59,12 @@ Task combine_mixed(MixedGroup& group, Operation& op) {
 
   Request within = part_of(op, Kind::reduce_scatter, request.source, result, total);
   within.parts = parts;
-  OperationPointer step = group.begin(group.local(), op, std::move(within), 0);
+  OperationPointer step = group.begin(group.local(), op, std::move(within));
   co_await Until([&] { return group.is_over(step); });
   if (mine.num_bytes > 0) {
     Request between = part_of(op, request.kind, result, result, mine.num_bytes);
     between.root = gives_all ? 0 : group.host_of(request.root);
-    step = group.begin(*group.stripe(), op, std::move(between), 1);
+    step = group.begin(*group.stripe(), op, std::move(between));
     co_await Until([&] { return group.is_over(step); });
     divide(op, result, mine.num_bytes, group.size());
   }
@@ -79,7 +79,7 @@ Task combine_mixed(MixedGroup& group, Operation& op) {
     back.send[static_cast<std::size_t>(back.root)] = {0, mine.num_bytes};
   }
   if (gives_all || group.rank() == request.root) back.receive = parts;
-  step = group.begin(group.local(), op, std::move(back), 2);
+  step = group.begin(group.local(), op, std::move(back));
   co_await Until([&] { return group.is_over(step); });
 }
 
@@ -105,7 +105,7 @@ Task reduce_scatter_mixed(MixedGroup& group, Operation& op) {
     std::byte* const to = holder(p) == rank ? room.get() + held[static_cast<std::size_t>(p)] : nullptr;
     Request within = part_of(op, Kind::reduce, request.source + part(p).offset, to, part(p).num_bytes);
     within.root = group.place_of(holder(p));
-    steps.push_back(group.begin(group.local(), op, std::move(within), 0));
+    steps.push_back(group.begin(group.local(), op, std::move(within)));
   }
   for (const OperationPointer& step : steps) co_await Until([&] { return group.is_over(step); });
 
@@ -122,7 +122,7 @@ Task reduce_scatter_mixed(MixedGroup& group, Operation& op) {
       between.receive[static_cast<std::size_t>(group.partner(rank, h))] = {at, own_bytes};
     from.push_back(room.get() + (h == group.host() ? held[static_cast<std::size_t>(rank)] : at));
   }
-  const OperationPointer step = group.begin(group.world(), op, std::move(between), 1);
+  const OperationPointer step = group.begin(group.world(), op, std::move(between));
   co_await Until([&] { return group.is_over(step); });
   if (own_bytes == 0) co_return;
   void* to[] = {request.output};
@@ -146,8 +146,8 @@ Task all_gather_mixed(MixedGroup& group, Operation& op) {
   for (int r = 0; r < size; ++r)
     if (group.host_of(r) != group.host() && group.partner(r, group.host()) == rank)
       between.receive[static_cast<std::size_t>(r)] = place(r);
-  const OperationPointer afar = group.begin(group.world(), op, std::move(between), 1);
-  std::vector<OperationPointer> near{group.begin(group.local(), op, std::move(within), 0)};
+  const OperationPointer afar = group.begin(group.world(), op, std::move(between));
+  std::vector<OperationPointer> near{group.begin(group.local(), op, std::move(within))};
   co_await Until([&] { return group.is_over(afar); });
 
   const std::size_t mates = group.members(group.host()).size();
@@ -163,7 +163,7 @@ Task all_gather_mixed(MixedGroup& group, Operation& op) {
       pass.receive.assign(mates, Range{});
       pass.receive[static_cast<std::size_t>(root)] = place(r);
     }
-    near.push_back(group.begin(group.local(), op, std::move(pass), 2));
+    near.push_back(group.begin(group.local(), op, std::move(pass)));
   }
   for (const OperationPointer& step : near) co_await Until([&] { return group.is_over(step); });
 }
@@ -172,7 +172,7 @@ Task broadcast_mixed(MixedGroup& group, Operation& op) {
   const Request& request = op.request;
   const std::size_t total = request.numel * size_of(request.dtype);
   const bool is_root_here = group.host_of(request.root) == group.host();
-  const auto spread = [&](Session& over, int root, int stage) {
+  const auto spread = [&](Session& over, int root) {
     // A rank that passes on reads what it has received; the root reads its source.
     const bool is_sender = over.rank() == root;
     const std::byte* source = group.rank() == request.root ? request.source : request.output;
@@ -185,30 +185,30 @@ Task broadcast_mixed(MixedGroup& group, Operation& op) {
       r.receive.assign(static_cast<std::size_t>(over.size()), Range{});
       r.receive[static_cast<std::size_t>(root)] = {0, total};
     }
-    return group.begin(over, op, std::move(r), stage);
+    return group.begin(over, op, std::move(r));
   };
   OperationPointer step;
   if (is_root_here) {
-    step = spread(group.local(), group.place_of(request.root), 0);
+    step = spread(group.local(), group.place_of(request.root));
     co_await Until([&] { return group.is_over(step); });
   }
   if (group.place() == 0) {
-    step = spread(*group.stripe(), group.host_of(request.root), 1);
+    step = spread(*group.stripe(), group.host_of(request.root));
     co_await Until([&] { return group.is_over(step); });
   }
   if (is_root_here) co_return;
-  step = spread(group.local(), 0, 2);
+  step = spread(group.local(), 0);
   co_await Until([&] { return group.is_over(step); });
 }
 
 Task barrier_mixed(MixedGroup& group, Operation& op) {
-  OperationPointer step = group.begin(group.local(), op, part_of(op, Kind::barrier, nullptr, nullptr, 0), 0);
+  OperationPointer step = group.begin(group.local(), op, part_of(op, Kind::barrier, nullptr, nullptr, 0));
   co_await Until([&] { return group.is_over(step); });
   if (group.place() == 0) {
-    step = group.begin(*group.stripe(), op, part_of(op, Kind::barrier, nullptr, nullptr, 0), 1);
+    step = group.begin(*group.stripe(), op, part_of(op, Kind::barrier, nullptr, nullptr, 0));
     co_await Until([&] { return group.is_over(step); });
   }
-  step = group.begin(group.local(), op, part_of(op, Kind::barrier, nullptr, nullptr, 0), 2);
+  step = group.begin(group.local(), op, part_of(op, Kind::barrier, nullptr, nullptr, 0));
   co_await Until([&] { return group.is_over(step); });
 }
 
@@ -230,8 +230,8 @@ Task exchange_mixed(MixedGroup& group, Operation& op) {
   };
   divide_table(request.send, within.send, between.send);
   divide_table(request.receive, within.receive, between.receive);
-  const OperationPointer afar = group.begin(group.world(), op, std::move(between), 1);
-  const OperationPointer near = group.begin(group.local(), op, std::move(within), 0);
+  const OperationPointer afar = group.begin(group.world(), op, std::move(between));
+  const OperationPointer near = group.begin(group.local(), op, std::move(within));
   co_await Until([&] { return group.is_over(afar) && group.is_over(near); });
 }
 

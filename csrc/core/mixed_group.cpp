@@ -7,7 +7,7 @@
 namespace paceline {
 namespace {
 
-constexpr Nanoseconds grace = second_ns / 3;
+constexpr Nanoseconds never = INT64_MAX;  // the whole has a deadline, its parts have none
 
 }  // namespace
 
@@ -29,23 +29,25 @@ MixedGroup::MixedGroup(Engine& engine, int rank, std::vector<int> hosts, Group& 
   if (local.size() != static_cast<int>(members(host()).size()) || local.rank() != place() ||
       (place() < num_stripes_) != (stripe != nullptr))
     throw Failed({FailureKind::config, -1, "the groups do not fit the hosts"});
+  world_.inquiry().waits_for = [this] { return missing(); };
   local_.known_as = members(host());
   if (stripe_)
     for (int h = 0; h < num_hosts(); ++h) stripe_->known_as.push_back(members(h)[static_cast<std::size_t>(place())]);
 }
 
 MixedGroup::~MixedGroup() {
+  world_.inquiry().waits_for = [&world = world_] { return world.waits_for(); };
   fail({FailureKind::aborted, rank_, "rank " + std::to_string(rank_) + ": the communicator was closed"});
 }
 
-OperationPointer MixedGroup::begin(Session& group, const Operation& whole, Request part, int stage) {
+OperationPointer MixedGroup::begin(Session& group, const Operation& whole, Request part) {
   if (group.failure()) throw Failed(group.failure_to_tell());
   auto op = std::make_shared<Operation>();
   op->request = std::move(part);
   op->request.dtype = whole.request.dtype;
   op->is_heavy = whole.is_heavy;
   op->started = whole.started;
-  op->deadline = whole.deadline + stage * grace;
+  op->deadline = never;
   engine_.activate(group);
   group.enqueue(op);
   did_move = true;
@@ -56,6 +58,13 @@ std::vector<Session*> MixedGroup::groups() const {
   std::vector<Session*> all{&local_, &world_};
   if (stripe_) all.push_back(stripe_);
   return all;
+}
+
+int MixedGroup::missing() const {
+  if (queue_.empty()) return Respondent::nobody;
+  for (const Session* g : groups())
+    if (const int r = g->waits_for(); r >= 0) return g->told_rank(r);
+  return Respondent::somebody;
 }
 
 bool MixedGroup::is_over(const OperationPointer& part) const {
@@ -69,13 +78,14 @@ bool MixedGroup::is_over(const OperationPointer& part) const {
 void MixedGroup::check(Nanoseconds now) {
   if (queue_.empty()) return;
   for (Session* g : groups()) {
-    if (queue_.front()->deadline == 0) g->expire_running();
     if (g->has_pending() && !g->failure()) g->check(now);
     // One host's loss must reach ranks that wait for another group of theirs.
     if (queue_.empty()) return;
     if (g->failure()) return fail(g->failure_to_tell());
   }
-  if (const Failure late = lateness(now - 3 * grace)) fail(late);
+  if (const Failure bad = world_.trouble(*this)) return fail(bad);
+  if (queue_.empty()) return;
+  if (const Failure late = world_.inquiry().judge(*this, *queue_.front(), now)) fail(late);
 }
 
 void MixedGroup::failed(const Failure& failure) {

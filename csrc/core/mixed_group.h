@@ -32,14 +32,14 @@ class MixedGroup final : public Session {
   Group& local() { return local_; }
   NetworkGroup& world() { return world_; }
   NetworkGroup* stripe() { return stripe_; }
-  // Starts a part of `whole` on one of the groups. Later stages are patient: who waits for a rank that waits for
-  // the culprit should hear from it before it blames it.
-  OperationPointer begin(Session& group, const Operation& whole, Request part, int stage);
+  // Starts a part of `whole` on one of the groups.
+  OperationPointer begin(Session& group, const Operation& whole, Request part);
   // Whether it is over; throws Failed if it failed.
   bool is_over(const OperationPointer& part) const;
 
  private:
   std::vector<Session*> groups() const;
+  int missing() const;  // the rank that is waited for, as Session::waits_for
   Task start(Operation& op) override;
   void failed(const Failure& failure) override;
   bool has_messages() const override { return false; }

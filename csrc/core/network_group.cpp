@@ -16,7 +16,8 @@ NetworkGroup::NetworkGroup(Engine& engine, std::shared_ptr<Transport> transport,
     : Session(engine, rank, static_cast<int>(world_ranks.size())),
       transport_(std::move(transport)),
       id_(id),
-      world_ranks_(std::move(world_ranks)) {
+      world_ranks_(std::move(world_ranks)),
+      inquiry_(*transport_, id_, rank, world_ranks_, [this] { return waits_for(); }) {
   network_.transport = transport_.get();
   network_.rank = rank;
   network_.world_ranks = world_ranks_;
@@ -146,16 +147,21 @@ void NetworkGroup::fail_messages(const Failure& failure) {
   messages_.clear();
 }
 
+Failure NetworkGroup::trouble(Session& session) const {
+  if (const Failure told = heard_farewell()) return told;
+  for (int r = 0; r < size_ && session.running(); ++r) {
+    if (r == rank_ || !transport_->is_lost(world_rank(r)) || session.progress() || !session.running()) continue;
+    return {FailureKind::peer_lost, r,
+            session.describe(*session.running()) + ": the connection to " + name(r) + " is lost"};
+  }
+  return {};
+}
+
 void NetworkGroup::check(Nanoseconds now) {
   if (!has_pending()) return;
-  if (const Failure told = heard_farewell()) return fail(told);
+  if (const Failure bad = trouble(*this)) return fail(bad);
   if (!queue_.empty())
-    for (int r = 0; r < size_; ++r)
-      if (r != rank_ && transport_->is_lost(world_rank(r)) && !progress())
-        return fail({FailureKind::peer_lost, r,
-                     (queue_.empty() ? std::string() : describe(*queue_.front()) + ": ") + "the connection to " +
-                         name(r) + " is lost"});
-  if (const Failure late = lateness(now)) return fail(late);
+    if (const Failure late = inquiry_.judge(*this, *queue_.front(), now)) return fail(late);
   for (const Message& m : messages_)
     if (now >= m.op->deadline)
       return fail({FailureKind::timeout, m.op->request.root,

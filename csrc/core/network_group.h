@@ -7,6 +7,7 @@
 
 #include "core/blocks.h"
 #include "core/direct.h"
+#include "core/inquiry.h"
 #include "core/plan.h"
 #include "core/session.h"
 #include "core/transport.h"
@@ -34,6 +35,11 @@ class NetworkGroup final : public Session {
   Failure translate(const Transfer& transfer) const;
   // The same, or what the peer said before it went.
   Failure explain(const Transfer& transfer) const;
+  // What ends the running operation of `session`, which is this group or one of the same ranks that it is part of: a
+  // member gave up, or is gone and nothing moves any more.
+  Failure trouble(Session& session) const;
+  // For a group that this one is part of, with the same ranks: it answers for both, and judges by both.
+  Inquiry& inquiry() { return inquiry_; }
 
  private:
   struct Message {
@@ -60,6 +66,7 @@ class NetworkGroup final : public Session {
   std::vector<int> world_ranks_;
   Blocks blocks_;
   Network network_;  // as the direct operations see it
+  Inquiry inquiry_;
   std::list<Message> messages_;
   std::list<Farewell> expected_, said_;
 };

@@ -1,6 +1,7 @@
 #include "core/session.h"
 
 #include "core/engine.h"
+#include "core/transport.h"
 
 namespace paceline {
 
@@ -17,6 +18,12 @@ std::string Session::describe(const Operation& op) const {
   if (r.kind == Kind::send || r.kind == Kind::receive)
     return text + " (tag " + std::to_string(r.tag) + ", " + std::to_string(r.numel) + " x " + name_of(r.dtype) + ")";
   return text + " #" + std::to_string(op.sequence) + " (" + std::to_string(r.numel) + " x " + name_of(r.dtype) + ")";
+}
+
+int Session::waits_for() const {
+  if (queue_.empty()) return Respondent::nobody;
+  const int r = queue_.front()->waiting_for;
+  return r < 0 ? Respondent::somebody : r;
 }
 
 void Session::enqueue(const OperationPointer& op) {

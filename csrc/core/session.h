@@ -24,10 +24,13 @@ class Session {
   int size() const { return size_; }
   Engine& engine() const { return engine_; }
   bool has_pending() const { return !queue_.empty() || has_messages(); }
+  const Operation* running() const { return queue_.empty() ? nullptr : queue_.front().get(); }
   // Whether the running operation has so much to move that the caller should not be kept.
   bool is_heavy() const { return !queue_.empty() && queue_.front()->is_heavy; }
   const Failure& failure() const { return failure_; }
   std::string describe(const Operation& op) const;
+  // The rank whose move the running operation misses; Respondent's special values if there is none or none known.
+  int waits_for() const;
 
   void enqueue(const OperationPointer& op);
   // Moves what can be moved; true if anything did.

@@ -6,6 +6,7 @@
 #pragma once
 #include <deque>
 #include <list>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -50,6 +51,8 @@ class TcpTransport final : public Transport, private FrameSink {
   void watch(int peer) override;
   bool is_lost(int peer) const override;
   double silence_s(int peer) const override;
+  void ask(int peer, std::uint32_t space, std::uint64_t question) override;
+  void set_respondent(std::uint32_t space, Respondent* respondent) override;
   std::uint64_t wire_bytes_sent() const override;
   void close() override;
 
@@ -106,6 +109,7 @@ class TcpTransport final : public Transport, private FrameSink {
   void bind(Incoming& message, Transfer& receive);
   void settle(Incoming& message);
   void consume(int peer, std::size_t num_bytes);
+  void converse(int peer, const FrameHeader& header);
   bool is_within_credit(const Peer& peer, std::size_t num_bytes) const;
   bool take_frame(int peer, FrameHeader& header, const std::byte*& slice, Outgoing*& message);
   void serve_link(Link& link);
@@ -128,6 +132,7 @@ class TcpTransport final : public Transport, private FrameSink {
   std::vector<std::unique_ptr<Link>> guests_;    // accepted, not yet proven
   std::vector<std::unique_ptr<Link>> graveyard_; // events of this round may still name them
   Inbox inbox_;
+  std::map<std::uint32_t, Respondent*> respondents_;  // by group
   std::uint64_t wire_bytes_ = 0;  // of links that are gone
 };
 

@@ -184,8 +184,40 @@ std::byte* TcpTransport::frame_begins(Link& link, const FrameHeader& header, con
     }
     case FrameKind::goodbye: peer.has_said_goodbye = true; return nullptr;
     case FrameKind::credit: return nullptr;
+    case FrameKind::ask:
+    case FrameKind::answer: converse(link.peer, header); return nullptr;
   }
   return nullptr;
+}
+
+// Questions are answered at once, by whoever drives: so a process that answers is not stopped.
+void TcpTransport::converse(int rank, const FrameHeader& header) {
+  const auto found = respondents_.find(static_cast<std::uint32_t>(header.tag));
+  Respondent* const respondent = found == respondents_.end() ? nullptr : found->second;
+  if (header.kind == FrameKind::answer) {
+    if (respondent && header.total_bytes < peers_.size() + 2)
+      respondent->heard(rank, header.sequence, static_cast<int>(header.total_bytes) - 2);
+    return;
+  }
+  FrameHeader answer = control_frame(FrameKind::answer, header.sequence);
+  answer.tag = header.tag;
+  answer.total_bytes = static_cast<std::uint64_t>((respondent ? respondent->whom() : Respondent::nobody) + 2);
+  peers_[static_cast<std::size_t>(rank)].control.push_back(answer);  // leaves at the end of this frame
+}
+
+void TcpTransport::ask(int rank, std::uint32_t space, std::uint64_t question) {
+  Peer& peer = peers_.at(static_cast<std::size_t>(rank));
+  if (is_closed_ || peer.failure) return;
+  FrameHeader header = control_frame(FrameKind::ask, question);
+  header.tag = space;
+  peer.control.push_back(header);
+  if (peer.links.empty()) dial_all(rank);
+  else serve_peer(rank);
+}
+
+void TcpTransport::set_respondent(std::uint32_t space, Respondent* respondent) {
+  if (respondent) respondents_[space] = respondent;
+  else respondents_.erase(space);
 }
 
 std::byte* TcpTransport::data_begins(Link& link, const FrameHeader& header, const char*& defect) {

@@ -32,6 +32,18 @@ struct Transfer {
   Transfer* next = nullptr;
 };
 
+// A group that peers may ask whom it waits for. Called from a transport's `progress`.
+class Respondent {
+ public:
+  static constexpr int nobody = -1, somebody = -2;
+
+  virtual ~Respondent() = default;
+  // The world rank that this rank waits for; `nobody` if it is in no operation, `somebody` if it cannot tell.
+  virtual int whom() const = 0;
+  // `peer` has answered `question` with its whom().
+  virtual void heard(int peer, std::uint64_t question, int whom) = 0;
+};
+
 class Transport {
  public:
   virtual ~Transport() = default;
@@ -59,6 +71,12 @@ class Transport {
   virtual bool is_lost(int peer) const = 0;
   // Seconds since anything was heard from `peer`; negative if nothing ever was.
   virtual double silence_s(int peer) const = 0;
+
+  // Asks `peer` whom it waits for in group `space`. Answered even by a rank that does nothing, but not by one whose
+  // process is stopped.
+  virtual void ask(int peer, std::uint32_t space, std::uint64_t question) = 0;
+  // Who answers in the name of group `space` and hears answers; null: no longer, and peers are told `nobody`.
+  virtual void set_respondent(std::uint32_t space, Respondent* respondent) = 0;
 
   virtual std::uint64_t wire_bytes_sent() const = 0;
 
