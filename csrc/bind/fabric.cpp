@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "bind/bind.h"
+#include "bind/tensor.h"
 #include "core/engine.h"
 #include "core/mixed_group.h"
 #include "core/network_group.h"
@@ -43,7 +44,16 @@ struct Holder {
   }
 };
 
-using Member = Holder<Group>;
+// What a ledger counts of one operation.
+struct Entry {
+  std::uint64_t calls = 0;
+  std::uint64_t payload_bytes = 0;
+};
+
+struct Member : Holder<Group> {
+  using Holder::Holder;
+  Entry reduced;
+};
 using NetworkMember = Holder<NetworkGroup>;
 using MixedMember = Holder<MixedGroup>;
 
@@ -115,17 +125,27 @@ OperationPointer combine(M& m, int kind, std::uintptr_t source, std::uintptr_t o
   return submit(m, std::move(r), timeout_s);
 }
 
-// In place, of a sum or anything else. A small one is over before it pays to release the interpreter.
-OperationPointer all_reduce(Member& m, std::uintptr_t data, std::size_t numel, int dtype, int op, double timeout_s) {
-  const SmallReduce call{reinterpret_cast<std::byte*>(data), numel, static_cast<DType>(dtype),
-                         static_cast<ReduceOp>(op)};
+// In place. A small one is over before it pays to release the interpreter. Returns None when it is done, False for
+// what is not contiguous CPU memory with such an operator, an Operation while it is in flight.
+nb::object all_reduce(Member& m, nb::handle tensor, int op, double timeout_s) {
+  const auto memory = memory_of(tensor);
+  if (!memory || !is_reducible(memory->dtype, static_cast<ReduceOp>(op)))
+    return nb::bool_(false);
+  ++m.reduced.calls;
+  m.reduced.payload_bytes += memory->numel * size_of(memory->dtype);
+  const SmallReduce call{memory->data, memory->numel, memory->dtype, static_cast<ReduceOp>(op)};
   Group::Quick quick;
   if (m.group && m.group->is_alone()) quick = m.engine->quick(*m.group, call);
-  if (quick.is_done) return nullptr;
-  const nb::gil_scoped_release released;
-  Request r = basic(static_cast<int>(Kind::all_reduce), data, data, numel, dtype);
-  r.op = call.op;
-  return submit(m, std::move(r), timeout_s, quick.announced);
+  if (quick.is_done) return nb::none();
+  OperationPointer pending;
+  {
+    const nb::gil_scoped_release released;
+    const auto data = reinterpret_cast<std::uintptr_t>(call.data);
+    Request r = basic(static_cast<int>(Kind::all_reduce), data, data, call.numel, static_cast<int>(call.dtype));
+    r.op = call.op;
+    pending = submit(m, std::move(r), timeout_s, quick.announced);
+  }
+  return pending ? nb::cast(std::move(pending)) : nb::none();
 }
 
 template <class M>
@@ -236,6 +256,7 @@ void bind_fabric(nb::module_& m) {
     scale(reinterpret_cast<float*>(to), reinterpret_cast<const float*>(from), numel, factor);
   }, release(), "to = from * factor of float32 numbers, past the caches.");
   m.attr("EAGER_BYTES") = Outbox::eager_bytes;
+  m.def("eager_reduce_bytes", &Outbox::eager_reduce_bytes, "Up to which size reductions of P ranks are eager.");
   m.def("reduce_isa", &reduce_isa, "Instruction set of the reduction kernels.");
 
   nb::class_<Operation>(m, "Operation")
@@ -260,6 +281,8 @@ void bind_fabric(nb::module_& m) {
       .def_prop_ro("num_segments", [](Engine& e) { return e.arena().num_segments(); })
       .def_prop_ro("allocated_bytes", [](Engine& e) { return e.arena().allocated_bytes(); });
 
+  nb::class_<Entry>(m, "Entry").def_rw("calls", &Entry::calls).def_rw("payload_bytes", &Entry::payload_bytes);
+
   nb::class_<Member> group(m, "Group");
   group
       .def(nb::init<std::shared_ptr<Engine>, int, int>())
@@ -273,6 +296,7 @@ void bind_fabric(nb::module_& m) {
           addresses.push_back({pid, fd, {slot, generation, offset}});
         g.engine->connect(g.get(), addresses);
       }, release())
+      .def_prop_ro("reduced", [](Member& g) -> Entry& { return g.reduced; }, nb::rv_policy::reference_internal)
       .def("all_reduce", &all_reduce);
   shared_methods(group);
 

@@ -6,5 +6,6 @@ NB_MODULE(_core, m) {
   nanobind::set_leak_warnings(false);
   paceline::bind::bind_crc32c(m);
   paceline::bind::bind_codecs(m);
+  paceline::bind::bind_tensor(m);
   paceline::bind::bind_fabric(m);
 }

@@ -171,7 +171,7 @@ Task combine(Group& group, Operation& op) {
   Combination c(group, op);
   if (c.size == 1 && c.request.source == c.request.output) co_return;
   const std::size_t total = c.source_bytes();
-  const bool is_eager = Outbox::is_eager(total, c.size);
+  const bool is_eager = total <= Outbox::eager_reduce_bytes(c.size);
   if (!op.is_announced) {
     co_await Until([&] { return group.can_post(op.sequence); });
     if (is_eager) co_await Until([&] { return group.is_ring_free(op, false); });

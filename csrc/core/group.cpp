@@ -182,7 +182,7 @@ Group::Quick Group::all_reduce_at_once(const SmallReduce& call, int looks) {
   const std::size_t num_bytes = call.numel * size_of(call.dtype);
   const std::uint64_t sequence = next_sequence_;
   if (!queue_.empty() || failure_ || size_ < 2 || size_ > most || num_bytes == 0 ||
-      !Outbox::is_eager(num_bytes, size_))
+      num_bytes > Outbox::eager_reduce_bytes(size_))
     return {};
   const std::uint64_t last = sequence > Outbox::num_posts ? sequence - Outbox::num_posts : 0;
   const std::uint64_t before = std::max(last, last_staged_);

@@ -30,9 +30,9 @@ class Outbox {
  public:
   static constexpr int num_posts = 4;
   static constexpr std::size_t eager_bytes = 32 << 10;
-  // Whether reductions of this size travel in the posts: every rank reads all of them.
-  static constexpr bool is_eager(std::size_t num_bytes, int num_ranks) {
-    return num_bytes <= eager_bytes && num_bytes * static_cast<std::size_t>(num_ranks) <= 4 * eager_bytes;
+  // Up to which size reductions travel with their posts: every rank reads all of them.
+  static constexpr std::size_t eager_reduce_bytes(int num_ranks) {
+    return 4 * eager_bytes / static_cast<std::size_t>(num_ranks < 2 ? 2 : num_ranks);
   }
   // Reductions up to here travel in the post itself, larger ones in the ring.
   static constexpr std::size_t inline_bytes = 1 << 10;

@@ -16,7 +16,7 @@ its links, headers included; None where the fabric cannot see them (torch).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 OPERATIONS = (
     "all_reduce",
@@ -39,6 +39,13 @@ OPERATIONS = (
 )
 
 
+class Counts(Protocol):
+    """What an operation's counts look like, also where the core keeps them."""
+
+    calls: int
+    payload_bytes: int
+
+
 class Entry:
     """Counts of one operation."""
 
@@ -53,7 +60,7 @@ class Ledger:
     """One communicator's counts. Plain increments: it is touched on every call."""
 
     def __init__(self) -> None:
-        self.operations = {name: Entry() for name in OPERATIONS}
+        self.operations: dict[str, Counts] = {name: Entry() for name in OPERATIONS}
         self.wait_s = 0.0
         """Seconds that callers spent inside `Work.wait` (and `Reply.wait`), on the fabric's clock."""
         self.wire_bytes: int | None = None

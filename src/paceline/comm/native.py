@@ -15,7 +15,7 @@ import torch
 
 from paceline import _core
 from paceline.comm.native_choice import ChoosingCommunicator
-from paceline.comm.native_codes import LAYOUTS, OP_CODES, REDUCIBLE
+from paceline.comm.native_codes import OP_CODES
 from paceline.comm.native_core import engine
 from paceline.comm.native_mixed import MixedCommunicator, with_shared_memory
 from paceline.comm.native_network import NetworkCommunicator, connect_hosts
@@ -84,7 +84,7 @@ def _join(meeting: Meeting, timeout_s: float) -> NativeCommunicator:
 def _protocol(operation: str, num_bytes: int, size: int, buffers: str) -> tuple[str, str, str | None]:
     """Name, reason and runner-up; csrc/core/combine.cpp and exchange.cpp decide alike."""
     reduces = operation in ("all_reduce", "reduce", "reduce_scatter")
-    limit = min(_core.EAGER_BYTES, 4 * _core.EAGER_BYTES // size) if reduces else _core.EAGER_BYTES
+    limit = _core.eager_reduce_bytes(size) if reduces else _core.EAGER_BYTES
     if operation == "barrier" or num_bytes <= limit:
         return "eager", f"up to {limit} bytes the data travels with the announcement, in one step", "staged"
     if buffers == "allocated":
@@ -103,6 +103,7 @@ class NativeCommunicator(ChoosingCommunicator):
         super().__init__(rank, hosts, group, timeout_s=timeout_s)
         self._group = group
         self._reduce_now = group.all_reduce
+        self.ledger.operations["all_reduce"] = self._n_all_reduce = group.reduced
         self._home: Meeting | None = None  # where exactly these ranks can meet again
         self._num_parts = 0
 
@@ -142,31 +143,19 @@ class NativeCommunicator(ChoosingCommunicator):
         priority: int = 0,
     ) -> Work:
         """Replace `tensor` on every rank by the reduction over ranks."""
-        # The checks of the base class again, in one place: a small all_reduce takes a microsecond.
-        layout = LAYOUTS.get(tensor.dtype)
-        if (
-            layout is None
-            or self.unusable is not None
-            or not (tensor.is_contiguous() and tensor.is_cpu)
-            or priority
-            or algorithm is not None
-        ):
-            return super().all_reduce(tensor, op=op, algorithm=algorithm, priority=priority)
-        code, item = layout
-        operator = 0
-        if op is not ReduceOp.SUM:
-            operator = OP_CODES[op]
-            if not REDUCIBLE[code][operator]:
-                return super().all_reduce(tensor, op=op)
-        numel = tensor.numel()
-        entry = self._n_all_reduce
-        entry.calls += 1
-        entry.payload_bytes += numel * item
-        try:
-            operation = self._reduce_now(tensor.data_ptr(), numel, code, operator, self.timeout_s)
-        except CommError as error:
-            return self._failed(error)
-        return DONE if operation is None else self._pending(operation, (tensor,))
+        # The core looks at the tensor itself: a small all_reduce takes a microsecond, asking torch half of one.
+        if self.unusable is None and not priority and algorithm is None:
+            try:
+                operation = self._reduce_now(
+                    tensor, 0 if op is ReduceOp.SUM else OP_CODES[op], self.timeout_s
+                )
+            except CommError as error:
+                return self._failed(error)
+            if operation is None:
+                return DONE
+            if operation is not False:
+                return self._pending(operation, (tensor,))
+        return super().all_reduce(tensor, op=op, algorithm=algorithm, priority=priority)
 
     # Groups
 

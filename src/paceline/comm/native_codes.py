@@ -31,7 +31,6 @@ DTYPE_CODES: dict[torch.dtype, int] = {
         )
     )
 }
-LAYOUTS = {dtype: (code, dtype.itemsize) for dtype, code in DTYPE_CODES.items()}
 OP_CODES: dict[ReduceOp, int] = {op: code for code, op in enumerate(ReduceOp)}
 REDUCIBLE = [[_core.is_reducible(d, o) for o in range(len(OP_CODES))] for d in range(len(DTYPE_CODES))]
 """REDUCIBLE[dtype code][operator code]: whether the pair has a meaning."""

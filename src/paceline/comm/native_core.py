@@ -18,6 +18,8 @@ from paceline.comm.native_work import DONE, FailedWork, NativeWork
 from paceline.errors import CommError, ConfigError
 from paceline.types import Rank, ReduceOp, Work
 
+_core.know_tensors(torch.Tensor.__dlpack_c_exchange_api__, (torch.Tensor, torch.nn.Parameter))
+
 _engine: _core.Engine | None = None
 _engine_pid = 0
 

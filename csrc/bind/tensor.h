@@ -1,0 +1,22 @@
+// A torch tensor's memory without a call into Python: through the C functions of DLPack's exchange API, which are
+// stable across versions of torch, unlike its C++ classes.
+#pragma once
+#include <nanobind/nanobind.h>
+
+#include <cstddef>
+#include <optional>
+
+#include "core/dtype.h"
+
+namespace paceline::bind {
+
+struct Memory {
+  std::byte* data;
+  std::size_t numel;
+  DType dtype;
+};
+
+// Contiguous CPU memory of a dtype that the core knows; nothing for any other object. Valid while nobody resizes it.
+std::optional<Memory> memory_of(nanobind::handle tensor);
+
+}  // namespace paceline::bind
