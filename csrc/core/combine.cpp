@@ -31,6 +31,7 @@ struct Combination {
   std::vector<const std::byte*> sources;
   std::vector<void*> to;
   std::vector<const void*> from;
+  Group::Place first;  // of the stages
 
   Combination(Group& g, Operation& o)
       : group(g), op(o), request(o.request), size(g.size()), rank(g.rank()), element(size_of(request.dtype)) {
@@ -88,7 +89,7 @@ struct Combination {
   }
   bool is_everybody_reachable() const {
     for (int r = 0; r < size; ++r)
-      if ((group.outbox(r).post(op.sequence).mode & 0xffff) != reachable) return false;
+      if (group.outbox(r).post(op.sequence).mode != reachable) return false;
     return true;
   }
   void open_buffers() {
@@ -121,7 +122,7 @@ struct Combination {
     return {start, std::min(piece_bytes(), part(p).num_bytes - start)};
   }
   std::byte* stage(int r, std::uint64_t k, int p) const {
-    return group.stage(op, r, k) + static_cast<std::size_t>(p) * piece_bytes();
+    return group.ring_stage(first, r, k) + static_cast<std::size_t>(p) * piece_bytes();
   }
   void copy_in(std::uint64_t k) {
     for (int i = 1; i < size; ++i) {
@@ -179,7 +180,7 @@ Task combine(Group& group, Operation& op) {
     if (is_eager) {
       group.fill(post, op.sequence, c.request.source, total);
     } else {
-      post.mode = group.first_stage() << 16 | (c.is_reachable() ? reachable : eager);
+      post.mode = c.is_reachable() ? reachable : eager;
     }
     group.publish(post.sequence, op.sequence);
   }
@@ -204,7 +205,7 @@ Task combine(Group& group, Operation& op) {
 
   co_await Until([&] { return group.is_ring_free(op, true); });
   const std::uint64_t slices = c.num_slices();
-  group.take_stages(op, slices);
+  c.first = group.take_ring_stages(op, slices);
   for (std::uint64_t k = 0; k < slices + 2; ++k) {
     if (k > 0 && op.is_heavy) co_await Pause();  // something urgent may overtake
     if (k < slices) {

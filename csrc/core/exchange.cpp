@@ -104,7 +104,7 @@ struct Exchange {
     if (k >= slices_to_send) return false;
     const bool same = request.is_same_for_all;
     if (k == 0) {
-      if (!group.is_ring_free(op, true)) return false;
+      if (!group.is_stage_free(op)) return false;
       group.take_stages(op, slices_to_send);
     }
     for (int p = 0; p < size && k >= Outbox::num_stages; ++p) {

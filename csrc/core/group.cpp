@@ -159,22 +159,40 @@ bool Group::is_ring_free(Operation& op, bool is_whole) {
   return true;
 }
 
-void Group::take_stages(const Operation& op, std::uint64_t slices) {
+Group::Place Group::take_ring_stages(const Operation& op, std::uint64_t slices) {
+  const Place first{(ring_.at + Outbox::stage_bytes - 1) / Outbox::stage_bytes * Outbox::stage_bytes, ring_.lap};
+  const std::uint64_t end = first.at + slices * Outbox::stage_bytes;
+  ring_ = {end % Outbox::ring_bytes, first.lap + end / Outbox::ring_bytes};
   last_staged_ = op.sequence;
-  ring_at_ = (first_stage() + slices) % Outbox::num_stages * Outbox::stage_bytes;
+  return first;
 }
 
 void Group::fill(Post& post, std::uint64_t sequence, const std::byte* data, std::size_t num_bytes) {
   post.source.offset = 0;
   std::byte* room = post.payload;
   if (num_bytes > Outbox::inline_bytes) {
-    if (ring_at_ + num_bytes > Outbox::ring_bytes) ring_at_ = 0;
-    room = own_.ring(ring_at_);
-    post.source.offset = ring_at_ + 1;
-    ring_at_ += (num_bytes + 63) / 64 * 64;
+    if (ring_.at + num_bytes > Outbox::ring_bytes) ring_ = {0, ring_.lap + 1};
+    room = lane(rank_, ring_.lap).ring(ring_.at);
+    post.source.offset = ring_.at + 1;
+    post.source.generation = static_cast<std::uint32_t>(ring_.lap);
+    ring_.at += (num_bytes + 63) / 64 * 64;
     last_filled_ = sequence;
   }
   if (num_bytes > 0) std::memcpy(room, data, num_bytes);
+}
+
+bool Group::is_stage_free(Operation& op) {
+  for (int r = 0; r < size_; ++r)
+    if (r != rank_ && !is_done(r, last_sent_)) {
+      op.waiting_for = r;
+      return false;
+    }
+  return true;
+}
+
+void Group::take_stages(const Operation& op, std::uint64_t slices) {
+  last_sent_ = op.sequence;
+  first_stage_ = static_cast<std::uint32_t>((first_stage_ + slices) % Outbox::num_stages);
 }
 
 Group::Quick Group::all_reduce_at_once(const SmallReduce& call, int looks) {

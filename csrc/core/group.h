@@ -52,20 +52,33 @@ class Group final : public Session {
   // Whether `r` has announced operation `op`; throws Failed(mismatch) if it called something else.
   bool has_posted(Operation& op, int r);
   bool is_done(int r, std::uint64_t sequence);
-  // Whether everybody has finished the operations that used stages of the ring, and, for stages, small ones too.
+  // Where an operation's data is in a ring. Reductions: the same on all ranks, because all make the same calls.
+  struct Place {
+    std::uint64_t at = 0;   // bytes from its start
+    std::uint64_t lap = 0;  // how often the ring was begun anew before
+  };
+  // Whether everybody has finished the reductions that used whole stages, and, for stages, small ones too.
   bool is_ring_free(Operation& op, bool is_whole);
-  // The stage that the next operation which takes some begins with; to be told in its post.
-  std::uint32_t first_stage() const { return static_cast<std::uint32_t>(ring_at_ / Outbox::stage_bytes); }
-  void take_stages(const Operation& op, std::uint64_t slices);
-  // The stage in which rank `r` keeps slice `k` of the operation.
-  std::byte* stage(const Operation& op, int r, std::uint64_t k) const {
-    return outbox(r).stage((outbox(r).post(op.sequence).mode >> 16) + k);
-  }
+  Place take_ring_stages(const Operation& op, std::uint64_t slices);
   // Puts the data of a small reduction where the peers find it by the post.
   void fill(Post& post, std::uint64_t sequence, const std::byte* data, std::size_t num_bytes);
   const std::byte* filled(int r, std::uint64_t sequence) const {
-    const Post& post = outbox(r).post(sequence);
-    return post.source.offset == 0 ? post.payload : outbox(r).ring(post.source.offset - 1);
+    const Location& place = own_.post(sequence).source;
+    return place.offset == 0 ? outbox(r).post(sequence).payload : lane(r, place.generation).ring(place.offset - 1);
+  }
+  // The stage in which rank `r` keeps slice `k` of a reduction that begins at `first`.
+  std::byte* ring_stage(const Place& first, int r, std::uint64_t k) const {
+    const std::uint64_t end = first.at + k * Outbox::stage_bytes;
+    return lane(r, first.lap + end / Outbox::ring_bytes).ring(end % Outbox::ring_bytes);
+  }
+
+  // The stage of an exchange that the next one which takes some begins with; to be told in its post.
+  std::uint32_t first_stage() const { return first_stage_; }
+  bool is_stage_free(Operation& op);
+  void take_stages(const Operation& op, std::uint64_t slices);
+  // The stage in which rank `r` keeps slice `k` of the exchange.
+  std::byte* stage(const Operation& op, int r, std::uint64_t k) const {
+    return outbox(r).stage((outbox(r).post(op.sequence).mode >> 16) + k);
   }
 
  private:
@@ -91,9 +104,17 @@ class Group final : public Session {
   };
   std::vector<Pulse> pulses_;
   Pipes pipes_;
-  std::uint64_t last_staged_ = 0;  // the last operation that used whole stages
+  // Whose ring rank `r` writes to: of two ranks, the one that it read in the lap before, because those lines are in
+  // its cache and nobody else's.
+  const Outbox& lane(int r, std::uint64_t lap) const {
+    return size_ == 2 ? outbox((r + static_cast<int>(lap & 1)) & 1) : outbox(r);
+  }
+
+  std::uint64_t last_staged_ = 0;  // the last reduction that used whole stages
   std::uint64_t last_filled_ = 0;  // the last small one in the ring; those before the last few are over
-  std::uint64_t ring_at_ = 0;      // where the next one begins
+  Place ring_;                     // where the next one begins
+  std::uint64_t last_sent_ = 0;    // the last exchange that used stages
+  std::uint32_t first_stage_ = 0;
   bool has_left_ = false;
   bool is_alone_ = false;
   bool is_connected_ = false;

@@ -36,8 +36,9 @@ class Outbox {
   }
   // Reductions up to here travel in the post itself, larger ones in the ring.
   static constexpr std::size_t inline_bytes = 1 << 10;
-  // Writing to lines that a peer still has in its cache costs four times as much as reading what it wrote: the
-  // ring of stages is larger than a core's cache, so that they have left it when they are used again.
+  // Writing to lines that a peer has read costs several times as much as reading what it wrote. The rings of stages
+  // are larger than a core's cache, so that most have left it when they are used again; two ranks that combine
+  // exchange their rings at every lap besides (Group::lane), so that each writes where it has read.
   static constexpr int num_stages = 8;
   static constexpr std::size_t stage_bytes = 256 << 10;
   static constexpr std::size_t ring_bytes = num_stages * stage_bytes;
@@ -63,7 +64,10 @@ class Outbox {
   Post& post(std::uint64_t sequence) const {
     return *reinterpret_cast<Post*>(base_ + posts_offset() + (sequence % num_posts) * post_stride);
   }
-  std::byte* stage(std::uint64_t slice) const { return ring(slice % num_stages * stage_bytes); }
+  // Of exchanges, whose senders alone know what they use; and of reductions, where all ranks use the same.
+  std::byte* stage(std::uint64_t slice) const {
+    return base_ + stages_offset() + ring_bytes + slice % num_stages * stage_bytes;
+  }
   std::byte* ring(std::uint64_t offset) const { return base_ + stages_offset() + offset; }
   std::byte* pipe(int peer) const { return base_ + pipes_offset() + static_cast<std::size_t>(peer) * pipe_bytes; }
   std::byte* base() const { return base_; }
@@ -76,7 +80,7 @@ class Outbox {
     return (static_cast<std::size_t>(5 + 4 * num_ranks_) * 64 + 4095) / 4096 * 4096;
   }
   std::size_t stages_offset() const { return posts_offset() + num_posts * post_stride; }
-  std::size_t pipes_offset() const { return stages_offset() + ring_bytes; }
+  std::size_t pipes_offset() const { return stages_offset() + 2 * ring_bytes; }
 
   std::byte* base_ = nullptr;
   int num_ranks_ = 0;
