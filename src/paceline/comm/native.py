@@ -143,7 +143,7 @@ class NativeCommunicator(ChoosingCommunicator):
         priority: int = 0,
     ) -> Work:
         """Replace `tensor` on every rank by the reduction over ranks."""
-        # The core looks at the tensor itself: small ones take a microsecond, asking torch would take half of one.
+        # The core looks at the tensor itself: small ones take a microsecond, asking torch half of that.
         if self.unusable is None and not priority and algorithm is None:
             try:
                 operation = self._reduce_now(
