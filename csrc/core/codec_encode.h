@@ -23,7 +23,7 @@ struct Output {
   std::size_t capacity;
 };
 
-// Stochastic rounding draws element i from the counter-based generator random_bits(key, i).
+// Stochastic rounding draws from a counter-based generator: 16 bits for each element, decided by key and index.
 struct Rounding {
   bool is_stochastic = false;
   std::uint64_t key = 0;

@@ -4,6 +4,10 @@
 #include "core/codec_block.h"
 #include "core/codec_encode.h"
 
+#if PACELINE_X86
+#include <immintrin.h>
+#endif
+
 namespace paceline::codec {
 namespace {
 
@@ -18,18 +22,81 @@ PACELINE_INLINE std::uint32_t random_bits(std::uint32_t key_low, std::uint32_t k
   return mixed(mixed(counter + key_low) ^ key_high);
 }
 
-template <bool Stochastic>
-PACELINE_INLINE std::int32_t quantized(float scaled, int limit, std::uint64_t key, std::size_t index) {
-  if (Stochastic) {
-    const std::uint32_t bits = random_bits(static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32),
-                                           static_cast<std::uint32_t>(index));
-    const float shifted = scaled + static_cast<float>(static_cast<std::int32_t>(bits >> 8)) * 0x1p-24f;
-    const auto truncated = static_cast<std::int32_t>(shifted);
-    const std::int32_t floored = truncated - (shifted < static_cast<float>(truncated) ? 1 : 0);
-    return floored > limit ? limit : floored;
-  }
+PACELINE_INLINE std::int8_t nearest(float scaled) {
   // 1.5 · 2^23 pushes the fraction out of the mantissa: the hardware rounds to nearest even.
-  return static_cast<std::int32_t>(bits_of(scaled + 0x1.8p23f) - 0x4b400000u);
+  return static_cast<std::int8_t>(bits_of(scaled + 0x1.8p23f) - 0x4b400000u);
+}
+
+// codes = floor(source · inverse + u), u uniform in (0, 1): the 16-bit halves of one hash serve elements l and l + 16
+// of a group of 32. `padded` is a multiple of 32, `start` the index of the first element.
+using Rounder = void (*)(const float* source, std::size_t padded, float inverse, int limit, std::uint64_t key,
+                         std::size_t start, std::int8_t* codes);
+
+PACELINE_INLINE std::int8_t rounded_down(float shifted, int limit) {
+  const auto truncated = static_cast<std::int32_t>(shifted);
+  const std::int32_t floored = truncated - (shifted < static_cast<float>(truncated) ? 1 : 0);
+  return static_cast<std::int8_t>(floored > limit ? limit : floored < -limit ? -limit : floored);
+}
+
+PACELINE_INLINE void round_body(const float* source, std::size_t padded, float inverse, int limit,
+                                std::uint64_t key, std::size_t start, std::int8_t* codes) {
+  const auto key_low = static_cast<std::uint32_t>(key), key_high = static_cast<std::uint32_t>(key >> 32);
+  for (std::size_t group = 0; group < padded; group += 32) {
+    const auto counter = static_cast<std::uint32_t>((start + group) / 2);
+    for (std::uint32_t l = 0; l < 16; ++l) {
+      const std::uint32_t bits = random_bits(key_low, key_high, counter + l);
+      const float low = static_cast<float>(static_cast<std::int32_t>(bits & 0xffffu)) * 0x1p-16f + 0x1p-17f;
+      const float high = static_cast<float>(static_cast<std::int32_t>(bits >> 16)) * 0x1p-16f + 0x1p-17f;
+      codes[group + l] = rounded_down(source[group + l] * inverse + low, limit);
+      codes[group + 16 + l] = rounded_down(source[group + 16 + l] * inverse + high, limit);
+    }
+  }
+}
+
+#if PACELINE_X86
+PACELINE_AVX512 inline __m512i mixed_avx512(__m512i z) {
+  z = _mm512_mullo_epi32(_mm512_xor_si512(z, _mm512_srli_epi32(z, 16)), _mm512_set1_epi32(0x7feb352d));
+  z = _mm512_mullo_epi32(_mm512_xor_si512(z, _mm512_srli_epi32(z, 15)),
+                         _mm512_set1_epi32(static_cast<int>(0x846ca68bu)));
+  return _mm512_xor_si512(z, _mm512_srli_epi32(z, 16));
+}
+
+PACELINE_AVX512 inline __m128i rounded_down_avx512(const float* source, __m512 inverse, __m512i bits, __m512i limit) {
+  // Exact, so that one rounding (of the sum) is all there is, as in the plain version.
+  const __m512 u = _mm512_fmadd_ps(_mm512_cvtepi32_ps(bits), _mm512_set1_ps(0x1p-16f), _mm512_set1_ps(0x1p-17f));
+  const __m512 shifted = _mm512_add_ps(_mm512_mul_ps(_mm512_loadu_ps(source), inverse), u);
+  const __m512i code = _mm512_cvt_roundps_epi32(shifted, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  const __m512i least = _mm512_sub_epi32(_mm512_setzero_si512(), limit);
+  return _mm512_cvtepi32_epi8(_mm512_max_epi32(_mm512_min_epi32(code, limit), least));
+}
+
+PACELINE_AVX512 void round_avx512(const float* source, std::size_t padded, float inverse, int limit,
+                                  std::uint64_t key, std::size_t start, std::int8_t* codes) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i key_high = _mm512_set1_epi32(static_cast<int>(key >> 32));
+  const __m512i limits = _mm512_set1_epi32(limit);
+  __m512i counter = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(static_cast<std::uint32_t>(key) +
+                                                                               static_cast<std::uint32_t>(start / 2))));
+  const __m512 factor = _mm512_set1_ps(inverse);
+  for (std::size_t group = 0; group < padded; group += 32) {
+    const __m512i bits = mixed_avx512(_mm512_xor_si512(mixed_avx512(counter), key_high));
+    const __m512i low = _mm512_and_si512(bits, _mm512_set1_epi32(0xffff)), high = _mm512_srli_epi32(bits, 16);
+    auto* target = reinterpret_cast<__m128i*>(codes + group);
+    _mm_storeu_si128(target, rounded_down_avx512(source + group, factor, low, limits));
+    _mm_storeu_si128(target + 1, rounded_down_avx512(source + group + 16, factor, high, limits));
+    counter = _mm512_add_epi32(counter, _mm512_set1_epi32(16));
+  }
+}
+#endif
+
+Rounder rounder() {
+#if PACELINE_X86
+  if (isa() == Isa::kAvx512) return round_avx512;
+  if (isa() == Isa::kAvx2) {
+    return run_avx2<round_body, const float*, std::size_t, float, int, std::uint64_t, std::size_t, std::int8_t*>;
+  }
+#endif
+  return round_body;
 }
 
 // Byte i of an int4 group of 32 holds elements i and i + 16, offset by 8.
@@ -53,9 +120,10 @@ constexpr std::size_t code_bytes(std::size_t length) {
   return Bits == 8 ? length : (length + 31) / 32 * 16;
 }
 
-template <int Bits, bool Stochastic, bool HasResidual>
+// `round` is null for rounding to nearest.
+template <int Bits, bool HasResidual>
 PACELINE_INLINE void encode_body(const float* x, float* residual, std::size_t numel, std::size_t block,
-                                 std::uint64_t key, F32* scales, std::uint8_t* bytes) {
+                                 Rounder round, std::uint64_t key, F32* scales, std::uint8_t* bytes) {
   constexpr int kLimit = Bits == 8 ? 127 : 7;
   float values[kMaxBlock];
   std::int8_t codes[kMaxBlock];
@@ -73,10 +141,10 @@ PACELINE_INLINE void encode_body(const float* x, float* residual, std::size_t nu
     scales[start / block] = is_finite && is_zero ? 0.0f : scale;
     if (is_zero) {
       for (std::size_t i = 0; i < padded; ++i) codes[i] = 0;
+    } else if (round != nullptr) {
+      round(source, padded, inverse, kLimit, key, start, codes);
     } else {
-      for (std::size_t i = 0; i < padded; ++i) {
-        codes[i] = static_cast<std::int8_t>(quantized<Stochastic>(source[i] * inverse, kLimit, key, start + i));
-      }
+      for (std::size_t i = 0; i < padded; ++i) codes[i] = nearest(source[i] * inverse);
     }
     pack<Bits>(codes, length, bytes + start / 32 * code_bytes<Bits>(32));
     if (HasResidual) {
@@ -127,13 +195,9 @@ std::size_t encode(Id id, const Input& in, std::size_t block, Rounding rounding,
   check_encoder(id, in.numel, kHeaderBytes + body_bytes, out.capacity);
   auto* scales = reinterpret_cast<F32*>(out.bytes + kHeaderBytes);
   std::uint8_t* codes = out.bytes + kHeaderBytes + 4 * blocks;
-  if (rounding.is_stochastic) {
-    run<encode_body<Bits, true, true>, encode_body<Bits, true, false>>(
-        in.residual != nullptr, in.x, in.residual, in.numel, block, rounding.key, scales, codes);
-  } else {
-    run<encode_body<Bits, false, true>, encode_body<Bits, false, false>>(
-        in.residual != nullptr, in.x, in.residual, in.numel, block, rounding.key, scales, codes);
-  }
+  run<encode_body<Bits, true>, encode_body<Bits, false>>(
+      in.residual != nullptr, in.x, in.residual, in.numel, block, rounding.is_stochastic ? rounder() : nullptr,
+      rounding.key, scales, codes);
   const Header header{id, in.source, in.has_checksum, Layout::kWords, in.numel,
                       static_cast<std::uint32_t>(block), 0.0f, 0};
   return finish_payload(header, out.bytes, body_bytes);

@@ -68,7 +68,7 @@ class Quantizer(KernelCodec):
         scale = torch.where(is_finite, torch.where(is_zero, 0.0, scale), torch.nan)
         scaled = (rows * inverse[:, None]).view(-1)[: x.numel()]
         if arguments.get("stochastic"):
-            code = (scaled + uniform(arguments["key"], x.numel())).floor().clamp(max=self.limit)
+            code = (scaled + uniform(arguments["key"], x.numel())).floor().clamp(-self.limit, self.limit)
         else:
             code = scaled.round()
         is_sent = ~is_zero.repeat_interleave(self._block)[: x.numel()]
@@ -81,11 +81,16 @@ class Quantizer(KernelCodec):
 
 
 def uniform(key: int, count: int) -> torch.Tensor:
-    """`count` float32 in [0, 1) with 24 bits each: element i is a hash of i under the two halves of key."""
-    counter = torch.arange(count, dtype=torch.int64)
+    """`count` float32 in (0, 1), odd multiples of 2^-17, from hashes under the two halves of key.
+
+    The low and the high 16 bits of hash 16g + l serve elements 32g + l and 32g + 16 + l: half as many hashes,
+    and an expectation that is off by at most 2^-17 of a quantum, in either direction.
+    """
+    counter = torch.arange(-(-count // 32) * 16, dtype=torch.int64)
     low, high = key & 0xFFFFFFFF, key >> 32
-    bits = _mixed(_mixed(counter + low & 0xFFFFFFFF) ^ high)
-    return (bits >> 8).to(torch.float32) * 2.0**-24
+    bits = _mixed(_mixed(counter + low & 0xFFFFFFFF) ^ high).view(-1, 1, 16)
+    halves = torch.cat([bits & 0xFFFF, bits >> 16], dim=1).view(-1)[:count]
+    return halves.to(torch.float32) * 2.0**-16 + 2.0**-17
 
 
 def _mixed(z: torch.Tensor) -> torch.Tensor:
