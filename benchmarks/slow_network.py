@@ -3,6 +3,7 @@
     python benchmarks/slow_network.py time METHOD [--rate 100mbit]    seconds a step over 20 steps, shaped
     python benchmarks/slow_network.py steps METHOD --seeds 0 1 2      steps to 97 %, the same run unshaped
     python benchmarks/slow_network.py steps METHOD --together         the same in one process
+    python benchmarks/slow_network.py steps METHOD --shaped           both at once: `train_s` to 97 %
     python benchmarks/slow_network.py check METHOD                    that the two give the same weights
     METHOD: ddp, ddp_powersgd(rank=1), or any Paceline strategy, e.g. "decentralized_threshold(density=1e-3)"
 
@@ -195,18 +196,21 @@ def flat(peer: Peer) -> torch.Tensor:
 
 
 def until_accurate(peer: Peer, batches: Any, tests: Any, answers: Any, options: Any) -> dict[str, Any]:
-    curve = []
+    curve: list[tuple[int, float]] = []
+    train_s, begin = 0.0, time.perf_counter()
     for step in range(1, options.most + 1):
         peer.step(*next(batches))
         if step >= 96 and step % 16 == 0:
             peer.drained()
+            train_s += time.perf_counter() - begin
             accuracy = share_right(peer, tests[:500], answers[:500])
             if accuracy > options.target - 0.02:  # the first images came close: now all of them
                 accuracy = share_right(peer, tests, answers)
                 curve.append((step, accuracy))
                 if accuracy >= options.target:
-                    return {"steps": step, "accuracy": accuracy, "curve": curve}
-    return {"steps": None, "curve": curve}
+                    return {"steps": step, "accuracy": accuracy, "train_s": train_s, "curve": curve}
+            begin = time.perf_counter()
+    return {"steps": None, "train_s": train_s, "curve": curve}
 
 
 def share_right(peer: Peer, tests: torch.Tensor, answers: torch.Tensor) -> float:
@@ -225,7 +229,8 @@ def run(options: argparse.Namespace, *, together: bool) -> list[dict[str, Any]]:
 
     results = []
     size = 1 if together else WORKERS
-    with Lab(hosts=size, rate=options.rate if options.what == "time" else None) as lab:
+    is_shaped = options.shaped or options.what == "time"
+    with Lab(hosts=size, rate=options.rate if is_shaped else None) as lab:
         for seed in options.seeds:
             argv = [sys.executable, str(HERE), *sys.argv[1:], "--worker", "--seed", str(seed)]
             argv += ["--together"] if together else []
@@ -262,6 +267,7 @@ def main() -> None:
     parser.add_argument("what", choices=["time", "steps", "check"])
     parser.add_argument("method")
     parser.add_argument("--together", action="store_true", help="steps: all workers in one process")
+    parser.add_argument("--shaped", action="store_true", help="steps: on the shaped network, for `train_s`")
     parser.add_argument("--rate", default="100mbit")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warm", type=int, default=3)

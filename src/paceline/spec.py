@@ -87,12 +87,31 @@ def call(factory: Callable[..., Any], spec: Spec, *, kind: str) -> Any:
         inspect.signature(factory).bind(**spec.arguments)
     except TypeError as error:
         raise ConfigError(f"{kind} {spec}: {error}. It takes: {signature(factory)}") from None
+    _check_kinds(factory, spec, kind)
     try:
         return factory(**spec.arguments)
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{kind} {spec}: {error}. It takes: {signature(factory)}") from error
+
+
+def _check_kinds(factory: Callable[..., Any], spec: Spec, kind: str) -> None:
+    """Words where numbers or true and false belong: `tau=nan`, `entropy=maybe`. The rest is the plug-in's."""
+    parameters = inspect.signature(factory).parameters
+    for name, value in spec.arguments.items():
+        if name not in parameters or value is None:
+            continue
+        wanted = set(str(parameters[name].annotation).split(" | ")) - {"None"}
+        if wanted == {"bool"} and not isinstance(value, bool):
+            expected = "true or false"
+        elif wanted and wanted <= {"int", "float"} and isinstance(value, Spec | str | tuple):
+            expected = "a whole number" if wanted == {"int"} else "a number"
+        else:
+            continue
+        raise ConfigError(
+            f"{kind} {spec}: {name}: {expected} expected, got {_show(value)}. It takes: {signature(factory)}"
+        )
 
 
 def signature(factory: Callable[..., Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -10,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from paceline import registry
 from paceline.bench.compare import compare
 from paceline.bench.training import evaluation_steps
+from paceline.bench.virtual import VirtualCluster
 from paceline.errors import ConfigError, WorkerFailed
+from paceline.report.page import render
+from paceline.report.table import show
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -187,3 +192,36 @@ def test_strategies_are_listed_with_defaults_and_advice() -> None:
     for name, row in rows.items():
         line = next(x for x in table.splitlines() if x.startswith(name))
         assert row["advice"] in line
+
+
+def test_bytes_by_cause_are_in_results_page_and_table() -> None:
+    done = compare(
+        "digits",
+        strategies=[
+            "all_reduce",
+            "decentralized_threshold(tau=0.001, entropy=true)",
+            "all_reduce(codec=int8)",
+        ],
+        workers=3,
+        epochs=1,
+        progress=False,
+        virtual=VirtualCluster("constant", "ethernet(gbit=1)"),
+    )
+    plain, sparse, dense = done.results()
+    assert "codec" not in plain
+    for row in (sparse, dense):
+        found = row["codec"]
+        causes = [found[key] for key in ("payload_bytes", "index_bytes", "header_bytes")]
+        assert sum(causes) == found["encoded_bytes"] < found["raw_bytes"] / 3
+        assert causes[2] == 32 * found["encodes"] and found["encodes"] % 3 == 0, "all three workers count"
+        assert found["encode_s"] > 0 and found["extra_memory_bytes"] >= 0
+    # Every payload with a hit goes to the two others; the rest of the traffic is agreement at the end.
+    assert sparse["codec"]["index_bytes"] > 0 and dense["codec"]["index_bytes"] == 0
+    assert sparse["codec"]["bits_per_hit"] >= 0.99 * sparse["codec"]["entropy_bound_bits_per_hit"] > 1
+    page = render(done).partition("<h2>Bytes by cause</h2>")[2].partition("</table>")[0]
+    assert page.count("<tr>") == 3 and "decentralized_threshold" in page and "codec=int8" in page
+    hits = f"{sparse['codec']['bits_per_hit']:.1f} ({sparse['codec']['entropy_bound_bits_per_hit']:.1f})"
+    assert hits in page
+    console = Console(record=True, file=io.StringIO())
+    show(done, console)
+    assert hits in console.export_text()

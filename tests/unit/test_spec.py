@@ -84,3 +84,28 @@ def test_any_text_parses_or_raises_config_error(text: str) -> None:
         spec.parse_sum(text)
     except ConfigError:
         pass
+
+
+def plug_in(
+    *, size: int = 1, rate: float | None = None, fast: bool = False, relay: bool | None = None
+) -> tuple[object, ...]:
+    return size, rate, fast, relay
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x(rate=nan)", "rate: a number expected, got nan"),
+        ("x(size=eight)", "size: a whole number expected, got eight"),
+        ("x(size='8')", "size: a whole number expected"),
+        ("x(fast=maybe)", "fast: true or false expected, got maybe"),
+        ("x(relay=1)", "relay: true or false expected, got 1"),
+    ],
+)
+def test_words_are_no_numbers_and_numbers_no_flags(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        spec.call(plug_in, spec.parse(text), kind="test")
+
+
+def test_arguments_that_fit_are_passed_on() -> None:
+    assert spec.call(plug_in, spec.parse("x(size=3, rate=2, relay=none)"), kind="test") == (3, 2, False, None)

@@ -13,6 +13,7 @@ from paceline.bench.hardware import describe
 from paceline.bench.rows import Comparison, Point, Trial, fastest_seconds
 from paceline.bench.training import Report, Setup, train
 from paceline.bench.virtual import VirtualCluster, run_virtually, scripted
+from paceline.codecs import ledger
 from paceline.errors import CommError, ConfigError, PacelineError, WorkerFailed
 from paceline.launchers.launch import launch
 from paceline.strategies.strategy import class_of, make
@@ -158,5 +159,12 @@ def _trial(setup: Setup, workers: int, reports: Sequence[Report]) -> Trial:
         wait_s=sum(r.wait_s for r in reports) / len(reports),
         advice=class_of(spec.parse(setup.strategy).name).advice,
         model_parameters=reports[0].model_parameters,
-        staleness=dict(reports[0].strategy_stats),
+        staleness={k: v for k, v in reports[0].strategy_stats.items() if k != "codec"},
+        codec=_ledger(reports),
     )
+
+
+def _ledger(reports: Sequence[Report]) -> dict[str, float]:
+    """The codecs' ledgers of all workers as one."""
+    parts = [r.strategy_stats["codec"] for r in reports if r.strategy_stats.get("codec")]
+    return ledger.total(parts) if parts else {}

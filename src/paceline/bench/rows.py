@@ -39,6 +39,8 @@ class Trial:
     model_parameters: int = 0
     staleness: dict[str, Any] = field(default_factory=dict)
     """`staleness_mean`, `staleness_max`, `staleness_histogram`, … of an asynchronous method."""
+    codec: dict[str, float] = field(default_factory=dict)
+    """Bytes by cause, encode seconds and extra memory, summed over the workers; empty without a codec."""
 
     @property
     def seconds(self) -> float:
@@ -118,6 +120,7 @@ class Comparison:
             "staleness_max": trial.staleness.get("staleness_max"),
             "staleness_histogram": trial.staleness.get("staleness_histogram"),
             **{k: v for k, v in trial.staleness.items() if not k.startswith("staleness_")},
+            **({"codec": trial.codec} if trial.codec else {}),
         }
 
     def to_json(self) -> str:

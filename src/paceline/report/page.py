@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from paceline.bench.rows import Comparison
-from paceline.report import charts
+from paceline.report import charts, ledger
 from paceline.report.verdict import (
     Criterion,
     amount,
@@ -53,6 +53,7 @@ accuracy, or 2 % of speed, are shared.</p>
 of accuracy may be chance.</p>
 {_table(comparison, found)}
 {_pictures(comparison)}
+{ledger.section(comparison)}
 {_conditions(comparison)}
 </main>
 </body>

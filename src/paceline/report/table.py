@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paceline.bench.rows import Comparison
+from paceline.report import ledger
 from paceline.report.verdict import amount, criteria, duration, verdict
 
 _WIDTH = 100
@@ -61,6 +62,9 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
             *([_staleness(row)] if is_stale else []),
         )
     console.print(table)
+    bytes_by_cause = ledger.table(comparison)
+    if bytes_by_cause is not None:
+        console.print(bytes_by_cause)
     clock = "Seconds are virtual: a simulated cluster. " if comparison.simulated else ""
     console.print(f"* best of its column. {clock}Evaluation is off the clock.", style="dim")
     console.print(verdict(comparison))
