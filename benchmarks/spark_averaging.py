@@ -9,7 +9,6 @@ copy of the data; "training" is the clock of the history.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -35,8 +34,7 @@ def session(master: str) -> Any:
         "spark.cores.max": "2",
         "spark.executor.cores": "1",
         "spark.executor.memory": "1g",
-        "spark.log.level": "ERROR",
-        "spark.pyspark.python": sys.executable,
+        "spark.log.level": "OFF",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
     }.items():

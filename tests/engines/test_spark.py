@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,6 +74,36 @@ def test_an_error_names_the_rank_and_ends_the_stage(spark: Any) -> None:
 def test_too_few_slots_are_explained(spark: Any) -> None:
     with pytest.raises(paceline.PacelineError, match="barrier stage needs 3 free slots"):
         paceline.launch(bodies.environment, num_workers=3, on="spark", engine_options={"wait": "3"})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"master": "spark://127.0.0.1:9"}, "no Spark master answers at spark://127.0.0.1:9: .*refused"),
+        ({"master": "spark://127.0.0.1"}, "spark://HOST:PORT expected"),
+        ({"master": "sparc"}, "Spark did not start: Master must"),
+        (
+            {"master": "local[2]", "spark.executor.memory": "much"},
+            "Executor memory must be a positive number",
+        ),
+        ({"wait": "nan"}, "option wait=nan: seconds from 0 up expected"),
+        ({"memory": "1g"}, "option memory: master, wait or spark"),
+    ],
+)
+def test_what_spark_refuses_is_said_in_a_line(tmp_path: Path, options: dict[str, str], said: str) -> None:
+    (tmp_path / "script.py").write_text("")
+    words = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
+    done = subprocess.run(
+        [*PACELINE, "run", "--on", "spark", "-n", "2", *words, "script.py"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert re.search(said, line), line
 
 
 def test_command_line_ships_code_and_ctrl_c_stops_everything(spark_master: str, tmp_path: Path) -> None:

@@ -130,6 +130,10 @@ def test_mnist_reaches_97_percent(spark: Any) -> None:
         ({"label": "colour"}, "no column 'colour'; it has features, label"),
         ({"averaging": "driver"}, "local_sgd"),
         ({"averaging": "tree"}, "'collective' or 'driver' expected"),
+        (
+            {"averaging": "driver", "strategy": "local_sgd", "checkpoint": "/tmp/x"},
+            "checkpoint= is for",
+        ),
         ({"strategy": "locl_sgd"}, "Did you mean 'local_sgd'"),
         ({"workers": 0}, "workers=0"),
         ({"batch_size": 1}, "at least one sample per worker"),
@@ -145,3 +149,10 @@ def test_rows_that_do_not_fit_name_the_column(spark: Any) -> None:
     frame = frame_of(spark, np.zeros((8, 5), np.float32), np.zeros(8, np.int64))
     with pytest.raises(paceline.ConfigError, match=r"column features: rows of 5 values.*shape \[64\]"):
         fit(frame, "digits")
+
+
+@pytest.mark.parametrize("averaging", ["collective", "driver"])
+def test_a_worker_without_rows_is_explained(spark: Any, averaging: str) -> None:
+    frame = frame_of(spark, np.zeros((1, 64), np.float32), np.zeros(1, np.int64))
+    with pytest.raises(paceline.PacelineError, match="a worker got no rows"):
+        fit(frame, "digits", strategy="local_sgd", averaging=averaging)

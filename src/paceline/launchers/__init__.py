@@ -18,6 +18,7 @@ NOT_PLUGINS = (
     "output",
     "program",
     "signals",
+    "spark_session",
     "spark_tasks",
     "wire",
     "workers",

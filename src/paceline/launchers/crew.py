@@ -72,6 +72,18 @@ def check(job: JobSpec, engine: str) -> None:
         )
 
 
+def wait_s(job: JobSpec, engine: str, *, default: float) -> float:
+    """Seconds to wait for room: engine option `wait`. Raises ConfigError if it is no such number."""
+    text = job.engine_options.get("wait", str(default))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e6:
+        raise ConfigError(f"engine {engine}: option wait={text}: seconds from 0 up expected")
+    return seconds
+
+
 def gone(why: str) -> Event:
     """The event of a keeper that is no more."""
     return (_GONE, why)

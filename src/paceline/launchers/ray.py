@@ -68,11 +68,7 @@ class Ray(Engine):
 
 
 def _wait_s(job: JobSpec) -> float:
-    text = job.engine_options.get("wait", str(_WAIT_S))
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"engine ray: option wait={text}: seconds expected") from None
+    return crew.wait_s(job, "ray", default=_WAIT_S)
 
 
 @contextlib.contextmanager
@@ -116,9 +112,13 @@ def _connected(job: JobSpec, console: Console) -> Iterator[None]:
 def _probe(address: str) -> None:
     """Raise ConnectionError at once where Ray itself would wait for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(
+            f"engine ray: option address={address}: HOST:PORT, ray://HOST:PORT, auto or local expected"
+        )
     try:
-        socket.create_connection((host, int(port)), timeout=10.0).close()
-    except (OSError, ValueError) as error:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
+    except (OSError, OverflowError) as error:
         raise ConnectionError(str(error)) from None
 
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import queue
 import secrets
 import shutil
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -25,14 +23,13 @@ from paceline.errors import CommError, ConfigError, ProtocolError
 from paceline.launchers import crew, signals, spark_tasks, wire
 from paceline.launchers.console import Console
 from paceline.launchers.engine import Engine, Outcome
-from paceline.launchers.failure import error_line
 from paceline.launchers.job import JobSpec
 from paceline.launchers.keeper import Event, Member, Order
+from paceline.launchers.spark_session import explain, session, use_own_python
 
 _WAIT_S = 120.0
 _ANSWER_S = 120.0
 _END_S = 30.0
-_QUIET = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false", "spark.log.level": "OFF"}
 
 
 class Spark(Engine):
@@ -75,7 +72,7 @@ class Spark(Engine):
         for name in job.engine_options:
             if name not in ("master", "wait") and not name.startswith("spark."):
                 raise ConfigError(f"engine spark: option {name}: master, wait or spark.… expected")
-        _wait_s(job)
+        crew.wait_s(job, self.name, default=_WAIT_S)
 
     def run(self, job: JobSpec, *, console: Console) -> Outcome:
         """Run `job` in a barrier stage without data, and leave no stage behind."""
@@ -105,53 +102,6 @@ def run_stage(job: JobSpec, spark: Any, console: Console, *, frame: Any = None) 
 
     with _shipped(job, context) as code:
         return crew.work(job, _SparkCrew(job, context, collect, code), console)
-
-
-def use_own_python(context: Any) -> None:
-    """Unless Spark was told which Python executors have, it is this process's, not the first on PATH."""
-    if "PYSPARK_PYTHON" not in os.environ and not context.getConf().contains("spark.pyspark.python"):
-        context.pythonExec = sys.executable
-
-
-def _wait_s(job: JobSpec) -> float:
-    text = job.engine_options.get("wait", str(_WAIT_S))
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"engine spark: option wait={text}: seconds expected") from None
-
-
-@contextlib.contextmanager
-def session(job: JobSpec, console: Console) -> Iterator[Any]:
-    """The active Spark session, or a new one that ends with the job."""
-    from pyspark import SparkConf, SparkContext
-    from pyspark.errors import PySparkException
-    from pyspark.sql import SparkSession
-
-    active = SparkSession.getActiveSession()
-    if active is not None or SparkContext._active_spark_context is not None:
-        yield active or SparkSession.builder.getOrCreate()
-        return
-    settings = dict(_QUIET)
-    if job.resources is not None:
-        settings["spark.task.cpus"] = str(max(1, round(job.resources.cpus)))
-    restarts = crew.LOSSES if job.max_restarts is None else job.max_restarts
-    settings["spark.stage.maxConsecutiveAttempts"] = str(restarts + 1)
-    settings |= {n: v for n, v in job.engine_options.items() if n.startswith("spark.")}
-    try:
-        conf = SparkConf().setAll(list(settings.items())).setAppName(job.name)
-        if master := job.engine_options.get("master"):
-            conf.setMaster(master)
-        elif not conf.contains("spark.master"):
-            conf.setMaster(f"local[{job.total_workers}]")
-            console.note("no Spark cluster is configured: started Spark on this host, for this job only")
-        spark = SparkSession.builder.config(conf=conf).getOrCreate()
-    except (PySparkException, RuntimeError, OSError) as error:
-        raise ConfigError(f"engine spark: Spark did not start: {explain(error)}") from None
-    try:
-        yield spark
-    finally:
-        spark.stop()
 
 
 @contextlib.contextmanager
@@ -263,7 +213,7 @@ class _SparkCrew(crew.Crew):
             connection.close()
 
     def gather(self, attempt: int) -> list[Member]:
-        count, wait_s = self._job.total_workers, _wait_s(self._job)
+        count, wait_s = self._job.total_workers, crew.wait_s(self._job, "spark", default=_WAIT_S)
         deadline = time.monotonic() + wait_s
         with self._joined:
             while len(self._links) < count:
@@ -321,18 +271,3 @@ class _SparkCrew(crew.Crew):
         for link in links:
             with contextlib.suppress(OSError):
                 link.wire.send(header)
-
-
-def explain(error: BaseException | None) -> str:
-    """The first line of what Spark says, without Java's stack."""
-    if error is None:
-        return "without an error"
-    java = getattr(error, "java_exception", None)
-    text = str(java.getMessage() if java is not None else error) or type(error).__name__
-    lines = text.splitlines()
-    python = [i for i, line in enumerate(lines) if "Traceback (most recent call last):" in line]
-    if python:  # what a task raised says more than the stage's failure
-        cause = error_line(["Traceback (most recent call last):", *lines[python[-1] + 1 :]])
-        where = "is Paceline installed for the executors' Python, see PYSPARK_PYTHON?"
-        return f"a task failed: {cause}" + (f" ({where})" if "'paceline'" in cause else "")
-    return next((line.strip()[:500] for line in lines if line.strip()), type(error).__name__)

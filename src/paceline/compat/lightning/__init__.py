@@ -6,6 +6,15 @@
 The script runs under `paceline run`, torchrun, mpirun, srun, or alone; Trainer's `devices` stays out.
 """
 
+try:
+    import lightning as _lightning  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "lightning":
+        raise
+    raise ModuleNotFoundError(
+        "paceline.compat.lightning needs lightning: pip install 'paceline[lightning]'", name="lightning"
+    ) from None
+
 from paceline.compat.lightning.strategy import PacelineStrategy
 
 __all__ = ["PacelineStrategy"]

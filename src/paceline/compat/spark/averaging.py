@@ -20,7 +20,9 @@ import numpy as np
 import torch
 
 from paceline.compat.spark.rows import Columns, tensors
-from paceline.compat.spark.worker import Order
+from paceline.compat.spark.worker import NO_ROWS, Order
+from paceline.errors import ConfigError, WorkerFailed
+from paceline.launchers.spark_session import explain
 
 Sums = tuple[Any, Any, float, float, float]
 """Σ weight · state [numel] float64, counters [n] (largest), Σ weight, Σ loss, minibatches."""
@@ -29,7 +31,20 @@ _kept: dict[tuple[str, int], tuple[Any, Any]] = {}  # a Python worker of Spark i
 
 
 def train(frame: Any, task: Any, columns: Columns, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train by rounds; returns the model's state and the history, as the collective design does."""
+    """Train by rounds; returns the model's state and the history, as the collective design does.
+
+    Raises WorkerFailed with what a task raised.
+    """
+    from py4j.protocol import Py4JError
+    from pyspark.errors import PySparkException
+
+    try:
+        return _train(frame, task, columns, settings)
+    except (PySparkException, Py4JError) as error:
+        raise WorkerFailed(f"fit, averaging by the driver: {explain(error)}") from error
+
+
+def _train(frame: Any, task: Any, columns: Columns, settings: dict[str, Any]) -> dict[str, Any]:
     from pyspark import StorageLevel
 
     context = frame.sparkSession.sparkContext
@@ -198,7 +213,10 @@ def _pack(batches: Iterator[Any]) -> Iterator[Any]:
 def _table(rows: Iterator[bytes]) -> Any:
     import pyarrow as pa
 
-    return pa.concat_tables([pa.ipc.open_stream(content).read_all() for content in rows])
+    tables = [pa.ipc.open_stream(content).read_all() for content in rows]
+    if not tables:
+        raise ConfigError(NO_ROWS)
+    return pa.concat_tables(tables)
 
 
 def _count(rows: Iterator[bytes]) -> Iterator[int]:

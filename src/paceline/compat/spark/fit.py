@@ -18,7 +18,8 @@ from paceline.launchers.call import Call
 from paceline.launchers.console import Console
 from paceline.launchers.job import JobSpec, Resources
 from paceline.launchers.launch import results_of
-from paceline.launchers.spark import Spark, run_stage, use_own_python
+from paceline.launchers.spark import Spark, run_stage
+from paceline.launchers.spark_session import use_own_python
 from paceline.options import JobOptions
 from paceline.strategies.strategy import make
 from paceline.tasks.load import load
@@ -64,7 +65,8 @@ def fit(
     nothing is collected on the driver. `batch_size` counts over all workers.
 
     `averaging="driver"` is the classic design instead of collectives: `strategy` must be
-    `local_sgd(period=…)`; the driver averages parameters by tree aggregation of `depth`, and broadcasts them.
+    `local_sgd(period=…)`; the driver averages parameters by tree aggregation of `depth`, and broadcasts them;
+    the arguments after `data` are then refused.
     `checkpoint`: a folder that all executors see; a stage that Spark runs again continues there.
     Raises ConfigError for what cannot be trained, WorkerFailed with the traceback of the worker.
     """
@@ -82,6 +84,17 @@ def fit(
     if frame.rdd.getNumPartitions() != workers:
         frame = frame.repartition(workers)
     if averaging == "driver":
+        for name, value in {
+            "checkpoint": checkpoint,
+            "fabric": fabric,
+            "threads": threads,
+            "max_restarts": max_restarts,
+            "environment": environment,
+        }.items():
+            if value is not None:
+                raise ConfigError(
+                    f"fit: {name}= is for workers of their own; with averaging='driver' Spark's tasks train"
+                )
         result = by_driver.train(frame, built, columns, settings)
     else:
         own = dataclasses.replace(built, train_set=built.test_set)  # its rows come from the DataFrame

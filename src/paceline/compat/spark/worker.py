@@ -18,6 +18,11 @@ from paceline.errors import ConfigError
 from paceline.launchers.call import keep_progress, progress
 from paceline.launchers.spark_tasks import PARTITION
 
+NO_ROWS = (
+    "fit: a worker got no rows: fewer partitions of the DataFrame have rows than there are workers;"
+    " repartition it, or ask for fewer workers"
+)
+
 
 class Order(BatchSampler):
     """A partition's minibatches in `epoch`: a permutation drawn from (seed, worker, epoch)."""
@@ -42,10 +47,7 @@ def read_partition(path: str | Path, columns: Columns) -> tuple[Tensor, Tensor]:
     import pyarrow as pa
 
     if os.path.getsize(path) == 0:
-        raise ConfigError(
-            "fit: a worker got no rows: fewer partitions of the DataFrame have rows than there are workers;"
-            " repartition it, or ask for fewer workers"
-        )
+        raise ConfigError(NO_ROWS)
     with pa.memory_map(str(path)) as source:
         return tensors(pa.ipc.open_file(source).read_all(), columns)
 
