@@ -169,6 +169,8 @@ class _Round:
             torch.set_num_threads(1)
             setup = _loads(self._setup.value)
             _kept[self._job, index] = (setup, tensors(_table(rows), setup[1]))
+        for _ in rows:  # Spark ends a Python worker that leaves rows unread; a new one must import torch
+            pass
         (task, _, settings), (x, y) = _kept[self._job, index]
         state = _State(task.model, task.optimizer)
         state.restore(self._shared.value)
