@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from contextlib import nullcontext
 from math import exp, gamma, lgamma
 from typing import Any
 
@@ -22,6 +23,7 @@ from chart import Series, draw
 from paceline.bench.compare import compare
 from paceline.bench.virtual import VirtualCluster
 from paceline.comm import current
+from paceline.comm.simulated_network import HEADER_BYTES
 from paceline.comm.simulation import simulate
 from paceline.strategies.strategy import make
 
@@ -118,20 +120,30 @@ def throughput_s(num_workers: int, steps: int, *, is_synchronous: bool) -> float
     return statistics.fmean(run)
 
 
-def servers(workers: int = 32, compute_s: float = 0.05, numel: int = 250_000, steps: int = 16) -> Any:
-    measured, formula, tree = [], [], []
+def servers(
+    workers: int = 32, compute_s: float = 0.05, numel: int = 250_000, gbit: float = 1.0, steps: int = 80
+) -> Any:
+    """See docs/asynchronous.md for the station that a server's port is."""
+    series: Series = {
+        "parameter server": [],
+        "closed queue": [],
+        "fastest all-reduce": [],
+        "tree all-reduce": [],
+    }
+    fastest_s, tree_s = (reduced_s(workers, numel, gbit, name) for name in ("", "reduction_tree"))
+    slowest_s = compute_s * sum(1 / n for n in range(1, workers + 1))  # E[max] of exponential times
     for shards in (1, 2, 4, 8):
-        slice_s = 4 * numel / shards * 8e-9
-        bound = min(
-            workers / (slice_s * (workers - 1 + shards - 1)), workers / (compute_s + 2 * shards * slice_s)
-        )
-        measured.append((float(shards), served(workers, compute_s, numel, steps, shards)))
-        formula.append((float(shards), bound))
-        tree.append((float(shards), workers / (compute_s + reduced_s(workers, numel))))
-    series = {"parameter server": measured, "closed queue": formula, "all-reduce": tree}
+        slice_s = (4 * numel / shards + HEADER_BYTES) * 8e-9 / gbit
+        demand_s = slice_s * (workers + shards - 2) / workers
+        bound = closed_queue(workers, compute_s + shards * slice_s + 2 * 50e-6, demand_s)
+        at = float(shards)
+        series["parameter server"].append((at, served(workers, compute_s, numel, gbit, steps, shards)))
+        series["closed queue"].append((at, bound))
+        series["fastest all-reduce"].append((at, workers / (slowest_s + fastest_s)))
+        series["tree all-reduce"].append((at, workers / (slowest_s + tree_s)))
     draw(
         "asynchronous_servers",
-        f"{workers} workers, 1 MB model, 1 Gbit/s",
+        f"{workers} workers, {4e-6 * numel:g} MB model, {gbit:g} Gbit/s",
         "shards",
         "minibatches per s",
         series,
@@ -139,7 +151,19 @@ def servers(workers: int = 32, compute_s: float = 0.05, numel: int = 250_000, st
     return series
 
 
-def served(workers: int, compute_s: float, numel: int, steps: int, shards: int) -> float:
+def closed_queue(customers: int, think_s: float, demand_s: float) -> float:
+    """Mean-value analysis of one station: customers per second."""
+    throughput = queue = 0.0
+    for n in range(1, customers + 1):
+        response_s = demand_s * (1 + queue)
+        throughput = n / (think_s + response_s)
+        queue = throughput * response_s
+    return throughput
+
+
+def served(workers: int, compute_s: float, numel: int, gbit: float, steps: int, shards: int) -> float:
+    """Minibatches per second of all workers at the pace of those that host no shard."""
+
     def body() -> list[float]:
         comm: Any = current.provided()
         method = make(f"parameter_server(shards={shards}, backup=0)")
@@ -152,18 +176,22 @@ def served(workers: int, compute_s: float, numel: int, steps: int, shards: int) 
         method.synchronize()
         return ends
 
-    text = f"constant(mean_s={compute_s})"
-    run = simulate(body, num_workers=workers, compute=text, network="ethernet(gbit=1)", record=False)
-    return workers * (steps - 6) / (max(e[-1] for e in run) - max(e[5] for e in run))
+    text, warm = f"exponential(mean_s={compute_s})", steps // 4
+    network = f"ethernet(gbit={gbit})"
+    run = simulate(body, num_workers=workers, compute=text, network=network, record=False)
+    hosts = {j * workers // shards for j in range(shards)}
+    spent_s = [ends[-1] - ends[warm - 1] for r, ends in enumerate(run) if r not in hosts]
+    return workers * (steps - warm) / statistics.fmean(spent_s)
 
 
-def reduced_s(workers: int, numel: int) -> float:
+def reduced_s(workers: int, numel: int, gbit: float, algorithm: str) -> float:
     def body() -> float:
         comm: Any = current.provided()
-        comm.all_reduce(torch.zeros(numel)).wait()
+        with comm.using(algorithm) if algorithm else nullcontext():
+            comm.all_reduce(torch.zeros(numel)).wait()
         return float(comm.now())
 
-    return float(simulate(body, num_workers=workers, network="ethernet(gbit=1)")[0])
+    return float(simulate(body, num_workers=workers, network=f"ethernet(gbit={gbit})")[0])
 
 
 class Flat:

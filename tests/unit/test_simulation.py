@@ -282,6 +282,51 @@ def test_event_log_and_trace_are_written(tmp_path: Path) -> None:
     assert sum(e["ph"] == "X" for e in trace) == 6
 
 
+def test_faults_are_in_log_and_trace_and_both_stay_plain_json(tmp_path: Path) -> None:
+    def body(comm: Any) -> None:
+        comm.serve("x", lambda src, m: None)
+        for _ in range(3):
+            comm.charge_compute()
+            comm.post(1 - comm.rank, "x", Message({}, [torch.zeros(10)]))
+
+    faults = "drop_link(src=0, dst=1, at_s=0.015)+slow(rank=1, factor=2)+join(rank=1, at_s=0.005)"
+    files = {"log": str(tmp_path / "log.jsonl"), "trace": str(tmp_path / "trace.json")}
+    run(body, 2, faults=faults, **files)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    events = [json.loads(line, parse_constant=refuse) for line in lines]
+    named = {(e["name"], e["rank"]) for e in events if e["kind"] == "fault"}
+    assert named == {("drop_link", 0), ("drop_link", 1), ("slow", 1), ("not joined", 1)}
+    assert sum(e["kind"] == "lost" for e in events) == 5  # the second of rank 0 and all after it
+    assert all(e["end_s"] is None or e["end_s"] >= e["start_s"] for e in events)
+    rows = json.loads((tmp_path / "trace.json").read_text(), parse_constant=refuse)["traceEvents"]
+    drawn = [r for r in rows if r["ph"] == "X"]
+    assert len(drawn) == len(events)
+    assert all({"name", "cat", "pid", "tid", "ts", "dur"} <= set(r) and r["dur"] >= 0 for r in drawn)
+
+
+def test_links_serve_in_order_of_arrival() -> None:
+    """A short message to a port that a long one will only reach later is not held up by it."""
+
+    def body(comm: Any) -> float:
+        came: list[float] = []
+        comm.serve("x", lambda src, m: came.append(comm.now()))
+        comm.barrier().wait()
+        begin = comm.now()
+        if comm.rank == 0:  # the second message leaves the sender's port after the first one
+            comm.post(1, "x", Message({}, [torch.zeros(250_000)]))
+            comm.post(2, "x", Message({}, [torch.zeros(250_000)]))
+        if comm.rank == 3:
+            comm.post(2, "x", Message({}, [torch.zeros(250)]))
+        comm.drain()
+        return min(came, default=0.0) - begin
+
+    assert run(body, 4, network="ethernet(gbit=1)")[2] < 0.001
+
+
 def test_512_workers_run() -> None:
     def body(comm: Any) -> float:
         comm.charge_compute()

@@ -12,7 +12,8 @@ from paceline import spec
 from paceline.bench.hardware import describe
 from paceline.bench.rows import Comparison, Point, Trial, fastest_seconds
 from paceline.bench.training import Report, Setup, train
-from paceline.bench.virtual import VirtualCluster, run_virtually, scripted
+from paceline.bench.virtual import VirtualCluster, run_virtually, scripted, writable_folder
+from paceline.bench.virtual import check as check_conditions
 from paceline.codecs import ledger
 from paceline.errors import CommError, ConfigError, PacelineError, WorkerFailed
 from paceline.launchers.launch import launch
@@ -56,9 +57,13 @@ def compare(
     ConfigError before any training if a strategy, the task or a number is wrong, and WorkerFailed naming the
     strategy if a run fails.
     """
-    sizes = _sizes(strategies, workers)
+    told = [scripted(strategy, record=record, replay=replay) for strategy in strategies]
+    sizes = _sizes(told, workers)
+    _check_script(strategies, record, replay)
     _check_numbers(workers=workers, epochs=epochs, batch_size=batch_size, threads=threads)
     _check_positive(learning_rate=learning_rate, seconds_budget=seconds_budget, epochs_budget=epochs_budget)
+    if virtual is not None:
+        check_conditions(virtual, sizes, seed=seed)
     seed_worker(seed, 0)  # virtual workers copy this model; processes build their own after the same seeding
     built = load(task, data=data)
     epochs = epochs or built.epochs
@@ -73,11 +78,11 @@ def compare(
     for i, (strategy, size) in enumerate(zip(strategies, sizes, strict=True)):
         on_trial(i, len(strategies), strategy, size, None)
         setup = Setup(task, data, strategy, epochs, batch_size, learning_rate, seed, _per_epoch(epochs))
-        told = dataclasses.replace(setup, strategy=scripted(strategy, record=record, replay=replay))
+        run = dataclasses.replace(setup, strategy=told[i])
         if virtual is not None:
-            trials.append(_trial(setup, size, run_virtually(told, built, size, workers, virtual)))
+            trials.append(_trial(setup, size, run_virtually(run, built, size, workers, virtual)))
         else:
-            trials.append(_run(setup, told, size, threads=threads, fabric=fabric, progress=progress))
+            trials.append(_run(setup, run, size, threads=threads, fabric=fabric, progress=progress))
         on_trial(i, len(strategies), strategy, size, trials[-1])
     return Comparison(
         task=task,
@@ -107,6 +112,21 @@ def _sizes(strategies: Sequence[str], workers: int) -> list[int]:
         most = class_of(spec.parse(text).name).max_workers
         sizes.append(workers if most is None else min(workers, most))
     return sizes
+
+
+def _check_script(strategies: Sequence[str], record: str, replay: str) -> None:
+    """Recording and replaying are for one parameter_server at a time, and files that can be written."""
+    if not (record or replay):
+        return
+    option = "--record" if record else "--replay"
+    servers = [s for s in strategies if spec.parse(s).name == "parameter_server"]
+    if len(servers) != 1:
+        raise ConfigError(
+            f"{option} is for one parameter_server among the strategies, got {len(servers)}: "
+            "a recording holds the message order of one run"
+        )
+    if record:
+        writable_folder(Path(record).parent, "--record")
 
 
 def _check_numbers(**values: int | None) -> None:

@@ -119,6 +119,7 @@ class Comparison:
             "staleness_mean": trial.staleness.get("staleness_mean"),
             "staleness_max": trial.staleness.get("staleness_max"),
             "staleness_histogram": trial.staleness.get("staleness_histogram"),
+            "staleness_per_worker": trial.staleness.get("staleness_per_worker"),
             **{k: v for k, v in trial.staleness.items() if not k.startswith("staleness_")},
             **({"codec": trial.codec} if trial.codec else {}),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import torch
 
 from paceline import spec
 from paceline.bench.training import Report, Setup, train
+from paceline.comm import compute_time, faults
 from paceline.comm.simulation import simulate
 from paceline.errors import CommError, ConfigError, PacelineError
+from paceline.schedule import topology
 from paceline.strategies.server.script import recorded_threads
 from paceline.tasks.task import Task
 
@@ -27,13 +30,29 @@ class VirtualCluster:
     """Folder for an event log and a Perfetto trace per strategy; empty: none."""
 
 
+def check(virtual: VirtualCluster, sizes: Sequence[int], *, seed: int) -> None:
+    """ConfigError for compute times, a network or faults that make no sense, before anybody trains."""
+    compute_time.parse(virtual.compute)
+    for size in sorted(set(sizes)):
+        topology.parse(virtual.network, num_ranks=size)
+    faults.parse(virtual.faults, num_workers=max(sizes), seed=seed)
+    if virtual.trace:
+        writable_folder(Path(virtual.trace), "--trace")
+
+
+def writable_folder(folder: Path, option: str) -> None:
+    """Make it if need be; ConfigError if that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option}: folder {folder} cannot be made: {error.strerror}") from None
+
+
 def run_virtually(
     setup: Setup, built: Task, workers: int, full_size: int, virtual: VirtualCluster
 ) -> list[Report]:
     """Train on `workers` virtual workers. One that stands for several of `full_size` is so much slower."""
     name = "".join(c if c.isalnum() else "_" for c in setup.strategy)
-    if virtual.trace:
-        Path(virtual.trace).mkdir(parents=True, exist_ok=True)
     replay = spec.parse(setup.strategy).arguments.get("replay")
     torch.manual_seed(setup.seed)
     try:

@@ -12,6 +12,7 @@ from paceline.spec import split_list
 if TYPE_CHECKING:
     from paceline.bench.rows import Trial
 
+_COMPUTE, _NETWORK = "constant", "ethernet(gbit=1)"
 _DEFAULT = "single,all_reduce,local_sgd(period=4),local_sgd(period=16)"
 
 
@@ -82,10 +83,10 @@ def compare(
     compute: Annotated[
         str,
         typer.Option(help="Simulated seconds per minibatch: constant, pareto(shape=3), …", metavar="DIST"),
-    ] = "constant",
+    ] = _COMPUTE,
     network: Annotated[
         str, typer.Option(help="Simulated network: ethernet(gbit=1), cluster(hosts=4, local=2), …")
-    ] = "ethernet(gbit=1)",
+    ] = _NETWORK,
     faults: Annotated[str, typer.Option(help="Simulated faults: kill(rank=3, at_s=1.5)+…")] = "",
     record: Annotated[
         str, typer.Option(help="Keep the message order of parameter_server.", metavar="FILE")
@@ -105,6 +106,7 @@ def compare(
     """
     for path in (json_path, html_path):
         _check_writable(path)
+    _check_simulated(simulate, compute=compute, network=network, faults=faults, trace=str(trace or ""))
     from paceline.bench.compare import compare as run
     from paceline.bench.virtual import VirtualCluster
     from paceline.report import page, table
@@ -160,6 +162,20 @@ def _check_writable(path: Path | None) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{path.parent} cannot be made: {error.strerror}") from None
+
+
+def _check_simulated(simulate: int | None, **given: str) -> None:
+    """Conditions of a simulation without one would be ignored, and a number below 1 makes none."""
+    from paceline.errors import ConfigError
+
+    if simulate is not None:
+        if simulate < 1:
+            raise ConfigError(f"--simulate: at least 1 virtual worker expected, got {simulate}")
+        return
+    defaults = {"compute": _COMPUTE, "network": _NETWORK, "faults": "", "trace": ""}
+    for name, value in given.items():
+        if value != defaults[name]:
+            raise ConfigError(f"--{name} is for a simulated cluster: add --simulate N, or leave it out")
 
 
 def register(app: typer.Typer) -> None:

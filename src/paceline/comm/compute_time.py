@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,9 +38,11 @@ def _constant(*, mean_s: float = 0.01) -> Draw:
 
 
 def _normal(*, mean_s: float = 0.01, std_s: float | None = None) -> Draw:
-    std_s = 0.2 * mean_s if std_s is None else std_s
     _positive(mean_s=mean_s)
-    return lambda rng: max(0.1 * mean_s, float(rng.normal(mean_s, std_s)))
+    spread_s = 0.2 * mean_s if std_s is None else std_s
+    if spread_s != 0:
+        _positive(std_s=spread_s)
+    return lambda rng: max(0.1 * mean_s, float(rng.normal(mean_s, spread_s)))
 
 
 def _exponential(*, mean_s: float = 0.01) -> Draw:
@@ -48,13 +51,16 @@ def _exponential(*, mean_s: float = 0.01) -> Draw:
 
 
 def _shifted_exponential(*, shift_s: float = 0.005, mean_s: float = 0.01) -> Draw:
-    if not 0 <= shift_s < mean_s:
+    _positive(mean_s=mean_s)
+    if shift_s != 0:
+        _positive(shift_s=shift_s)
+    if not shift_s < mean_s:
         raise ConfigError(f"0 <= shift_s < mean_s expected, got shift_s={shift_s}, mean_s={mean_s}")
     return lambda rng: shift_s + float(rng.exponential(mean_s - shift_s))
 
 
 def _pareto(*, shape: float = 3.0, minimum_s: float = 0.01) -> Draw:
-    _positive(minimum_s=minimum_s)
+    _positive(minimum_s=minimum_s, shape=shape)
     if shape <= 1:
         raise ConfigError(f"pareto shape {shape}: above 1 expected, the mean is infinite otherwise")
     return lambda rng: minimum_s * float(1.0 + rng.pareto(shape))
@@ -64,7 +70,7 @@ def _empirical(*, samples: str = "", file: str = "") -> Draw:
     if bool(samples) == bool(file):
         raise ConfigError("give either samples or file")
     try:
-        text = samples or Path(file).read_text()
+        text = str(samples) or Path(str(file)).read_text()
         values = np.array([float(v) for v in text.replace(",", " ").split()])
     except (OSError, ValueError) as error:
         raise ConfigError(f"empirical compute times: {error}; seconds separated by blanks expected") from None
@@ -83,7 +89,8 @@ _DISTRIBUTIONS: dict[str, Callable[..., Draw]] = {
 }
 
 
-def _positive(**values: float) -> None:
+def _positive(**values: Any) -> None:
     for name, value in values.items():
-        if not 0 < value < float("inf"):
-            raise ConfigError(f"{name}={value}: a finite number of seconds above 0 expected")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value < float("inf"):
+            raise ConfigError(f"compute time: {name}={value}: a finite number above 0 expected")

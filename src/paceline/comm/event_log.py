@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ class Event(NamedTuple):
     end_s: float
     rank: int
     kind: str
-    """"compute", "message", "collective", "fault", …"""
+    """"compute", "message", "collective", "fault", "lost" (a message that never arrives)."""
     name: str
     peer: int
     num_bytes: int
@@ -48,13 +49,19 @@ class EventLog:
         return hashlib.sha256(repr(self.events).encode()).hexdigest()
 
     def write(self, path: str | Path) -> None:
-        """One JSON object per line."""
+        """One JSON object per line; what lasts for ever has the end null."""
         with open(path, "w") as file:
             for event in self.events:
-                file.write(json.dumps(event._asdict()) + "\n")
+                row = event._asdict()
+                row["end_s"] = event.end_s if isfinite(event.end_s) else None
+                file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def write_trace(self, path: str | Path) -> None:
-        """Chrome/Perfetto trace: per worker its compute, collectives and messages."""
+        """Chrome/Perfetto trace: per worker its compute, collectives and messages.
+
+        What lasts for ever is drawn up to the end of everything else.
+        """
+        over_s = max((e.end_s for e in self.events if isfinite(e.end_s)), default=0.0)
         ranks = sorted({e.rank for e in self.events})
         rows: list[dict[str, Any]] = []
         for r in ranks:
@@ -71,11 +78,12 @@ class EventLog:
                     "pid": e.rank,
                     "tid": row,
                     "ts": e.start_s * 1e6,
-                    "dur": max(0.0, e.end_s - e.start_s) * 1e6,
+                    "dur": max(0.0, (e.end_s if isfinite(e.end_s) else over_s) - e.start_s) * 1e6,
                     "args": {"peer": e.peer, "num_bytes": e.num_bytes},
                 }
             )
-        Path(path).write_text(json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"}))
+        whole = {"traceEvents": rows, "displayTimeUnit": "ms"}
+        Path(path).write_text(json.dumps(whole, allow_nan=False))
 
 
 _ROWS = ("compute", "collectives", "messages")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,11 @@ class Faults:
     """Nothing passes between `ranks` and all others; a dropped link is kept in `links`."""
     links: list[Interval] = field(default_factory=list)
     joins: dict[int, float] = field(default_factory=dict)
+
+    def phases(self) -> dict[str, list[Interval]]:
+        """What holds for a known time, by name: slow phases, cuts, dropped links, late starts."""
+        late = [Interval((rank,), 0.0, at_s) for rank, at_s in sorted(self.joins.items())]
+        return {"slow": self.slow, "partition": self.cuts, "drop_link": self.links, "not joined": late}
 
     def slowdown(self, rank: int, time_s: float) -> float:
         """Product of the factors of all slow phases of `rank` at `time_s`."""
@@ -122,6 +128,11 @@ def _join(*, rank: int, at_s: float) -> Add:
 
 def _random(*, kills: int = 0, pauses: int = 0, until_s: float = 1.0) -> Add:
     def add(faults: Faults, num_workers: int, rng: np.random.Generator) -> None:
+        for name, value in (("kills", kills), ("pauses", pauses)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(f"random faults: {name}={value}: a whole number of at least 0 expected")
+        if not _time(until_s) > 0:
+            raise ConfigError(f"random faults: until_s={until_s}: more than 0 expected")
         if kills > num_workers - 1:
             raise ConfigError(
                 f"{kills} random kills among {num_workers} workers: rank 0 and one more must stay"
@@ -147,14 +158,24 @@ _KINDS: dict[str, Callable[..., Add]] = {
 }
 
 
-def _rank(rank: int, num_workers: int) -> int:
+def _rank(rank: Any, num_workers: int) -> int:
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise ConfigError(f"a fault names rank {rank}: a whole number expected")
     if not 0 <= rank < num_workers:
-        raise ConfigError(f"a fault names rank {rank}; there are {num_workers} workers")
+        raise ConfigError(
+            f"a fault names rank {rank}; there are {num_workers} workers, 0 … {num_workers - 1}"
+        )
     return rank
 
 
-def _time(at_s: float) -> float:
-    if not at_s >= 0:
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"a fault with {name}={value}: a number expected")
+    return float(value)
+
+
+def _time(at_s: Any) -> float:
+    if not 0 <= _number("at_s", at_s) < FOREVER:
         raise ConfigError(f"a fault at {at_s} s: at_s >= 0 expected")
     return float(at_s)
 
@@ -162,6 +183,6 @@ def _time(at_s: float) -> float:
 def _interval(
     ranks: Sequence[int], num_workers: int, at_s: float, for_s: float, factor: float = 1.0
 ) -> Interval:
-    if not for_s > 0 or not factor > 0:
+    if not _number("for_s", for_s) > 0 or not 0 < _number("factor", factor) < FOREVER:
         raise ConfigError(f"a fault with for_s={for_s}, factor={factor}: both must be above 0")
     return Interval(tuple(_rank(r, num_workers) for r in ranks), _time(at_s), at_s + for_s, factor)

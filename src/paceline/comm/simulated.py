@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from paceline import collectives
 from paceline.comm import meaning
 from paceline.comm.communicator import FabricCommunicator
 from paceline.comm.simulated_group import Apply, SimulatedGroup, SimulatedWork
@@ -26,6 +27,7 @@ class SimulatedCommunicator(FabricCommunicator):
         self._group, self._cluster, self._name = group, group.cluster, name
         self._own = group.members[rank]
         self._num_splits = 0
+        self._algorithm = ""
         self.ledger.wire_bytes = 0
 
     # -- collectives ---------------------------------------------------------------------------------------
@@ -139,6 +141,16 @@ class SimulatedCommunicator(FabricCommunicator):
         self._group.tolerates_loss = True
 
     @contextlib.contextmanager
+    def using(self, algorithm: str) -> Iterator[None]:
+        """Collectives that start inside cost what `algorithm` costs; the same on all ranks. ConfigError."""
+        collectives.find(algorithm)
+        before, self._algorithm = self._algorithm, algorithm
+        try:
+            yield
+        finally:
+            self._algorithm = before
+
+    @contextlib.contextmanager
     def off_clock(self) -> Iterator[None]:
         """Operations that start inside take no virtual time: evaluation."""
         self._cluster.off_clock.add(self._own)
@@ -176,9 +188,8 @@ class SimulatedCommunicator(FabricCommunicator):
         apply: Apply,
         times: int = 1,
     ) -> SimulatedWork:
-        return self._group.submit(
-            self.rank, name, signature, buffer.nbytes * times, argument, apply, self.ledger
-        )
+        wanted = (buffer.nbytes * times, argument, apply, self.ledger, self._algorithm)
+        return self._group.submit(self.rank, name, (*signature, self._algorithm), *wanted)
 
     def _count_wire(self, peer: Rank, num_bytes: int) -> None:
         if peer != self.rank and self.ledger.wire_bytes is not None:

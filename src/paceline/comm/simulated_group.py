@@ -60,6 +60,7 @@ class _Operation:
     signature: tuple[Any, ...]
     num_bytes: int
     apply: Apply
+    algorithm: str = ""
     works: dict[Rank, SimulatedWork] = field(default_factory=dict)
     arguments: Arguments = field(default_factory=dict)
 
@@ -82,6 +83,8 @@ class SimulatedGroup:
 
     def lost(self) -> set[Rank]:
         """Group ranks known to be dead."""
+        if not self.cluster.lost:
+            return set()
         return {i for i, r in enumerate(self.members) if r in self.cluster.lost}
 
     def subgroup(self, ranks: tuple[int, ...], serial: int) -> SimulatedGroup:
@@ -100,6 +103,7 @@ class SimulatedGroup:
         argument: Any,
         apply: Apply,
         ledger: Ledger,
+        algorithm: str = "",
     ) -> SimulatedWork:
         """Join the caller's next collective; it starts when the last rank has come."""
         self.cluster.world.refuse_in_handler(name)
@@ -107,7 +111,7 @@ class SimulatedGroup:
         self._next[rank] += 1
         operation = self._pending.get(index)
         if operation is None:
-            operation = self._pending[index] = _Operation(index, name, signature, num_bytes, apply)
+            operation = self._pending[index] = _Operation(index, name, signature, num_bytes, apply, algorithm)
         work = SimulatedWork(Signal(self.cluster.world), partial(self._describe, operation), ledger)
         operation.works[rank] = work
         operation.arguments[rank] = argument
@@ -135,10 +139,6 @@ class SimulatedGroup:
             work.finish(PeerLost(f"rank {src}: rank {dst} is lost: its process ended"))
             return work
         size = tensor.numel() * tensor.element_size()
-        arrives = cluster.network.send(self.members[src], self.members[dst], size, cluster.world.now)
-        cluster.log.add(
-            "message", "send", self.members[src], cluster.world.now, arrives, peer=dst, num_bytes=size
-        )
         copy = tensor.detach().clone()
 
         def arrive() -> None:
@@ -146,8 +146,7 @@ class SimulatedGroup:
             self._match()
             work.finish()
 
-        if arrives < FOREVER:
-            cluster.world.at(arrives, self.members[dst], arrive)
+        cluster.carry(self.members[src], self.members[dst], "send", size, arrive)
         return work
 
     def recv(
@@ -189,14 +188,12 @@ class SimulatedGroup:
     # -- completion ----------------------------------------------------------------------------------------
 
     def _start_if_complete(self, operation: _Operation) -> None:
-        missing = set(range(len(self.members))) - set(operation.works) - self.lost()
-        if missing:
+        if len(operation.works) < len(self.members) - len(self.lost() - set(operation.works)):
             return
         del self._pending[operation.index]
         cluster, arrived = self.cluster, sorted(operation.works)
-        start = cluster.network.collective_start(
-            [self.members[r] for r in arrived], max(cluster.world.now, self._free_s)
-        )
+        ranks = [self.members[r] for r in arrived]
+        start = cluster.network.collective_start(ranks, max(cluster.world.now, self._free_s))
         if start == FOREVER:
             self._finish_all(operation, Timeout(f"{self._describe(operation)}: the network is partitioned"))
             return
@@ -207,7 +204,8 @@ class SimulatedGroup:
             return
         seconds = 0.0
         if not cluster.off_clock.intersection(self.members):
-            seconds = cluster.network.collective_s(operation.name, operation.num_bytes, len(arrived))
+            wanted = (operation.name, operation.num_bytes, ranks, operation.algorithm)
+            seconds = cluster.network.collective_s(*wanted)
         self._free_s = start + seconds
         for r in arrived:
             cluster.log.add(

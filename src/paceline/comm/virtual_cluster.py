@@ -114,6 +114,10 @@ class VirtualCluster:
         self._in_flight = [0] * num_workers
         self._quiet: list[list[Signal]] = [[] for _ in range(num_workers)]
         self._watchers: list[list[Callable[[int], None]]] = [[] for _ in range(num_workers)]
+        for name, phases in faults.phases().items():
+            for phase in phases:
+                for rank in phase.ranks:
+                    log.add("fault", name, rank, phase.start_s, phase.end_s)
         for rank, at_s in faults.kills:
             world.at(at_s, rank, partial(self._kill, rank))
         for pause in faults.pauses:
@@ -220,12 +224,6 @@ class VirtualCluster:
 
     def _transfer(self, src: int, dst: int, name: str, size: int, action: Callable[[], None]) -> None:
         """Move bytes from src to dst, then run `action` on behalf of dst (unless it is dead)."""
-        now = self.world.now
-        is_free = src in self.off_clock or dst in self.off_clock
-        arrives = now if is_free else self.network.send(src, dst, size, now)
-        self.log.add("message", name, src, now, arrives, peer=dst, num_bytes=size)
-        if arrives == FOREVER:
-            return
         self._in_flight[src] += 1
 
         def arrive() -> None:
@@ -242,7 +240,38 @@ class VirtualCluster:
                 for signal in waiting:
                     signal.set()
 
-        self.world.at(arrives, dst, arrive)
+        is_free = src in self.off_clock or dst in self.off_clock
+        if not self.carry(src, dst, name, size, arrive, is_free=is_free):
+            self._in_flight[src] -= 1
+
+    def carry(
+        self, src: int, dst: int, name: str, size: int, arrive: Callable[[], None], *, is_free: bool = False
+    ) -> bool:
+        """Let bytes pass the links from src to dst, each when its turn comes; then `arrive` happens.
+
+        Returns whether it ever will. The log gets the message once its arrival is certain.
+        """
+        world, network, sent_s = self.world, self.network, self.world.now
+        path = [] if is_free else network.path(src, dst)
+        leaves_s = sent_s if is_free else network.leaves_s(src, dst, sent_s)
+        if leaves_s == FOREVER:
+            self.log.add("lost", name, src, sent_s, sent_s, peer=dst, num_bytes=size)
+            return False
+
+        def hop(index: int, first_byte_s: float, arrived_s: float) -> None:
+            if index < len(path):
+                first_byte_s, arrived_s = network.pass_link(path[index], size, first_byte_s, arrived_s)
+            if index + 1 < len(path):
+                world.at(first_byte_s, dst, partial(hop, index + 1, first_byte_s, arrived_s))
+                return
+            self.log.add("message", name, src, sent_s, arrived_s, peer=dst, num_bytes=size)
+            world.at(arrived_s, dst, arrive)
+
+        if leaves_s > sent_s:
+            world.at(leaves_s, src, partial(hop, 0, leaves_s, leaves_s))
+        else:
+            hop(0, sent_s, sent_s)
+        return True
 
     def _deliver(self, src: int, dst: int, channel: str, message: Message, answer: Answer | None) -> None:
         self._channels[dst].deliver(src, channel, message, answer)

@@ -1,4 +1,4 @@
-"""The three pictures of a comparison: accuracy over time, over data, over the network."""
+"""The pictures of a comparison: accuracy over time, data and network; staleness if there is any."""
 
 from __future__ import annotations
 
@@ -56,6 +56,30 @@ def over_bytes(comparison: Comparison) -> str:
     return _html(figure)
 
 
+def staleness(comparison: Comparison) -> str:
+    """Share of applied updates by staleness, for the strategies that count it, with the means."""
+    figure = go.Figure()
+    for i, trial in enumerate(comparison.trials):
+        counts = trial.staleness.get("staleness_histogram") or []
+        if sum(counts):
+            figure.add_trace(
+                go.Scatter(
+                    x=list(range(len(counts))),
+                    y=[100 * c / sum(counts) for c in counts],
+                    name=f"{trial.strategy}: mean {trial.staleness['staleness_mean']:.3g}",
+                    mode="lines",
+                    line={"color": colour(i), "width": 2, "shape": "hvh"},
+                    fill="tozeroy",
+                    hovertemplate="<b>%{y:.2f} %</b> of updates at staleness %{x}<extra></extra>",
+                )
+            )
+    _dress(figure)
+    figure.update_layout(showlegend=True)
+    figure.update_xaxes(title="staleness: updates by others between an update's pull and its application")
+    figure.update_yaxes(title="share of updates in %")
+    return _html(figure)
+
+
 def _lines(
     comparison: Comparison,
     x: Callable[[Point], float],
@@ -67,6 +91,14 @@ def _lines(
         points = [p for p in trial.curve if keep(p)]
         if points:
             figure.add_trace(_line(i, trial, points, x))
+    _dress(figure)
+    figure.update_xaxes(title=label)
+    figure.update_yaxes(title="test accuracy in %", range=_range(comparison.trials))
+    return figure
+
+
+def _dress(figure: go.Figure) -> None:
+    """Size, fonts and legend, the same for all pictures."""
     figure.update_layout(
         template="plotly_white",
         height=_HEIGHT,
@@ -75,9 +107,6 @@ def _lines(
         font={"size": 14, "color": "#1c2733"},
         hovermode="closest",
     )
-    figure.update_xaxes(title=label)
-    figure.update_yaxes(title="test accuracy in %", range=_range(comparison.trials))
-    return figure
 
 
 def _line(index: int, trial: Trial, points: Sequence[Point], x: Callable[[Point], float]) -> go.Scatter:

@@ -117,7 +117,7 @@ def _table(comparison: Comparison, found: list[Criterion]) -> str:
 
 
 def _pictures(comparison: Comparison) -> str:
-    pictures = (
+    pictures = [
         (
             "Accuracy over time",
             "The higher a line is at the dashed budget, the better the model you have when you stop there.",
@@ -133,7 +133,16 @@ def _pictures(comparison: Comparison) -> str:
             "Each mark to the right is ten times the traffic. On a slow network lines far to the left win.",
             charts.over_bytes,
         ),
-    )
+    ]
+    if any(sum(t.staleness.get("staleness_histogram") or []) for t in comparison.trials):
+        pictures.append(
+            (
+                "Staleness of updates",
+                "How many updates by others came between the weights that an update was computed from and "
+                "its own turn. The longer the tail, the older the news.",
+                charts.staleness,
+            )
+        )
     return "".join(
         f'<h2>{title}</h2><p class="hint">{hint}</p><div class="chart">{draw(comparison)}</div>'
         for title, hint, draw in pictures
@@ -156,6 +165,10 @@ def _conditions(comparison: Comparison) -> str:
         "strategy's training time, so everyone has finished or is cut off there",
         "Machine": hardware or "unknown",
     }
+    if comparison.simulated is not None:
+        told = {k: v for k, v in comparison.simulated.items() if v and k != "trace"}
+        facts["Simulated cluster"] = ", ".join(f"{k}: {v}" for k, v in told.items())
+        facts["Clock"] = "virtual seconds of the simulated cluster; " + facts["Clock"]
     methods = {t.strategy: t.advice for t in comparison.trials if t.advice}
     return (
         "<h2>The strategies</h2>"

@@ -106,6 +106,7 @@ class Shard:
         """A worker died: it holds nobody up, and its deferred read is forgotten."""
         self.lost.add(src)
         self.away.add(src)
+        self.tally.leave(src)
         self._waiting = [(r, reply) for r, reply in self._waiting if r != src]
         self._settle()
 
@@ -186,7 +187,7 @@ class Shard:
         if self._policy.accepts(self.clock - update.version):
             self._collected.append(update)
         else:
-            self.tally.dropped += 1
+            self.tally.drop(update.src)
 
     def _settle(self) -> None:
         """Apply what is complete, then answer the reads that may go on."""

@@ -1,4 +1,11 @@
-"""Staleness of applied updates, counted per worker."""
+"""Staleness of applied updates, counted per worker in the steady state.
+
+The window opens when every living worker has had its first update and closes before the first one finishes.
+An update belongs to it if it is applied inside. So intervals between a worker's updates that the opening cuts
+are counted, those that the end cuts are not: in the mean one makes up for the other, and the mean staleness
+is N − 1 however few updates the window holds. (Counting from each worker's own first update on would lose
+intervals at both ends, the long ones above all, and bias the mean by N/updates of itself.)
+"""
 
 from __future__ import annotations
 
@@ -8,7 +15,10 @@ import torch
 
 
 class Tally:
-    """Counts after each worker's first update and until the first worker finishes (the steady state)."""
+    """Counts from when all workers have had their first update until the first one finishes.
+
+    Until then (for ever, if somebody never sends one) it counts after each worker's own first update.
+    """
 
     def __init__(self, num_workers: int) -> None:
         self.applied = 0
@@ -17,23 +27,41 @@ class Tally:
         """Updates that had been acknowledged and died with their shard."""
         self._histograms: list[dict[int, int]] = [{} for _ in range(num_workers)]
         self._seen = [False] * num_workers
-        self._is_open = True
+        self._awaited = set(range(num_workers))
+        self._is_closed = False
         self._table: torch.Tensor | None = None
 
     def add(self, src: int, staleness: int) -> None:
         """One update of worker `src` was applied."""
         self.applied += 1
-        if self._seen[src] and self._is_open:
+        if self._seen[src] and not self._is_closed:
             self._histograms[src][staleness] = self._histograms[src].get(staleness, 0) + 1
-        self._seen[src] = True
+        self._came(src)
+
+    def drop(self, src: int) -> None:
+        """One update of worker `src` was refused."""
+        self.dropped += 1
+        self._came(src)
+
+    def leave(self, src: int) -> None:
+        """Worker `src` died: its first update is not waited for."""
+        self._came(src)
 
     def close(self) -> None:
         """A worker finished: what follows is not the steady state."""
-        self._is_open = False
+        self._is_closed = True
+
+    def _came(self, src: int) -> None:
+        self._seen[src] = True
+        if src in self._awaited:
+            self._awaited.discard(src)
+            if not self._awaited and not self._is_closed:
+                for histogram in self._histograms:
+                    histogram.clear()
 
     def counts(self) -> torch.Tensor:
         """int64, shape (workers, largest staleness + 1)."""
-        if self._table is not None and not self._is_open:
+        if self._table is not None and self._is_closed:
             return self._table
         width = max((s for h in self._histograms for s in h), default=0) + 1
         table = torch.zeros(len(self._histograms), width, dtype=torch.int64)
