@@ -30,10 +30,18 @@ class Directory(dict):
 class SocketComm:
     """The part of a Communicator that these tests need, over real sockets, ranks as threads."""
 
-    def __init__(self, rank: int, size: int, directory: Directory, barrier: threading.Barrier) -> None:
+    def __init__(
+        self, rank: int, size: int, directory: Directory, barrier: threading.Barrier, least_shared_bytes: int
+    ) -> None:
         self.rank, self.size, self._barrier = rank, size, barrier
         self.mailbox = Mailbox(
-            rank=rank, size=size, secret=b"s" * 32, directory=directory, timeout_s=20, outbox_bytes=1 << 16
+            rank=rank,
+            size=size,
+            secret=b"s" * 32,
+            directory=directory,
+            timeout_s=20,
+            outbox_bytes=1 << 16,
+            least_shared_bytes=least_shared_bytes,
         )
         self.serve, self.call, self.post = self.mailbox.serve, self.mailbox.call, self.mailbox.post
 
@@ -47,9 +55,9 @@ class SocketComm:
         self.mailbox.raise_stored()
 
 
-def run_on_sockets(body: Body, size: int) -> list[Any]:
+def run_on_sockets(body: Body, size: int, least_shared_bytes: int = 1 << 40) -> list[Any]:
     directory, barrier = Directory(), threading.Barrier(size)
-    comms = [SocketComm(r, size, directory, barrier) for r in range(size)]
+    comms = [SocketComm(r, size, directory, barrier, least_shared_bytes) for r in range(size)]
     results: list[Any] = [None] * size
 
     def run(rank: int) -> None:
@@ -78,9 +86,15 @@ def run_simulated(body: Body, size: int) -> list[Any]:
     return list(simulate(lambda: body(current.provided()), num_workers=size))
 
 
-@pytest.fixture(params=["sockets", "simulated"])
+def run_on_shared_memory(body: Body, size: int) -> list[Any]:
+    """Tensors of any size through shared memory, as soon as ranks know that they are near."""
+    return run_on_sockets(body, size, least_shared_bytes=0)
+
+
+@pytest.fixture(params=["sockets", "shared memory", "simulated"])
 def run(request: pytest.FixtureRequest) -> Callable[[Body, int], list[Any]]:
-    return {"sockets": run_on_sockets, "simulated": run_simulated}[request.param]
+    runs = {"sockets": run_on_sockets, "shared memory": run_on_shared_memory, "simulated": run_simulated}
+    return runs[request.param]
 
 
 def test_call_returns_the_answer_from_every_peer_and_from_oneself(run: Any) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import struct
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch
 from paceline.comm import messages, service
 from paceline.comm.authentication import Acceptor, Initiator
 from paceline.comm.mailbox import Mailbox
+from paceline.comm.shared_blocks import LEAST_BYTES, Borrower, Lender
 from paceline.errors import CommError, ConfigError, PeerLost, ProtocolError, Timeout
 from paceline.types import Message
 
@@ -203,3 +205,78 @@ def test_prefix_lengths_are_limited() -> None:
 def test_short_secret_is_refused() -> None:
     with pytest.raises(ConfigError, match="secret"):
         Mailbox(rank=0, size=1, secret=b"short", directory=Directory())
+
+
+def test_large_tensors_within_a_host_stay_off_the_socket(pair: tuple[Mailbox, Mailbox]) -> None:
+    frames: list[int] = []
+    pair[1].serve("echo", lambda src, m: m)
+    pair[0].call(1, "echo", Message()).wait(5)  # now they know that they are near
+    append = pair[0]._service.append
+
+    def spy(peer: int, frame: list[memoryview]) -> None:
+        frames.append(sum(len(b) for b in frame))
+        append(peer, frame)
+
+    pair[0]._service.append = spy  # type: ignore[method-assign]
+    sent = [torch.arange(300_000, dtype=torch.float32), torch.ones(3, dtype=torch.bool), torch.tensor(2.5)]
+    for _ in range(20):  # blocks are used again
+        answer = pair[0].call(1, "echo", Message({"n": 1}, sent)).wait(5)
+        assert all(
+            torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(answer.tensors, sent, strict=True)
+        )
+    assert len(frames) == 20 and max(frames) < 1000
+    pair[0].flush()
+    assert len(pair[0]._lender._blocks) <= 2 and not pair[0]._lender.is_lending()
+
+
+def test_blocks_of_a_dead_peer_are_free_again(pair: tuple[Mailbox, Mailbox]) -> None:
+    release = threading.Event()
+    pair[1].serve("slow", lambda src, m: (release.wait(10), None)[1])
+    pair[0]._service.near.add(1)
+    reply = pair[0].call(1, "slow", Message({}, [torch.zeros(1 << 20)]))
+    pair[0].declare_lost(1, "the test says so")
+    with pytest.raises(PeerLost):
+        reply.wait(5)
+    assert not pair[0]._lender.is_lending()
+    release.set()
+
+
+@pytest.mark.parametrize(
+    "block", [[1], "x", [1, 2, 3], [-1, 0], [True, 0], [1 << 40, 3], [os.getpid(), 1 << 20]]
+)
+def test_nonsense_about_shared_blocks_is_refused(block: object) -> None:
+    with pytest.raises(ProtocolError):
+        Borrower().read(block, [memoryview(bytearray(8))])
+
+
+def test_only_sealed_memory_of_the_right_size_is_read() -> None:
+    target = memoryview(bytearray(100))
+    with tempfile.TemporaryFile() as file:
+        file.truncate(1 << 20)
+        with pytest.raises(ProtocolError):
+            Borrower().read([os.getpid(), file.fileno()], [target])
+    loose = os.memfd_create("loose")
+    try:
+        os.ftruncate(loose, 1 << 20)
+        with pytest.raises(ProtocolError, match="change its size"):
+            Borrower().read([os.getpid(), loose], [target])
+    finally:
+        os.close(loose)
+    lender = Lender()
+    fd = lender.lend(0, [torch.full((100,), 7, dtype=torch.uint8)])
+    Borrower().read([os.getpid(), fd], [target])
+    assert bytes(target) == b"\x07" * 100
+    with pytest.raises(ProtocolError, match="in a shared block of"):
+        Borrower().read([os.getpid(), fd], [memoryview(bytearray(LEAST_BYTES + 1))])
+    lender.close()
+
+
+def test_a_full_pool_falls_back_to_the_socket() -> None:
+    lender = Lender(pool_bytes=2 * LEAST_BYTES)
+    lent = [lender.lend(1, [torch.zeros(10)]) for _ in range(3)]
+    assert lent[2] is None and lent[0] is not None and lent[1] is not None
+    lender.take_back(2, lent[0])  # it is not theirs to give back
+    assert lender.lend(1, [torch.zeros(10)]) is None
+    lender.take_back(1, lent[0])
+    assert lender.lend(1, [torch.zeros(10)]) == lent[0]
+    lender.close()

@@ -14,6 +14,7 @@ import torch
 
 from paceline.comm import messages
 from paceline.comm.authentication import Acceptor, Initiator
+from paceline.comm.shared_blocks import Borrower
 from paceline.errors import ProtocolError
 from paceline.types import Message
 
@@ -45,6 +46,9 @@ class Connection:
         self.outbox_bytes = 0
         self._prefix: messages.Prefix | None = None
         self._heading: tuple[str, dict, list[torch.Tensor]] | None = None
+        self._borrower = Borrower()
+        self.returns: list[int] = []
+        """The peer's blocks that have been read and are to be returned to it."""
         self._expect(guard.needs)
 
     @property
@@ -133,9 +137,13 @@ class Connection:
             self._expect(self._prefix.header_bytes)
             return None
         if self._heading is None:
-            self._heading = messages.parse_header(self._buffer, self._prefix.payload_bytes)
-            self._targets = deque(messages.raw(t) for t in self._heading[2] if t.numel())
-            if self._targets:
+            channel, header, tensors, block = messages.parse_header(self._buffer, self._prefix.payload_bytes)
+            self._heading = (channel, header, tensors)
+            targets = [messages.raw(t) for t in tensors if t.numel()]
+            if block is not None:
+                self.returns.append(self._borrower.read(block, targets))
+            elif targets:
+                self._targets = deque(targets)
                 return None
         return self._finish(*self._heading)
 

@@ -29,6 +29,7 @@ from paceline.comm.ledger import Ledger
 from paceline.comm.rendezvous import Meeting
 from paceline.comm.reply import Deferred
 from paceline.comm.service import Service
+from paceline.comm.shared_blocks import LEAST_BYTES, Lender
 from paceline.errors import CommError, ConfigError, PeerLost, Timeout
 from paceline.types import Handler, Message
 
@@ -83,6 +84,7 @@ class Mailbox:
         timeout_s: float = 300.0,
         outbox_bytes: int = OUTBOX_BYTES,
         max_payload_bytes: int = messages.MAX_PAYLOAD_BYTES,
+        least_shared_bytes: int = LEAST_BYTES,
         ledger: Ledger | None = None,
     ) -> None:
         if len(secret) < 16:
@@ -101,6 +103,7 @@ class Mailbox:
         self._is_closed = False
         self._pid = os.getpid()
         self._channels = Channels(rank)
+        self._lender, self._least_shared_bytes = Lender(), least_shared_bytes
         self._service = Service(
             rank=rank,
             size=size,
@@ -113,9 +116,10 @@ class Mailbox:
             on_frame=self._frame,
             on_peer_lost=self._peer_lost,
             on_peer_left=self._peer_left,
+            is_lending=self._lender.is_lending,
         )
         self.address = self._service.address
-        directory.publish(rank, self.address)
+        directory.publish(rank, f"{self.address} {self._service.place}")
         self._service.start()
         _close_at_exit(self)
 
@@ -139,7 +143,7 @@ class Mailbox:
         with self._room:
             self._pending[id] = (peer, reply)
         try:
-            self._enqueue(peer, messages.encode(messages.REQUEST, id, channel, messages.owned(message)))
+            self._enqueue(peer, *self._encode(peer, messages.REQUEST, id, channel, message))
         except CommError:
             with self._room:
                 self._pending.pop(id, None)
@@ -154,7 +158,7 @@ class Mailbox:
             self._deliver_to_self(channel, message, None)
             return
         self._posted_to.add(peer)
-        self._enqueue(peer, messages.encode(messages.POST, 0, channel, messages.owned(message)))
+        self._enqueue(peer, *self._encode(peer, messages.POST, 0, channel, message))
 
     def on_lost(self, callback: Callable[[int], None]) -> None:
         """Call `callback(rank)` on the service thread when a peer's connection breaks."""
@@ -202,11 +206,30 @@ class Mailbox:
         if os.getpid() == self._pid and threading.current_thread() is not self._service.thread:
             self._service.stop(timeout_s, goodbye=goodbye)
         self._fail_pending(lambda peer: CommError(f"rank {self.rank}: the communicator was closed"))
+        self._lender.close()
         _open_mailboxes.discard(self)
 
     # -- sending, on the caller's thread -------------------------------------------------------------------
 
-    def _enqueue(self, peer: int, frame: list[memoryview]) -> None:
+    def _encode(
+        self, peer: int, kind: int, id: int, channel: str, message: Message
+    ) -> tuple[list[memoryview], int | None]:
+        """The frame, and the block of shared memory that is lent with it, if any."""
+        if peer in self._service.near and messages.num_bytes(message) >= self._least_shared_bytes:
+            fd = self._lender.lend(peer, message.tensors)
+            if fd is not None:
+                return messages.encode(kind, id, channel, message, (os.getpid(), fd)), fd
+        return messages.encode(kind, id, channel, messages.owned(message)), None
+
+    def _enqueue(self, peer: int, frame: list[memoryview], block: int | None = None) -> None:
+        try:
+            self._append(peer, frame, block)
+        except CommError:
+            if block is not None:
+                self._lender.take_back(peer, block)
+            raise
+
+    def _append(self, peer: int, frame: list[memoryview], block: int | None) -> None:
         size = sum(len(b) for b in frame)
         on_service = threading.current_thread() is self._service.thread
         with self._room:
@@ -214,7 +237,7 @@ class Mailbox:
             while True:
                 if peer in self._lost:
                     raise PeerLost(f"rank {self.rank}: rank {peer} is lost: {self._lost[peer]}")
-                queued = self._service.queued_bytes(peer)
+                queued = self._service.queued_bytes(peer) + self._lender.lent_bytes(peer, but=block)
                 if on_service or queued == 0 or queued + size <= self._outbox_limit:
                     break
                 if not self._room.wait(max(0.0, deadline - time.monotonic())):
@@ -249,6 +272,10 @@ class Mailbox:
             self._channels.deliver(
                 src, channel, message, lambda outcome: self._answer(src, id, channel, outcome)
             )
+        elif kind == messages.RETURNED:
+            self._lender.take_back(src, id)
+            with self._room:
+                self._room.notify_all()
         elif kind == messages.FLUSH:
             self._service.reply(src, messages.signal(messages.FLUSHED, id))
         else:
@@ -270,7 +297,7 @@ class Mailbox:
             if isinstance(outcome, Message):
                 messages.check(outcome)
                 self._count_answer(outcome)
-                frame = messages.encode(messages.ANSWER, id, channel, messages.owned(outcome))
+                frame, _ = self._encode(src, messages.ANSWER, id, channel, outcome)
             else:
                 raise outcome
         except Exception as error:
@@ -279,6 +306,7 @@ class Mailbox:
         self._service.reply(src, frame)
 
     def _peer_lost(self, peer: int, why: str) -> None:
+        self._lender.forget(peer)
         with self._room:
             if peer in self._lost or self._is_closed:
                 return
@@ -292,6 +320,7 @@ class Mailbox:
 
     def _peer_left(self, peer: int) -> None:
         """It said goodbye. What it was asked and has not answered, nobody will answer."""
+        self._lender.forget(peer)
         self._fail_pending(
             lambda p: PeerLost(f"rank {self.rank}: rank {p} has left the job") if p == peer else None
         )

@@ -5,7 +5,8 @@ Frame (little-endian):
     kind u8 · 3 zero bytes · header_bytes u32 · id u64 · payload_bytes u64 · header · payload
 
     header   UTF-8 JSON {"c": channel, "h": {name: int | float | str | bool}, "t": [[dtype, [shape]], …]}
-    payload  the tensors' raw bytes in that order, without padding
+    payload  the tensors' raw bytes in that order, without padding; none if the header has "m": [pid, fd], the
+             block of shared memory that they are in
 
 Lengths are checked before anything is allocated, and the tensors' sizes must add up to the payload.
 """
@@ -30,8 +31,8 @@ MAX_PAYLOAD_BYTES = 1 << 35
 MAX_TENSORS = 4096
 MAX_DIMENSIONS = 16
 
-REQUEST, POST, ANSWER, ERROR, FLUSH, FLUSHED, GOODBYE = range(1, 8)
-_KINDS = frozenset(range(1, 8))
+REQUEST, POST, ANSWER, ERROR, FLUSH, FLUSHED, GOODBYE, RETURNED = range(1, 9)
+_KINDS = frozenset(range(1, 9))
 
 DTYPES: dict[str, torch.dtype] = {
     str(d).removeprefix("torch."): d
@@ -102,17 +103,22 @@ def raw(tensor: torch.Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
-def encode(kind: int, id: int, channel: str, message: Message) -> list[memoryview]:
-    """Frame a message as buffers for `sendmsg`; the tensors' memory is shared, so pass an `owned` one."""
+def encode(
+    kind: int, id: int, channel: str, message: Message, block: tuple[int, int] | None = None
+) -> list[memoryview]:
+    """Frame a message as buffers for `sendmsg`; the tensors' memory is shared, so pass an `owned` one.
+
+    With `block` (process, descriptor) the tensors are in shared memory already and stay off the socket.
+    """
     tensors = list(message.tensors)
-    header = json.dumps(
-        {
-            "c": channel,
-            "h": dict(message.header),
-            "t": [[_NAMES[t.dtype], list(t.shape)] for t in tensors],
-        },
-        separators=(",", ":"),
-    ).encode()
+    told: dict[str, Any] = {
+        "c": channel,
+        "h": dict(message.header),
+        "t": [[_NAMES[t.dtype], list(t.shape)] for t in tensors],
+    }
+    if block is not None:
+        told["m"] = list(block)
+    header = json.dumps(told, separators=(",", ":")).encode()
     payload = num_bytes(message)
     if len(header) > MAX_HEADER_BYTES or payload > MAX_PAYLOAD_BYTES:
         raise ConfigError(
@@ -120,7 +126,7 @@ def encode(kind: int, id: int, channel: str, message: Message) -> list[memoryvie
             f"at most {MAX_HEADER_BYTES} and {MAX_PAYLOAD_BYTES}: split it"
         )
     head = PREFIX.pack(kind, len(header), id, payload) + header
-    return [memoryview(head), *(raw(t) for t in tensors if t.numel())]
+    return [memoryview(head), *(raw(t) for t in tensors if t.numel() and block is None)]
 
 
 def signal(kind: int, id: int = 0) -> list[memoryview]:
@@ -143,8 +149,11 @@ def parse_prefix(data: bytes | bytearray | memoryview, *, max_payload_bytes: int
 
 def parse_header(
     data: bytes | bytearray | memoryview, payload_bytes: int
-) -> tuple[str, dict[str, Any], list[torch.Tensor]]:
-    """Return channel, header values and empty tensors to receive into. Raises ProtocolError."""
+) -> tuple[str, dict[str, Any], list[torch.Tensor], Any]:
+    """Return channel, header values, empty tensors to receive into, and what it says about a shared block.
+
+    Raises ProtocolError.
+    """
     try:
         value = json.loads(bytes(data))
         channel, header, shapes = value["c"], value["h"], value["t"]
@@ -157,7 +166,8 @@ def parse_header(
     total = sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs)
     if total != payload_bytes:
         raise ProtocolError(f"tensors of {total} bytes announced in a payload of {payload_bytes} bytes")
-    return channel, header, [torch.empty(shape, dtype=dtype) for dtype, shape in specs]
+    empty = [torch.empty(shape, dtype=dtype) for dtype, shape in specs]
+    return channel, header, empty, value.get("m")
 
 
 def _is_plain(header: Mapping[str, Any]) -> bool:

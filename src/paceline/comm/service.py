@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from paceline.comm import messages
+from paceline.comm import messages, shared_blocks
 from paceline.comm.authentication import Acceptor, Initiator
 from paceline.comm.connection import Connection
 from paceline.errors import ProtocolError
@@ -43,16 +43,21 @@ class Service:
         on_frame: Callable[[int, int, int, str, Message], None],
         on_peer_lost: Callable[[int, str], None],
         on_peer_left: Callable[[int], None],
+        is_lending: Callable[[], bool],
     ) -> None:
         self._rank, self._size, self._secret = rank, size, secret
         self._directory, self._timeout_s = directory, timeout_s
         self._max_payload_bytes = max_payload_bytes
         self._room, self._on_frame = room, on_frame
         self._on_peer_lost, self._on_peer_left = on_peer_lost, on_peer_left
+        self._is_lending = is_lending
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family, backlog=1024)
         self._listener.setblocking(False)
         self.address = f"{host} {self._listener.getsockname()[1]}"
+        self.place = shared_blocks.place()
+        self.near: set[int] = set()
+        """Peers on this host, as far as known: large tensors reach them through shared memory."""
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
@@ -152,7 +157,8 @@ class Service:
         if self._stop_at is None:
             return False
         busy = [c for c in [*self._out.values(), *self._in.values()] if c.outbox_bytes]
-        return (not busy and not self._waiting) or time.monotonic() >= self._stop_at
+        is_done = not busy and not self._waiting and not self._is_lending()
+        return is_done or time.monotonic() >= self._stop_at
 
     def _resolve(self, peer: int) -> None:
         """Find a peer's address and connect; in a thread of its own, as it may have to wait for the peer."""
@@ -162,7 +168,9 @@ class Service:
                 if time.monotonic() >= deadline or self._stop_at is not None:
                     raise TimeoutError(f"it did not publish an address within {self._timeout_s:g} s")
                 time.sleep(0.01)
-            host, port = address.rsplit(" ", 1)
+            host, port, place = address.split(" ")
+            if place == self.place:
+                self.near.add(peer)
             sock = socket.create_connection((host, int(port)), timeout=self._timeout_s)
         except Exception as error:
             why = f"cannot connect to it: {error}"
@@ -202,6 +210,8 @@ class Service:
         was_ready = connection.is_ready
         try:
             for kind, id, channel, message in connection.receive():
+                if connection.returns:
+                    self._return(connection)
                 if kind == messages.GOODBYE:
                     connection.said_goodbye = True
                 else:
@@ -211,6 +221,14 @@ class Service:
                 self._introduce(connection)
         except (OSError, ProtocolError) as error:
             self._disconnect(connection, str(error))
+
+    def _return(self, connection: Connection) -> None:
+        """Tell the peer that its blocks are free again; and that it is near, if it is news."""
+        with self._room:
+            for fd in connection.returns:
+                connection.append(messages.signal(messages.RETURNED, fd))
+        connection.returns.clear()
+        self.near.add(connection.peer)
 
     def _introduce(self, connection: Connection) -> None:
         """The handshake is over: a stranger becomes a peer."""
