@@ -2,8 +2,8 @@
 
     python benchmarks/messages.py
 
-A call that carries a tensor and is answered without one, as a push to a parameter server; microseconds, medians
-over alternating blocks of both kinds in one run.
+A call that carries a tensor and is answered without one, as a push to a parameter server; microseconds,
+medians over alternating blocks of both kinds in one run.
 """
 
 from __future__ import annotations
