@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <memory>
 #include <tuple>
 
@@ -95,11 +96,13 @@ std::vector<Range> ranges(const Counts& counts, std::size_t element) {
   return out;
 }
 
+constexpr auto soon = Engine::Return::soon, when_done = Engine::Return::when_done;
+
 // nullptr when it is done already and well: the common case costs no object.
-template <class M>
+template <Engine::Return returns = soon, class M>
 OperationPointer submit(M& m, Request&& request, double timeout_s, std::uint64_t announced = 0) {
   const auto timeout = static_cast<Nanoseconds>(timeout_s * 1e9);
-  OperationPointer op = m.engine->submit(m.get(), std::move(request), timeout, announced);
+  OperationPointer op = m.engine->submit(m.get(), std::move(request), timeout, announced, returns);
   if (!op->is_done.load()) return op;
   if (op->failure) throw Failed(op->failure);
   return nullptr;
@@ -115,18 +118,19 @@ Request basic(int kind, std::uintptr_t source, std::uintptr_t output, std::size_
   return r;
 }
 
-template <class M>
+template <class M, Engine::Return returns = soon>
 OperationPointer combine(M& m, int kind, std::uintptr_t source, std::uintptr_t output, std::size_t numel,
                          int dtype, int op, int root, const Counts& counts, double timeout_s) {
   Request r = basic(kind, source, output, numel, dtype);
   r.op = static_cast<ReduceOp>(op);
   r.root = root;
   if (!counts.empty()) r.parts = ranges(counts, size_of(r.dtype));
-  return submit(m, std::move(r), timeout_s);
+  return submit<returns>(m, std::move(r), timeout_s);
 }
 
 // In place. A small one is over before it pays to release the interpreter. Returns None when it is done, False for
 // what is not contiguous CPU memory with such an operator, an Operation while it is in flight.
+template <Engine::Return returns>
 nb::object all_reduce(Member& m, nb::handle tensor, int op, double timeout_s) {
   const auto memory = memory_of(tensor);
   if (!memory || !is_reducible(memory->dtype, static_cast<ReduceOp>(op)))
@@ -143,12 +147,12 @@ nb::object all_reduce(Member& m, nb::handle tensor, int op, double timeout_s) {
     const auto data = reinterpret_cast<std::uintptr_t>(call.data);
     Request r = basic(static_cast<int>(Kind::all_reduce), data, data, call.numel, static_cast<int>(call.dtype));
     r.op = call.op;
-    pending = submit(m, std::move(r), timeout_s, quick.announced);
+    pending = submit<returns>(m, std::move(r), timeout_s, quick.announced);
   }
   return pending ? nb::cast(std::move(pending)) : nb::none();
 }
 
-template <class M>
+template <class M, Engine::Return returns = soon>
 OperationPointer exchange(M& m, int kind, std::uintptr_t source, std::uintptr_t output, std::size_t numel,
                           int dtype, int root, const Counts& send, const Counts& receive, bool is_same_for_all,
                           double timeout_s) {
@@ -157,7 +161,27 @@ OperationPointer exchange(M& m, int kind, std::uintptr_t source, std::uintptr_t 
   r.send = ranges(send, size_of(r.dtype));
   r.receive = ranges(receive, size_of(r.dtype));
   r.is_same_for_all = is_same_for_all;
-  return submit(m, std::move(r), timeout_s);
+  return submit<returns>(m, std::move(r), timeout_s);
+}
+
+// As exchange, for tensors that lie anywhere: `send[i]` bytes at `sources[i]` and so on, one for each rank, or one
+// for all if it is the same.
+template <Engine::Return returns>
+OperationPointer exchange_lists(Member& m, int kind, const std::vector<std::uintptr_t>& sources, const Counts& send,
+                                const std::vector<std::uintptr_t>& outputs, const Counts& receive, std::size_t numel,
+                                int dtype, bool is_same_for_all, double timeout_s) {
+  const auto place = [](const std::vector<std::uintptr_t>& at, const Counts& num_bytes, std::vector<Range>& ranges) {
+    const std::uintptr_t base = *std::min_element(at.begin(), at.end());
+    for (std::size_t i = 0; i < at.size(); ++i) ranges.push_back({at[i] - base, num_bytes.at(i)});
+    return base;
+  };
+  std::vector<Range> to, from;
+  const std::uintptr_t source = place(sources, send, to), output = place(outputs, receive, from);
+  Request r = basic(kind, source, output, numel, dtype);
+  r.send = std::move(to);
+  r.receive = std::move(from);
+  r.is_same_for_all = is_same_for_all;
+  return submit<returns>(m, std::move(r), timeout_s);
 }
 
 template <class M>
@@ -297,7 +321,12 @@ void bind_fabric(nb::module_& m) {
         g.engine->connect(g.get(), addresses);
       }, release())
       .def_prop_ro("reduced", [](Member& g) -> Entry& { return g.reduced; }, nb::rv_policy::reference_internal)
-      .def("all_reduce", &all_reduce);
+      .def("all_reduce", &all_reduce<soon>)
+      .def("all_reduce_now", &all_reduce<when_done>)
+      .def("combine_now", &combine<Member, when_done>, release())
+      .def("exchange_now", &exchange<Member, when_done>, release())
+      .def("exchange_lists", &exchange_lists<soon>, release())
+      .def("exchange_lists_now", &exchange_lists<when_done>, release());
   shared_methods(group);
 
   nb::class_<Plan>(m, "Plan")

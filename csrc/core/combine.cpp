@@ -206,20 +206,22 @@ Task combine(Group& group, Operation& op) {
   co_await Until([&] { return group.is_ring_free(op, true); });
   const std::uint64_t slices = c.num_slices();
   c.first = group.take_ring_stages(op, slices);
-  for (std::uint64_t k = 0; k < slices + 2; ++k) {
+  // Ranks that share cores take turns: each does several slices in its turn.
+  const std::uint64_t lag = group.engine().is_crowded() ? Outbox::num_stages / 4 : 1;
+  for (std::uint64_t k = 0; k < slices + 2 * lag; ++k) {
     if (k > 0 && op.is_heavy) co_await Pause();  // something urgent may overtake
     if (k < slices) {
       if (k >= Outbox::num_stages)
         co_await Until([&] { return c.have_all(&Outbox::consumed, k + 1 - Outbox::num_stages); });
       c.copy_in(k);
     }
-    if (k >= 1 && k - 1 < slices) {
-      co_await Until([&] { return c.have_all(&Outbox::staged, k); });
-      c.combine_stages(k - 1);
+    if (k >= lag && k - lag < slices) {
+      co_await Until([&] { return c.have_all(&Outbox::staged, k - lag + 1); });
+      c.combine_stages(k - lag);
     }
-    if (k >= 2) {
-      co_await Until([&] { return c.have_all(&Outbox::reduced, k - 1); });
-      c.copy_out(k - 2);
+    if (k >= 2 * lag) {
+      co_await Until([&] { return c.have_all(&Outbox::reduced, k - 2 * lag + 1); });
+      c.copy_out(k - 2 * lag);
     }
   }
 }

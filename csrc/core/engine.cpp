@@ -109,7 +109,8 @@ Group::Quick Engine::quick(Group& group, const SmallReduce& call) {
   return group.all_reduce_at_once(call, num_spins_ > 1 ? 200 : 1);
 }
 
-OperationPointer Engine::submit(Session& group, Request request, Nanoseconds timeout, std::uint64_t announced) {
+OperationPointer Engine::submit(Session& group, Request request, Nanoseconds timeout, std::uint64_t announced,
+                                Return returns) {
   if (is_forked_child()) throw unusable("this process was forked from a rank: only the rank itself communicates");
   if (is_stopping_.load()) throw unusable("the engine was stopped");
   auto op = std::make_shared<Operation>();
@@ -118,12 +119,16 @@ OperationPointer Engine::submit(Session& group, Request request, Nanoseconds tim
   op->request = std::move(request);
   op->started = now_ns();
   op->deadline = op->started + timeout;
-  const Driving lock(*this);
-  if (group.failure()) throw Failed(group.failure());
-  activate(group);
-  group.enqueue(op);
-  if (!op->is_heavy) linger(*op);
-  leave();
+  {
+    const Driving lock(*this);
+    if (group.failure()) throw Failed(group.failure());
+    activate(group);
+    group.enqueue(op);
+    if (returns == Return::when_done) drive(*op, INT64_MAX);
+    else if (!op->is_heavy) linger(*op);
+    leave();
+  }
+  if (returns == Return::when_done) wait(*op, -1);
   return op;
 }
 

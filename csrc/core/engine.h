@@ -34,7 +34,10 @@ class Engine {
   // Starts an operation and spins for it a few microseconds. The pointers of `request` must stay valid until the
   // operation is done. Throws Failed if the group has failed before.
   // `announced`: the sequence number under which quick() has announced it already, or 0.
-  OperationPointer submit(Session& group, Request request, Nanoseconds timeout, std::uint64_t announced = 0);
+  // Who would wait at once anyhow has it returned when it is done: that spares the helper from being woken.
+  enum class Return { soon, when_done };
+  OperationPointer submit(Session& group, Request request, Nanoseconds timeout, std::uint64_t announced = 0,
+                          Return returns = Return::soon);
   // Tries a small all_reduce without all that; what it leaves undone is to be submitted.
   Group::Quick quick(Group& group, const SmallReduce& call);
   // Drives until `op` is done; false if `timeout` (negative: none) passes first.
@@ -57,6 +60,7 @@ class Engine {
 
   // Spinning only pays while every rank of the host has a core of its own.
   void set_ranks_on_host(int num_ranks);
+  bool is_crowded() const { return num_spins_ <= 1; }
   std::size_t num_closing_groups();
   // True in a child made by fork() after this engine: it shares memory with peers that do not know it, so it must not touch anything.
   bool is_forked_child() const;

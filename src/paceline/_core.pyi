@@ -172,3 +172,57 @@ class Group(_AnyGroup):
     @property
     def reduced(self) -> Entry: ...
     def all_reduce(self, tensor: Any, op: int, timeout_s: float, /) -> Operation | Literal[False] | None: ...
+    def all_reduce_now(self, tensor: Any, op: int, timeout_s: float, /) -> Literal[False] | None: ...
+    def combine_now(
+        self,
+        kind: int,
+        source: int,
+        output: int,
+        numel: int,
+        dtype: int,
+        op: int,
+        root: int,
+        counts: Sequence[int],
+        timeout_s: float,
+        /,
+    ) -> Operation | None: ...
+    def exchange_now(
+        self,
+        kind: int,
+        source: int,
+        output: int,
+        numel: int,
+        dtype: int,
+        root: int,
+        send: Sequence[int],
+        receive: Sequence[int],
+        is_same_for_all: bool,
+        timeout_s: float,
+        /,
+    ) -> Operation | None: ...
+    def exchange_lists(
+        self,
+        kind: int,
+        sources: Sequence[int],
+        send: Sequence[int],
+        outputs: Sequence[int],
+        receive: Sequence[int],
+        numel: int,
+        dtype: int,
+        is_same_for_all: bool,
+        timeout_s: float,
+        /,
+    ) -> Operation | None: ...
+    def exchange_lists_now(
+        self,
+        kind: int,
+        sources: Sequence[int],
+        send: Sequence[int],
+        outputs: Sequence[int],
+        receive: Sequence[int],
+        numel: int,
+        dtype: int,
+        is_same_for_all: bool,
+        timeout_s: float,
+        /,
+    ) -> Operation | None: ...

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from paceline.comm.native_codes import DTYPE_CODES
+from paceline.comm.native_codes import DTYPE_CODES, OP_CODES
 from paceline.errors import ConfigError
 from paceline.types import ReduceOp
 
@@ -30,27 +30,33 @@ _OPERATORS: dict[int, ReduceOp] = {
     )
 }
 _PREMUL_SUM = hash(dist.ReduceOp.PREMUL_SUM)
+OPERATOR_CODES = {code: OP_CODES[ours] for code, ours in _OPERATORS.items() if code != _PREMUL_SUM}
+"""By the hash of a torch ReduceOp: the core's number of those that need nothing else."""
 _BITWISE = (ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR)
 # Moved, not combined: any dtype travels as integers of its size.
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+class NoReduction(ConfigError, RuntimeError):
+    """An operator and a dtype that do not go together: other backends call this a RuntimeError."""
+
+
 def operator(theirs: Any, tensor: torch.Tensor) -> tuple[ReduceOp, float | torch.Tensor | None]:
-    """Return our operator, and the factor of PREMUL_SUM. ConfigError if the pair has no meaning."""
+    """Return our operator, and the factor of PREMUL_SUM. NoReduction if the pair has no meaning."""
     code = hash(theirs)
     op = _OPERATORS.get(code)
     if op is None:
-        raise ConfigError(f"paceline backend: ReduceOp {theirs} is not supported")
+        raise NoReduction(f"paceline backend: ReduceOp {theirs} is not supported")
     if op in _BITWISE and (tensor.is_floating_point() or tensor.is_complex()):
-        raise ConfigError(f"Cannot use ReduceOp.{op.name} with non-integral dtype {tensor.dtype}")
+        raise NoReduction(f"Cannot use ReduceOp.{op.name} with non-integral dtype {tensor.dtype}")
     if tensor.is_complex() and op in (ReduceOp.MIN, ReduceOp.MAX):
-        raise ConfigError(
+        raise NoReduction(
             f"ReduceOp.{op.name} has no meaning for {tensor.dtype}: complex numbers have no order"
         )
     if tensor.dtype not in DTYPE_CODES:
-        raise ConfigError(f"paceline backend: {tensor.dtype} cannot be reduced; convert it first")
+        raise NoReduction(f"paceline backend: {tensor.dtype} cannot be reduced; convert it first")
     if op is ReduceOp.MEAN and tensor.dtype == torch.bool:
-        raise ConfigError("ReduceOp.AVG has no meaning for torch.bool; use BOR or BAND")
+        raise NoReduction("ReduceOp.AVG has no meaning for torch.bool; use BOR or BAND")
     return op, theirs.__getstate__()[1] if code == _PREMUL_SUM else None
 
 

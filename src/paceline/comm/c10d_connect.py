@@ -29,13 +29,15 @@ def create(options: Any, backend_options: Any) -> PacelineGroup:
     """Make the process group that `torch.distributed` asked for; collective over its members."""
     from paceline.comm import c10d_patches
     from paceline.comm.c10d import PacelineGroup
+    from paceline.comm.c10d_quick import QuickGroup
 
     c10d_patches.apply()
     rank, size = options.group_rank, options.group_size
     timeout_s = options.timeout.total_seconds()
     meeting = meet(options.store, rank, size, timeout_s)
     comm = native.connect(meeting, timeout_s=timeout_s)
-    group = PacelineGroup(comm, options.store, timeout_s=timeout_s)
+    quick = isinstance(comm, native.NativeCommunicator)
+    group = (QuickGroup if quick else PacelineGroup)(comm, options.store, timeout_s=timeout_s)  # type: ignore[arg-type]
     if torch.cuda.is_available() and dist.is_nccl_available():
         group.other_backends["cuda"] = _nccl(options, backend_options)
     return group

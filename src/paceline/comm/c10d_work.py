@@ -19,6 +19,11 @@ from paceline.types import Work
 Result = list[torch.Tensor] | list[list[torch.Tensor]]
 
 
+def told(error: CommError) -> CommError:
+    """Return the error with the words by which callers of other backends know a timeout."""
+    return Timeout(f"{error} (the timeout has passed)") if isinstance(error, Timeout) else error
+
+
 class C10dWork(dist.Work):
     """One operation, or several of one group that are over when the last is.
 
@@ -47,9 +52,7 @@ class C10dWork(dist.Work):
             try:
                 native.wait(seconds if seconds > 0 else None)
             except CommError as error:
-                # The words by which callers of other backends know a timeout.
-                late = isinstance(error, Timeout)
-                self._error = Timeout(f"{error} (the timeout has passed)") if late else error
+                self._error = told(error)
                 raise self._error from None
         if self._finish is not None:
             self._settle()
