@@ -41,7 +41,7 @@ def call(name: str, num_bytes: int, group, size: int) -> Callable[[], object]:
 
 
 def repetitions(num_bytes: int) -> int:
-    return max(3, min(200, (8 << 20) // max(num_bytes, 1)))
+    return max(3, min(400, (8 << 20) // max(num_bytes, 1)))
 
 
 def collectives(rank: int, size: int, groups, chosen) -> list[dict]:
@@ -105,10 +105,41 @@ def models():
         layer = nn.TransformerEncoderLayer(128, 4, 256, dropout=0.0, batch_first=True)
         return nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(128, 10))
 
+    def residual():
+        class Block(nn.Module):
+            def __init__(self, width: int):
+                super().__init__()
+                conv = [nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2)]
+                self.f = nn.Sequential(
+                    conv[0], nn.BatchNorm2d(width), nn.ReLU(), conv[1], nn.BatchNorm2d(width)
+                )
+
+            def forward(self, x):
+                return torch.relu(x + self.f(x))
+
+        ends = nn.Conv2d(3, 32, 3, padding=1), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return nn.Sequential(ends[0], *(Block(32) for _ in range(4)), ends[1], nn.Linear(32, 10))
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(64, 128, 2, batch_first=True), nn.Linear(128, 10)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0][:, -1])
+
+    def embedding():
+        return nn.Sequential(
+            nn.Embedding(20_000, 64), nn.Flatten(), nn.Linear(64 * 16, 64), nn.Linear(64, 10)
+        )
+
     yield "25 M-parameter MLP", mlp(2048, 6), torch.randn(32, 2048)
     yield "small MLP", mlp(64, 2), torch.randn(32, 64)
     yield "CNN", cnn(), torch.randn(16, 3, 32, 32)
     yield "small transformer", transformer(), torch.randn(4, 32, 128)
+    yield "residual CNN", residual(), torch.randn(8, 3, 32, 32)
+    yield "LSTM", Recurrent(), torch.randn(16, 24, 64)
+    yield "embedding", embedding(), torch.randint(20_000, (32, 16))
 
 
 def steps(rank: int, size: int, groups, chosen) -> list[dict]:
@@ -121,6 +152,8 @@ def steps(rank: int, size: int, groups, chosen) -> list[dict]:
     rows = []
     torch.manual_seed(0)
     for name, model, x in models():
+        if chosen.models and not any(name.startswith(m) for m in chosen.models):
+            continue
         nets = {b: DistributedDataParallel(copy.deepcopy(model), process_group=g) for b, g in groups.items()}
         optimizers = {b: torch.optim.SGD(net.parameters(), lr=1e-3) for b, net in nets.items()}
         count = 3 if name.startswith("25") else 20
@@ -163,6 +196,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=7)
     parser.add_argument("--only", nargs="*", choices=OPERATIONS)
+    parser.add_argument("--models", nargs="*", help="of steps: those whose name begins so")
     parser.add_argument("--sizes", nargs="*", type=int, help="bytes of the whole tensor")
     parser.add_argument("--json")
     chosen = parser.parse_args()

@@ -131,3 +131,37 @@ def check_many_groups(rank: int, size: int) -> None:
         dist.all_reduce(t, group=group)
         assert t.item() == size
         dist.destroy_process_group(group)
+
+
+def check_lists_of_tensors_that_lie_anywhere(rank: int, size: int) -> None:
+    for numel in (1, 3000, 200_000):
+        for is_async in (False, True):
+            outs = [torch.empty(numel) for _ in range(size)][::-1]
+            work = dist.all_gather(outs, torch.full((numel,), float(rank)), async_op=is_async)
+            boxes = [torch.empty(numel + 10 * rank) for _ in range(size)]
+            sent = [torch.full((numel + 10 * r,), 10.0 * rank + r) for r in range(size)]
+            other = dist.all_to_all(boxes, sent, async_op=is_async)
+            if is_async:
+                work.wait()
+                other.wait()
+            for r in range(size):
+                assert bool((outs[r] == r).all())
+                assert bool((boxes[r] == 10 * r + rank).all())
+
+
+def check_errors_are_those_that_callers_of_other_backends_expect(rank: int, size: int) -> None:
+    with pytest.raises(RuntimeError, match="BAND"):
+        dist.all_reduce(torch.ones(2), op=dist.ReduceOp.BAND)
+    square = torch.ones(size, size)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        dist.all_to_all_single(torch.empty(size, size), square.t())
+    work = dist.all_reduce(torch.ones(2), async_op=True)
+    work.wait()
+    with pytest.raises(RuntimeError, match="source"):
+        work.source_rank()
+    if rank == 0:
+        dist.send(torch.ones(1), 1)
+    if rank == 1:
+        receive = dist.irecv(torch.empty(1), 0)
+        receive.wait()
+        assert receive.source_rank() == 0

@@ -210,6 +210,8 @@ class PacelineGroup(GroupIdentity):
         self._begin(opts, timeout)
         name = "all_to_all"
         arguments.same_dtype(name, output, source)
+        if not (output.is_contiguous() and source.is_contiguous()):
+            raise ConfigError(f"paceline backend: {name}: Tensors must be contiguous")  # as for gloo and NCCL
         memory, finish = arguments.writable(output, name)
         data = arguments.readable(source, name)
         if not output_splits and not input_splits:
@@ -253,8 +255,7 @@ class PacelineGroup(GroupIdentity):
         else:
             native = self._comm._recv(memory, src, tag)
         work = self._over(native, [tensor], finish, is_collective=False)
-        if src is not None:
-            work._source = src
+        work._source = -1 if src is None else src
         return work
 
     def recv_anysource(self, tensors: Any, tag: int) -> dist.Work:

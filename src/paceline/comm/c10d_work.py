@@ -31,9 +31,7 @@ class C10dWork(dist.Work):
     told: it copies what could not be received in place.
     """
 
-    def __init__(
-        self, native: Work, result: Sequence[Any], finish: Callable[[], None] | None = None, source: int = -1
-    ) -> None:
+    def __init__(self, native: Work, result: Sequence[Any], finish: Callable[[], None] | None = None) -> None:
         dist.Work.__init__(self)
         self._native = native
         self._result = list(result)
@@ -42,7 +40,7 @@ class C10dWork(dist.Work):
         self._error: BaseException | None = None
         self._future: torch.futures.Future | None = None
         self._promise: torch.futures.Future | None = None
-        self._source = source
+        self._source: int | None = None
 
     def wait(self, timeout: datetime.timedelta | None = None) -> bool:
         """Block until done; raise PeerLost, Timeout or Mismatch naming the culprit. Always returns True."""
@@ -90,9 +88,9 @@ class C10dWork(dist.Work):
 
     def source_rank(self) -> int:
         """Rank in the group that a receive got its message from."""
-        if isinstance(self._native, NativeWork):
-            return int(self._native._operation.peer)
-        return self._source
+        if self._source is None:
+            raise RuntimeError("source_rank: only a receive has a source")
+        return int(self._native._operation.peer) if isinstance(self._native, NativeWork) else self._source
 
     _source_rank = source_rank
 
