@@ -82,6 +82,8 @@ void Engine::stop() {
 }
 
 void Engine::set_ranks_on_host(int num_ranks) {
+  if (num_ranks < ranks_on_host_) return;  // a group of some of them
+  ranks_on_host_ = num_ranks;
   cpu_set_t cores;
   const bool known = sched_getaffinity(0, sizeof cores, &cores) == 0;
   const bool crowded = known && num_ranks > CPU_COUNT(&cores);

@@ -58,7 +58,7 @@ class Engine {
   // Joins the helper; operations in flight fail. Afterwards only frees are allowed.
   void stop();
 
-  // Spinning only pays while every rank of the host has a core of its own.
+  // Spinning only pays while every rank of the host has a core of its own. Groups of fewer ranks change nothing.
   void set_ranks_on_host(int num_ranks);
   bool is_crowded() const { return num_spins_ <= 1; }
   std::size_t num_closing_groups();
@@ -108,6 +108,7 @@ class Engine {
   std::atomic<bool> is_stopping_{false};
   std::uint32_t born_after_ = 0;  // forks before this engine was made
   int network_spins_ = 400;
+  int ranks_on_host_ = 1;
   int num_spins_ = 2000;
   int num_yields_ = 50;
   int submit_idle_ = 400;
