@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCENARIOS: dict[str, dict[str, Any]] = {
     "gigabit": {"rate": "1gbit", "delay_s": 0.0, "sizes": [4, 1 << 10, 8 << 10, 32 << 10, 1 << 20, 64 << 20]},
     "far": {"rate": "1gbit", "delay_s": 0.005, "sizes": [4, 1 << 10, 32 << 10, 256 << 10, 1 << 20, 16 << 20]},
-    "uneven": {"rate": "1gbit", "delay_s": 0.0, "slow": "250mbit", "sizes": [1 << 20, 16 << 20]},
+    "uneven": {"rate": "1gbit", "delay_s": 0.0, "slow": "250mbit", "sizes": [4 << 20, 16 << 20, 64 << 20]},
 }
 
 
@@ -67,6 +67,7 @@ def worker(options: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
+    from paceline.comm import select
     from paceline.comm.native import connect
     from paceline.comm.rendezvous import meet
 
@@ -80,6 +81,8 @@ def worker(options: argparse.Namespace) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=comm.size)
     if rank == 0:
         print(json.dumps({"rates": rates.tolist()}), flush=True)
+    if options.programs:  # what would be selected, beside named programs
+        comm.selection = select.tune(comm, ("all_reduce",), [int(s) for s in options.sizes.split(",")])
     for num_bytes in (int(s) for s in options.sizes.split(",")):
         tensor = torch.zeros(num_bytes // 4)
         calls: dict[str, Callable[[], object]] = {
@@ -87,19 +90,16 @@ def worker(options: argparse.Namespace) -> None:
             "native": lambda t=tensor: comm.all_reduce(t).wait(),
         }
         if options.programs:
-            from paceline.comm.native_network import algorithm_for
-
             for name in options.programs.split(","):
 
                 def run(name: str = name, t: torch.Tensor = tensor) -> None:
-                    comm.algorithm_for = lambda *_: name
-                    comm.all_reduce(t).wait()
-                    comm.algorithm_for = algorithm_for
+                    comm.all_reduce(t, algorithm=name).wait()
 
                 calls[name] = run
         times = measure(calls, comm, options.blocks)
         if rank == 0:
-            print(json.dumps({"num_bytes": num_bytes, "median_s": times}), flush=True)
+            chosen = comm.explain("all_reduce", num_bytes).algorithm
+            print(json.dumps({"num_bytes": num_bytes, "median_s": times, "selected": chosen}), flush=True)
     dist.destroy_process_group()
     comm.close()
 
@@ -163,7 +163,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         share = row["bound_s"] / median["native"]
         print(
             f"{row['num_bytes']:>10} B  {figures}  {median['gloo'] / median['native']:6.2f} x gloo"
-            f"  {share:6.1%} of the bound",
+            f"  {share:6.1%} of the bound  {row['selected']}",
             flush=True,
         )
 

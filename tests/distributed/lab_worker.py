@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from paceline.comm import select
 from paceline.comm.native import connect
 from paceline.comm.rendezvous import meet
 from paceline.errors import CommError
@@ -40,6 +41,16 @@ def check(comm):
     return {"wire_bytes": comm.wire_bytes}
 
 
+def choose(comm):
+    """What is selected for a large all_reduce on these links; and it works."""
+    comm.selection = select.tune(comm, ("all_reduce",), (4 << 20,))
+    choice = comm.explain("all_reduce", 16 << 20)
+    t = torch.arange(1 << 20, dtype=torch.float32) * (comm.rank + 1)
+    comm.all_reduce(t).wait()
+    assert torch.equal(t, torch.arange(1 << 20, dtype=torch.float32) * sum(range(1, comm.size + 1)))
+    return {"algorithm": choice.algorithm, "text": str(choice), "times_s": dict(choice.times_s)}
+
+
 def go_on(comm):
     """all_reduce until a peer is missing."""
     t = torch.zeros(300_000)
@@ -56,6 +67,6 @@ def go_on(comm):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     comm = connect(meet(), timeout_s=float(sys.argv[2]))
-    value = {"check": check, "go_on": go_on}[sys.argv[1]](comm)
+    value = {"check": check, "choose": choose, "go_on": go_on}[sys.argv[1]](comm)
     print(json.dumps(value), flush=True)
     comm.close()

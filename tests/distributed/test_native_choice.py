@@ -13,6 +13,7 @@ from shm_ranks import run
 from paceline.comm import select
 from paceline.comm.select import Choice, Table
 from paceline.errors import ConfigError
+from paceline.types import ReduceOp
 
 pytestmark = pytest.mark.xdist_group("processes")
 FABRICS = pytest.mark.parametrize("network", [False, True], ids=["shm", "tcp"])
@@ -46,6 +47,15 @@ def override_body(comm):
             t = torch.full((n,), float(comm.rank + 1))
             comm.all_reduce(t, algorithm=name).wait()
             assert torch.all(t == total), (name, n)
+    # Shares: from ranks that reduce nothing to one that reduces all, more and less than one step takes.
+    for weights in ("1/2/0", "0/0/5", "0/1/0", "33/33/34"):
+        for n in (0, 1, 700, 1001, 300_007):
+            t = torch.arange(n, dtype=torch.float32) * (comm.rank + 1)
+            comm.all_reduce(t, algorithm=f"direct:shares={weights}").wait()
+            assert torch.equal(t, torch.arange(n, dtype=torch.float32) * total), (weights, n)
+            t = torch.arange(n, dtype=torch.int32) * (comm.rank + 1)
+            comm.all_reduce(t, op=ReduceOp.MAX, algorithm=f"direct:shares={weights}").wait()
+            assert torch.equal(t, torch.arange(n, dtype=torch.int32) * p), (weights, n)
     source, whole = torch.full((4,), float(comm.rank)), torch.empty(4 * p)
     comm.all_gather(whole, source, algorithm="ring").wait()
     assert torch.equal(whole, torch.arange(p, dtype=torch.float32).repeat_interleave(4))
@@ -55,7 +65,11 @@ def override_body(comm):
     t = torch.full((9,), float(comm.rank))
     comm.broadcast(t, root=1, algorithm="binomial_tree").wait()
     assert torch.all(t == 1)
-    for wrong, text in (("rings", "ring"), ("pairwise", "cannot do all_reduce")):
+    for wrong, text in (
+        ("rings", "ring"),
+        ("pairwise", "cannot do all_reduce"),
+        ("direct:shares=1/2", "3 weights"),
+    ):
         with pytest.raises(ConfigError, match=text):
             comm.all_reduce(torch.ones(2), algorithm=wrong)
     assert comm.algorithm_for("all_reduce", 4, p) == "direct", "an override holds for one call"

@@ -50,6 +50,21 @@ def test_operations(hosts):
 
 
 @pytest.mark.slow
+def test_a_slow_link_reduces_least():
+    """One link at a quarter of the speed: measured, simulated, chosen by all ranks, explained."""
+    with Lab(hosts=4, rate="1gbit") as lab:
+        lab.set_rate(3, "250mbit")
+        values = results(start(lab, [0, 1, 2, 3], "choose", 30, lab.address(0)))
+    assert all(value == values[0] for value in values)
+    name, text, times_s = (values[0][k] for k in ("algorithm", "text", "times_s"))
+    assert name.startswith("direct:shares="), text
+    weights = [int(w) for w in name.removeprefix("direct:shares=").split("/")]
+    assert weights[3] < min(weights[:3]), text
+    assert "links differ" in text and "Mbit/s" in text
+    assert times_s[name] < times_s["ring"], text
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", ["eth0,eth1", "fd77:0::{}", "eth1"])
 def test_rails_and_ipv6(wanted):
     """The meeting is over IPv4 on the first rail; the data goes where `interface` says."""

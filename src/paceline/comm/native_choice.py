@@ -18,9 +18,10 @@ from paceline.types import Rank, ReduceOp, Work
 class ChoosingCommunicator(CoreCommunicator):
     """A communicator whose operations take `algorithm` and `priority`.
 
-    `algorithm`: a name from `paceline schedule list`, or "direct"; all ranks must give the same. `priority`
-    above 0: the operation overtakes those in flight without one, between two of their slices; urgent ones
-    keep their order among themselves.
+    `algorithm`: a name from `paceline schedule list`, or "direct", of an all_reduce between hosts also
+    "direct:shares=33/33/34/0" with a weight for every rank (comm/uneven.py); all ranks must give the same.
+    `priority` above 0: the operation overtakes those in flight without one, between two of their slices;
+    urgent ones keep their order among themselves.
     """
 
     _urgent_lane: ChoosingCommunicator | None = None

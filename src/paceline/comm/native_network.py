@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from paceline import _core, collectives
+from paceline.comm import uneven
 from paceline.comm.native_choice import ChoosingCommunicator, replaced
 from paceline.comm.native_codes import OP_CODES, Kind
 from paceline.comm.native_core import engine
@@ -140,12 +141,13 @@ class NetworkCommunicator(ChoosingCommunicator):
     @contextlib.contextmanager
     def using(self, algorithm: str) -> Iterator[None]:
         """Operations inside run `algorithm`; the same on all ranks. ConfigError for one that is unknown."""
-        if algorithm != DIRECT:
+        is_own = algorithm == DIRECT or uneven.parse(algorithm, self.size) is not None
+        if not is_own:
             collectives.find(algorithm.partition(":")[0])
 
         def fixed(operation: str, num_bytes: int, num_ranks: int) -> str:
             name = algorithm.partition(":")[0]
-            if name != DIRECT:
+            if not is_own:
                 answer = collectives.supports(name, operation, num_ranks)
                 if not answer:
                     raise ConfigError(f"{name} cannot do {operation} on {num_ranks} ranks: {answer}")
@@ -182,10 +184,14 @@ class NetworkCommunicator(ChoosingCommunicator):
         return self._network.wire_bytes
 
     def _all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> Work:
-        program = self._program("all_reduce", tensor)
-        if program is None:
+        name = self.algorithm_for("all_reduce", tensor.numel() * tensor.itemsize, self.size)
+        if name == DIRECT:
             return super()._all_reduce(tensor, op)
-        return self._run(program, "all_reduce", Kind.ALL_REDUCE, tensor, tensor, tensor.numel(), op=op)
+        shares = uneven.parse(name, self.size)
+        if shares is not None:
+            counts = uneven.counts(tensor.numel(), shares)
+            return self._combine("all_reduce", Kind.ALL_REDUCE, tensor, tensor, 0, op, counts)
+        return self._run(name, "all_reduce", Kind.ALL_REDUCE, tensor, tensor, tensor.numel(), op=op)
 
     def _reduce(self, tensor: torch.Tensor, root: Rank, op: ReduceOp) -> Work:
         program = self._program("reduce", tensor)
@@ -230,7 +236,7 @@ class NetworkCommunicator(ChoosingCommunicator):
     def _program(self, operation: str, whole: torch.Tensor) -> str | None:
         """Name of the program to run, None for the core's own algorithm."""
         name = self.algorithm_for(operation, whole.numel() * whole.itemsize, self.size)
-        return None if name == "direct" else name
+        return None if name == DIRECT or name.startswith(uneven.PREFIX) else name
 
     def _run(
         self,

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline import collectives, registry
+from paceline.comm import uneven
 from paceline.errors import ConfigError
 from paceline.schedule import topology
 from paceline.schedule.network import Topology
@@ -40,7 +41,7 @@ _FINALISTS = 3
 _REPEATS = 3
 _TOO_LONG_S = 0.02  # beyond, bandwidth decides, and what won at the size before wins again
 _PROBE_BYTES = 256 << 10
-_VERSION = 1
+_VERSION = 2  # counts up when what is measured or what is in a table changes
 MOST_RANKS = 64  # simulating all candidates for more takes too long to do it at every job's start
 
 
@@ -129,82 +130,110 @@ def tune(
     comm: NetworkCommunicator, operations: Sequence[str] = OPERATIONS, sizes: Sequence[int] = SIZES
 ) -> Table:
     """Measure links, simulate all candidates, race the best. Collective; a second or two."""
-    links = measure_links(comm)
+    links, rates = measure_links(comm)
     choices: list[Choice] = []
     for operation in operations:
         stopped: Choice | None = None
         for num_bytes in sorted(sizes):
             plan = _from_rank_0(
-                comm, json.dumps(_rank(operation, num_bytes, links)) if comm.rank == 0 else ""
+                comm, json.dumps(_rank(operation, num_bytes, links, rates)) if comm.rank == 0 else ""
             )
             simulated: dict[str, float] = json.loads(plan)
             if stopped is not None or min(simulated.values()) > _TOO_LONG_S:
-                choices.append(_choice(operation, num_bytes, simulated, "simulated on the measured links"))
+                choices.append(
+                    _choice(operation, num_bytes, simulated, "simulated on the measured links", rates)
+                )
                 stopped = choices[-1]
                 continue
             finalists = list(simulated)[:_FINALISTS]
             if DIRECT not in finalists:
                 finalists.append(DIRECT)
             measured = {name: _race(comm, operation, num_bytes, name) for name in finalists}
-            choices.append(_choice(operation, num_bytes, measured, "fastest when measured here"))
+            choices.append(_choice(operation, num_bytes, measured, "fastest when measured here", rates))
     text = Table(tuple(choices)).to_json() if comm.rank == 0 else ""
     return Table.from_json(_from_rank_0(comm, text), "measured")
 
 
-def _choice(operation: str, num_bytes: int, times_s: Mapping[str, float], how: str) -> Choice:
+def _choice(
+    operation: str, num_bytes: int, times_s: Mapping[str, float], how: str, rates: Sequence[float]
+) -> Choice:
     order = sorted(times_s, key=lambda name: (times_s[name], name))
     ranked = {name: times_s[name] for name in order}
     best = order[0]
     if len(order) == 1:
         return Choice(operation, num_bytes, best, f"{how}: {times_s[best] * 1e6:.3g} us", None, ranked)
     reason = f"{how}: {times_s[best] * 1e6:.3g} us against {times_s[order[1]] * 1e6:.3g} us"
+    if best.startswith(uneven.PREFIX):
+        mbit = ", ".join(f"{rate * 8e-6:.3g}" for rate in rates)
+        reason += f"; links differ ({mbit} Mbit/s in order of ranks), so ranks reduce shares of the buffer"
     return Choice(operation, num_bytes, best, reason, order[1], ranked)
 
 
-def measure_links(comm: NetworkCommunicator) -> Topology:
-    """Latency and bandwidth of every host's interface, from exchanges of all pairs of ranks. Collective."""
-    p = comm.size
-    latency, per_byte = torch.full((p,), 1e9, dtype=torch.float64), torch.full((p,), 1e9, dtype=torch.float64)
+def measure_links(comm: NetworkCommunicator) -> tuple[Topology, list[float]]:
+    """Latency and bandwidth of every host's interface, and bytes/s of every rank's link. Collective.
+
+    All pairs of ranks are tried. A rank's link is as fast as the fastest message that it received or that was
+    received from it, whichever is slower: so a slow peer makes nobody else's link look slow.
+    """
+    p, me = comm.size, comm.rank
+    latency, per_byte = (
+        torch.full((p,), 1e9, dtype=torch.float64),
+        torch.full((p, p), 1e9, dtype=torch.float64),
+    )
     for distance in range(1, p):
-        # Everybody sends to the rank `distance` further on: every interface carries one message each way.
-        dst, src = (comm.rank + distance) % p, (comm.rank - distance) % p
-        for num_bytes, repeats in ((4, 5), (_PROBE_BYTES, 3)):
-            mine, theirs = (
-                torch.zeros(num_bytes, dtype=torch.uint8),
-                torch.empty(num_bytes, dtype=torch.uint8),
-            )
-            best = 1e9
-            for _ in range(repeats):
-                comm.barrier().wait()
-                start = time.perf_counter()
-                receive, send = comm.recv(theirs, src, tag=1), comm.send(mine, dst, tag=1)
-                send.wait()
-                receive.wait()
-                best = min(best, time.perf_counter() - start)
-            if num_bytes == 4:
-                latency[comm.rank] = min(float(latency[comm.rank]), best)
-            else:
-                spent = max(best - float(latency[comm.rank]), 1e-9)
-                per_byte[comm.rank] = min(float(per_byte[comm.rank]), spent / num_bytes)
+        # Everybody receives from the rank `distance` behind: every interface carries one message each way.
+        dst, src = (me + distance) % p, (me - distance) % p
+        round_trip_s = _fetch(comm, src, dst, 4, repeats=5)
+        spent_s = max(_fetch(comm, src, dst, _PROBE_BYTES, repeats=4) - round_trip_s, 1e-9)
+        latency[me] = min(float(latency[me]), round_trip_s / 2)
+        per_byte[src, me] = spent_s / _PROBE_BYTES
     comm.all_reduce(latency, op=ReduceOp.MIN).wait()
     comm.all_reduce(per_byte, op=ReduceOp.MIN).wait()
+    slowness = torch.maximum(per_byte.min(dim=0).values, per_byte.min(dim=1).values)
     hosts = list(dict.fromkeys(comm.hosts))
     first = [list(comm.hosts).index(h) for h in hosts]
-    return topology.switched(
+    links = topology.switched(
         "measured",
         comm.hosts,
         nic_latency_s=[float(latency[r]) for r in first],
-        nic_seconds_per_byte=[float(per_byte[r]) for r in first],
+        nic_seconds_per_byte=[float(slowness[r]) for r in first],
     )
+    return links, (1 / slowness).tolist()
 
 
-def _rank(operation: str, num_bytes: int, links: Topology) -> dict[str, float]:
+def _fetch(comm: NetworkCommunicator, src: int, dst: int, num_bytes: int, *, repeats: int) -> float:
+    """Least seconds from asking `src` for a message until it is here, while `dst` gets one from this rank.
+
+    It leaves when it is asked for: were it sent unasked, a rank that comes late would find it there already,
+    and take the slowest link for the fastest.
+    """
+    mine, theirs = torch.zeros(num_bytes, dtype=torch.uint8), torch.empty(num_bytes, dtype=torch.uint8)
+    asked, best = torch.empty(1, dtype=torch.uint8), 1e9
+    for _ in range(repeats):
+        comm.barrier().wait()
+        start = time.perf_counter()
+        question = comm.send(torch.zeros(1, dtype=torch.uint8), src, tag=2)
+        answer = comm.recv(theirs, src, tag=1)
+        comm.recv(asked, dst, tag=2).wait()
+        sent = comm.send(mine, dst, tag=1)
+        answer.wait()
+        best = min(best, time.perf_counter() - start)
+        question.wait()
+        sent.wait()
+    return best
+
+
+def _rank(operation: str, num_bytes: int, links: Topology, rates: Sequence[float]) -> dict[str, float]:
     """Simulated seconds by algorithm, fastest first."""
     p = links.num_ranks
     programs = _candidates(operation, p)
     times = {name: simulate(program, links, num_bytes).time_s for name, program in programs.items()}
     # What the core does by itself is all pairs at once, with fewer copies.
     times[DIRECT] = times.pop("all_pairs", min(times.values(), default=0.0))
+    shares = uneven.best(rates) if operation == "all_reduce" and num_bytes >= uneven.SMALLEST_BYTES else None
+    if shares is not None:
+        program = uneven.program(uneven.parse(shares, p) or ())
+        times[shares] = simulate(program, links, num_bytes).time_s
     return dict(sorted(times.items(), key=lambda item: (item[1], item[0])))
 
 
