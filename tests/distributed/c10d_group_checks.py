@@ -165,3 +165,17 @@ def check_errors_are_those_that_callers_of_other_backends_expect(rank: int, size
         receive = dist.irecv(torch.empty(1), 0)
         receive.wait()
         assert receive.source_rank() == 0
+
+
+def check_a_tensor_twice_in_a_coalesced_call(rank: int, size: int) -> None:
+    t = torch.full((3,), float(rank + 1))
+    dist.group.WORLD.allreduce_coalesced([t, t]).wait()
+    assert t.tolist() == [size * (size + 1) / 2] * 3
+
+
+def check_futures_of_operations_that_pack_their_outputs(rank: int, size: int) -> None:
+    for _ in range(200):
+        outs = [torch.empty(6, 2)[:, 1] for _ in range(size)]
+        future = dist.all_gather(outs, torch.full((6,), float(rank)), async_op=True).get_future()
+        future.wait()
+        assert [o[3].item() for o in outs] == list(range(size))

@@ -34,7 +34,9 @@ from paceline.comm import (
 )
 from paceline.comm.c10d_arguments import Finish
 from paceline.comm.c10d_group import GroupIdentity
+from paceline.comm.c10d_work import C10dWork
 from paceline.comm.native_core import CoreCommunicator
+from paceline.comm.native_work import DONE
 from paceline.errors import ConfigError
 
 Tensors = list[torch.Tensor]
@@ -60,7 +62,23 @@ class PacelineGroup(GroupIdentity):
         return self._over(self._comm._all_reduce(memory, ours), [tensor], finish, opts)
 
     def allreduce_coalesced(self, tensors: Tensors, opts: Any = None) -> dist.Work:
-        return self._together([self.allreduce([t], opts) for t in tensors], tensors)
+        filled = [t.data_ptr() for t in tensors if t.layout is torch.strided and t.numel()]
+        if len(set(filled)) == len(filled):
+            return self._together([self.allreduce([t], opts) for t in tensors], tensors)
+        # The same tensor several times: each entry is the reduction of what it held before the call.
+        copies = [t.clone() for t in tensors]
+        works = [self.allreduce([c], opts) for c in copies]
+
+        def finish() -> None:
+            for work, tensor, copy in zip(works, tensors, copies, strict=True):
+                work.wait()
+                with torch.no_grad():
+                    tensor.copy_(copy)
+
+        last = works[-1]
+        work = C10dWork(last._native if isinstance(last, C10dWork) else DONE, tensors, finish)
+        work._watch()
+        return work
 
     def reduce(self, tensors: Any, opts: Any = None, *rest: Any, **named: Any) -> dist.Work:
         tensor = arguments.only(tensors, "reduce")

@@ -17,6 +17,7 @@ from paceline.errors import CommError, Timeout
 from paceline.types import Work
 
 Result = list[torch.Tensor] | list[list[torch.Tensor]]
+_lock = threading.Lock()  # of promises: threads that complete operations, and those that ask for futures
 
 
 def told(error: CommError) -> CommError:
@@ -41,6 +42,7 @@ class C10dWork(dist.Work):
         self._future: torch.futures.Future | None = None
         self._promise: torch.futures.Future | None = None
         self._source: int | None = None
+        self._is_watched = self._is_over = False
 
     def wait(self, timeout: datetime.timedelta | None = None) -> bool:
         """Block until done; raise PeerLost, Timeout or Mismatch naming the culprit. Always returns True."""
@@ -110,9 +112,8 @@ class C10dWork(dist.Work):
             return promise
         # An exception set from Python is stored as a value, which C++ readers take for tensors: set a marker
         # instead, and raise in `then`.
-        self._promise = promise
         future = promise.then(_unwrap)
-        self._watch()
+        self._promises(promise)
         return future
 
     def _is_typed(self) -> bool:
@@ -122,10 +123,19 @@ class C10dWork(dist.Work):
 
     def _make_typed_future(self) -> Any:
         promise: torch.futures.Future = torch.futures.Future()
-        self._promise = promise
         future = typed_future(promise.then(_unwrap), self._result)
-        self._watch()
+        self._promises(promise)
         return future
+
+    def _promises(self, promise: Any) -> None:
+        """Have `promise` fulfilled, once, also if the operation is watched already or over."""
+        with _lock:
+            self._promise = promise
+            is_over, is_watched = self._is_over, self._is_watched
+        if is_over:
+            self.completed()
+        elif not is_watched:
+            self._watch()
 
     def _value(self) -> list[Any]:
         first = self._result[0] if self._result else None
@@ -133,6 +143,7 @@ class C10dWork(dist.Work):
 
     def _watch(self) -> None:
         """Have `completed` called when the operation ends, whoever waits."""
+        self._is_watched = True
         if isinstance(self._native, NativeWork):
             completer().watch(self._native._operation, self)
         else:
@@ -144,7 +155,9 @@ class C10dWork(dist.Work):
             self.wait()
         except Exception as error:
             self._error = error
-        promise = self._promise
+        with _lock:
+            self._is_over = True
+            promise, self._promise = self._promise, None
         if promise is not None:
             promise.set_result(_Failed(self._error) if self._error is not None else self._value())
 
