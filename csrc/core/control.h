@@ -20,7 +20,7 @@ struct Location {
 
 struct Control {
   static constexpr std::uint32_t num_slots = 256;
-  static constexpr std::uint64_t expected_magic = 0x32656e696c656361;  // changes with the layout of shared memory
+  static constexpr std::uint64_t expected_magic = 0x33656e696c656361;  // changes with the layout of shared memory
 
   // A segment that can be opened as /proc/PID/fd/FD. A generation of 0 means none.
   struct Slot {
@@ -36,6 +36,7 @@ struct Control {
   alignas(64) std::atomic<std::uint32_t> armed;
   alignas(64) std::atomic<std::uint32_t> bells[3];
   alignas(64) std::atomic<std::uint32_t> beat;  // moves while the process runs, every 50 ms at least
+  alignas(64) std::atomic<std::uint32_t> core;  // 1 + where the process last waited for an operation; 0 at first
 
   void ring() {
     const std::uint32_t listener = armed.load() == nobody ? std::uint32_t{nobody} : armed.exchange(nobody);

@@ -218,6 +218,7 @@ bool Engine::wait(Operation& op, Nanoseconds timeout) {
 void Engine::drive(Operation& op, Nanoseconds until) {
   Control& control = arena_.control();
   control.armed.store(Control::nobody);
+  control.core.store(static_cast<std::uint32_t>(sched_getcpu()) + 1, std::memory_order_relaxed);
   const auto is_done = [&] { return op.is_done.load(std::memory_order_relaxed); };
   int idle = 0;
   for (std::uint32_t turn = 1; !is_done(); ++turn) {
@@ -228,6 +229,8 @@ void Engine::drive(Operation& op, Nanoseconds until) {
       idle = 0;
     } else if (++idle < limit) {
       cpu_pause();
+    } else if (idle == limit) {
+      leave_core_of_peers();
     } else if (idle < limit + (has_network_.load() ? 1 : num_yields_)) {
       sched_yield();
     } else {

@@ -78,6 +78,7 @@ class Engine {
   void check();
   bool has_pending() const;
   void drive(Operation& op, Nanoseconds until);
+  void leave_core_of_peers();
   void leave();
   bool is_soon_free();
   void linger(Operation& op);
@@ -112,6 +113,7 @@ class Engine {
   int num_spins_ = 2000;
   int num_yields_ = 50;
   int submit_idle_ = 400;
+  Nanoseconds moved_ = 0;  // when this process last left a core
   std::atomic<bool> is_dozing_{false};  // the helper: it must be woken to notice work
 };
 

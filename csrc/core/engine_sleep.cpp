@@ -1,5 +1,6 @@
 // How the engine waits: spinning, and sleeping until a bell or the network wakes it.
 #include <poll.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,6 +12,7 @@ namespace {
 
 constexpr int network_spins = 400;           // a look at the network is a system call
 constexpr Nanoseconds short_sleep = 50'000;  // spinning instead would have paid
+constexpr Nanoseconds settling = 2'000'000;  // between two moves to other cores
 
 }  // namespace
 
@@ -21,6 +23,26 @@ int Engine::spins() const { return has_network_.load() ? std::min(num_spins_, ne
 void Engine::learn(Nanoseconds slept) {
   if (slept < short_sleep) network_spins_ = std::min(network_spins_ * 2, network_spins);
   else network_spins_ = std::max(network_spins_ / 2, 2);
+}
+
+// Two ranks that take turns on one core never look busy enough to be parted by the scheduler, while other work keeps
+// the other cores; an operation of a microsecond then takes a hundred. So whoever waits for a peer that was last
+// seen on its own core goes elsewhere.
+void Engine::leave_core_of_peers() {
+  const int here = sched_getcpu();
+  const Nanoseconds now = now_ns();
+  if (is_crowded() || here < 0 || now - moved_ < settling) return;
+  bool is_shared = false;
+  for (const auto& [key, weak] : peers_)
+    if (const auto p = weak.lock(); p && p->pid() != getpid()) is_shared |= p->core() == static_cast<std::uint32_t>(here) + 1;
+  cpu_set_t allowed;
+  if (!is_shared || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  moved_ = now;
+  cpu_set_t elsewhere = allowed;
+  CPU_CLR(here, &elsewhere);
+  if (CPU_COUNT(&elsewhere) == 0) return;
+  sched_setaffinity(0, sizeof elsewhere, &elsewhere);
+  sched_setaffinity(0, sizeof allowed, &allowed);
 }
 
 void Engine::wake(Control::Armed listener) {

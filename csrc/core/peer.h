@@ -27,6 +27,7 @@ class Peer {
   std::byte* resolve(const Location& location, std::size_t num_bytes);
 
   bool is_alive();
+  std::uint32_t core() const { return control_->core.load(std::memory_order_relaxed); }
   std::uint32_t beat() const { return control_->beat.load(std::memory_order_relaxed); }
   int pid() const { return pid_; }
   // Unmaps segments that their owner has closed.

@@ -30,6 +30,9 @@ class Library(Protocol):
     def prepare(self, operation: str, num_bytes: int, buffers: str) -> tuple[Run, str]:
         """What to call in the timed loop, and the algorithm that will run."""
 
+    def close(self) -> None:
+        """Leave what would otherwise stay behind; the process ends right after."""
+
 
 class Paceline:
     """The package's own communicator, on the fabric "native" or "tcp" (native without shared memory)."""
@@ -85,6 +88,9 @@ class Paceline:
             algorithm = self.comm.explain(operation, num_bytes, buffers=buffers).algorithm
         return calls[operation], algorithm
 
+    def close(self) -> None:
+        """Nothing stays behind."""
+
 
 class Gloo:
     """torch.distributed with Gloo."""
@@ -126,6 +132,9 @@ class Gloo:
         }
         return calls[operation], "library's own"
 
+    def close(self) -> None:
+        """Nothing stays behind."""
+
 
 class Mpi:
     """Whatever MPI the mpi4py of this environment loads."""
@@ -164,6 +173,10 @@ class Mpi:
             "barrier": c.Barrier,
         }
         return calls[operation], "library's own"
+
+    def close(self) -> None:
+        """Finalize: some MPIs leave shared memory otherwise, others complain of an improper end."""
+        self.MPI.Finalize()
 
 
 IN_PLACE = ("all_reduce", "reduce", "broadcast", "copy")
@@ -214,6 +227,7 @@ def main() -> None:
             channel.write(json.dumps(hello) + "\n")
             channel.flush()
             obey(library, channel)
+    library.close()
     os._exit(0)  # whatever a library does at exit is not what is measured
 
 
