@@ -7,6 +7,7 @@ import pytest
 import torch
 from shm_ranks import run
 
+from paceline.errors import ConfigError
 from paceline.types import ReduceOp
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -218,3 +219,36 @@ def mixed_body(comm):
 
 def test_mixed_memory():
     run(3, mixed_body)
+
+
+class OwnTensor(torch.Tensor):
+    """A class that the core does not read by itself."""
+
+
+def kinds_body(comm):
+    entry = comm.ledger.operations["all_reduce"]
+    ones = torch.ones(3)
+    kinds = {
+        "parameter": torch.nn.Parameter(ones.clone()),
+        "leaf": torch.ones(3, requires_grad=True),
+        "own class": ones.clone().as_subclass(OwnTensor),
+        "no dimension": torch.tensor(1.0),
+        "conjugated": torch.full((3,), 1 + 1j).conj(),
+        "part": torch.ones(10)[2:5],
+        "odd strides": torch.ones(4, 8)[:, :1].as_strided((4, 1), (1, 5)),
+    }
+    for name, tensor in kinds.items():
+        calls, num_bytes, before = entry.calls, entry.payload_bytes, tensor.detach().clone()
+        comm.all_reduce(tensor).wait()
+        assert torch.equal(tensor.detach(), before * comm.size), name
+        assert (entry.calls, entry.payload_bytes) == (calls + 1, num_bytes + tensor.nbytes), name
+    whole = torch.ones(10)
+    comm.all_reduce(whole[2:5]).wait()
+    assert whole.tolist() == [1, 1] + 3 * [comm.size] + 5 * [1]
+    for refused in (torch.ones(4, 4).t()[:, :2], torch.ones(3).to(torch.float8_e4m3fn)):
+        with pytest.raises(ConfigError):
+            comm.all_reduce(refused)
+
+
+def test_all_reduce_of_every_kind_of_tensor():
+    run(2, kinds_body)
