@@ -16,7 +16,7 @@ COMPUTE = ["constant", "exponential", "pareto(shape=3)"]
 
 def steps_for(num_workers: int) -> int:
     # Barely enough for 2,000 updates in the window, so that a bias of its ends would show.
-    return {8: 300, 32: 85, 64: 60}[num_workers]
+    return {8: 300, 32: 90, 64: 60}[num_workers]
 
 
 @pytest.mark.parametrize("compute", COMPUTE)

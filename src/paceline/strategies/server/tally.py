@@ -49,7 +49,8 @@ class Tally:
 
     def close(self) -> None:
         """A worker finished: what follows is not the steady state."""
-        self._is_closed = True
+        if not self._is_closed:
+            self._is_closed, self._table = True, None
 
     def _came(self, src: int) -> None:
         self._seen[src] = True
@@ -61,7 +62,7 @@ class Tally:
 
     def counts(self) -> torch.Tensor:
         """int64, shape (workers, largest staleness + 1)."""
-        if self._table is not None and self._is_closed:
+        if self._table is not None and self._is_closed:  # nothing is counted any more
             return self._table
         width = max((s for h in self._histograms for s in h), default=0) + 1
         table = torch.zeros(len(self._histograms), width, dtype=torch.int64)
