@@ -53,7 +53,7 @@ struct Entry {
 
 struct Member : Holder<Group> {
   using Holder::Holder;
-  Entry reduced;
+  std::shared_ptr<Entry> reduced = std::make_shared<Entry>();  // may be another group's
 };
 using NetworkMember = Holder<NetworkGroup>;
 using MixedMember = Holder<MixedGroup>;
@@ -135,8 +135,8 @@ nb::object all_reduce(Member& m, nb::handle tensor, int op, double timeout_s) {
   const auto memory = memory_of(tensor);
   if (!memory || !is_reducible(memory->dtype, static_cast<ReduceOp>(op)))
     return nb::bool_(false);
-  ++m.reduced.calls;
-  m.reduced.payload_bytes += memory->numel * size_of(memory->dtype);
+  ++m.reduced->calls;
+  m.reduced->payload_bytes += memory->numel * size_of(memory->dtype);
   const SmallReduce call{memory->data, memory->numel, memory->dtype, static_cast<ReduceOp>(op)};
   Group::Quick quick;
   if (m.group && m.group->is_alone()) quick = m.engine->quick(*m.group, call);
@@ -320,7 +320,7 @@ void bind_fabric(nb::module_& m) {
           addresses.push_back({pid, fd, {slot, generation, offset}});
         g.engine->connect(g.get(), addresses);
       }, release())
-      .def_prop_ro("reduced", [](Member& g) -> Entry& { return g.reduced; }, nb::rv_policy::reference_internal)
+      .def_rw("reduced", &Member::reduced)
       .def("all_reduce", &all_reduce<soon>)
       .def("all_reduce_now", &all_reduce<when_done>)
       .def("combine_now", &combine<Member, when_done>, release())

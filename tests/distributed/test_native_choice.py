@@ -20,8 +20,8 @@ FABRICS = pytest.mark.parametrize("network", [False, True], ids=["shm", "tcp"])
 
 
 def shared_memory_body(comm):
-    explained = {n: comm.explain("all_reduce", n).algorithm for n in (4, 32 << 10, (32 << 10) + 4, 1 << 28)}
-    assert explained == {4: "eager", 32 << 10: "eager", (32 << 10) + 4: "staged", 1 << 28: "staged"}
+    explained = {n: comm.explain("all_reduce", n).algorithm for n in (4, 64 << 10, (64 << 10) + 4, 1 << 28)}
+    assert explained == {4: "eager", 64 << 10: "eager", (64 << 10) + 4: "staged", 1 << 28: "staged"}
     near = comm.explain("all_reduce", 1 << 20, buffers="allocated")
     assert (near.algorithm, near.runner_up) == ("zero-copy", "staged")
     assert str(near).startswith("all_reduce of 1048576 bytes: zero-copy: the buffers lie in shared memory")

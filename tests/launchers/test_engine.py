@@ -64,7 +64,7 @@ def test_every_engine_is_found_and_checks_a_plain_job_or_names_its_extra() -> No
         (Spark(), {"nodes": 2}, "give -n 4 and leave out --nodes"),
         (Spark(), {"resources": Resources(gpus=1)}, "spark.task.resource.gpu.amount"),
         (Spark(), {"engine_options": {"mster": "a"}}, "master, wait or spark"),
-        (Ray(), {"engine_options": {"wait": "long"}}, "wait=long: seconds expected"),
+        (Ray(), {"engine_options": {"wait": "long"}}, "wait=long: seconds from 0 up expected"),
         (Ray(), {"rendezvous": "a:1"}, "leave out --rendezvous"),
         (engines.make("local"), {"engine_options": {"a": "b"}}, "no options of its own"),
         (engines.make("local"), {"resources": Resources(gpus=1)}, "reserves neither gpus nor memory"),

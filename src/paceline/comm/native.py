@@ -124,7 +124,9 @@ class NativeCommunicator(ChoosingCommunicator):
 
     def _open_urgent_lane(self) -> NativeCommunicator:
         assert self._home is not None
-        return _join(self._home.part("urgent", range(self.size)), self.timeout_s)
+        lane = _join(self._home.part("urgent", range(self.size)), self.timeout_s)
+        lane._group.reduced = self._group.reduced
+        return lane
 
     def tolerate_loss(self) -> None:
         """From now on collectives go on among the living, if `min_size` allows losses. All ranks call it."""
