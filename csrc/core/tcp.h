@@ -74,6 +74,7 @@ class TcpTransport final : public Transport, private FrameSink {
     std::vector<Attempt> attempts;
     std::list<Outgoing> outgoing;              // by falling priority, then in order of posting
     std::deque<FrameHeader> control;
+    std::size_t next_link = 0;  // whose turn it is
     std::uint64_t next_send = 0, unasked_sent = 0, unasked_consumed = 0;
     std::uint64_t next_match = 0, unasked_received = 0, consumed = 0, consumed_told = 0;
     std::map<std::uint64_t, std::unique_ptr<Incoming>> incoming;
@@ -112,6 +113,7 @@ class TcpTransport final : public Transport, private FrameSink {
   void converse(int peer, const FrameHeader& header);
   bool is_within_credit(const Peer& peer, std::size_t num_bytes) const;
   bool take_frame(int peer, FrameHeader& header, const std::byte*& slice, Outgoing*& message);
+  bool write_next(Link& link);  // a frame, if there is one and the link is free
   void serve_link(Link& link);
   void serve_peer(int peer);
   void after_write(Link& link, Link::Result result);

@@ -106,26 +106,38 @@ bool TcpTransport::take_frame(int rank, FrameHeader& header, const std::byte*& s
   return false;
 }
 
-void TcpTransport::serve_link(Link& link) {
-  while (link.phase == Link::Phase::ready && !link.is_writing()) {
-    FrameHeader header;
-    const std::byte* slice;
-    Outgoing* message;
-    if (!take_frame(link.peer, header, slice, message)) break;
-    Peer& peer = peers_[static_cast<std::size_t>(link.peer)];
-    header.consumed_bytes = peer.consumed_told = peer.consumed;
-    if (options_.checks) {
-      header.is_checked = 1;
-      header.checksum = crc32c(checksum_of(header), slice, header.num_bytes);
-    }
-    after_write(link, link.write(header, slice, message));
+bool TcpTransport::write_next(Link& link) {
+  FrameHeader header;
+  const std::byte* slice;
+  Outgoing* message;
+  if (link.phase != Link::Phase::ready || link.is_writing() || !take_frame(link.peer, header, slice, message))
+    return false;
+  Peer& peer = peers_[static_cast<std::size_t>(link.peer)];
+  header.consumed_bytes = peer.consumed_told = peer.consumed;
+  if (options_.checks) {
+    header.is_checked = 1;
+    header.checksum = crc32c(checksum_of(header), slice, header.num_bytes);
   }
+  after_write(link, link.write(header, slice, message));
+  return true;
 }
 
+void TcpTransport::serve_link(Link& link) {
+  if (rails_.size() > 1) return serve_peer(link.peer);
+  while (write_next(link)) {}
+}
+
+// With several rails the links take turns: the kernel's queue for one rail is long enough to swallow all that is under
+// way, so the first link would always be free.
 void TcpTransport::serve_peer(int rank) {
   Peer& peer = peers_[static_cast<std::size_t>(rank)];
+  if (rails_.size() > 1) {
+    for (std::size_t idle = 0; idle < peer.links.size();)
+      idle = write_next(*peer.links[peer.next_link++ % peer.links.size()]) ? 0 : idle + 1;
+    return;
+  }
   for (std::size_t i = 0; i < peer.links.size(); ++i)
-    if (!peer.links[i]->is_writing()) serve_link(*peer.links[i]);
+    while (write_next(*peer.links[i])) {}
 }
 
 void TcpTransport::after_write(Link& link, Link::Result result) {

@@ -41,6 +41,15 @@ def check(comm):
     return {"wire_bytes": comm.wire_bytes}
 
 
+def carry(comm):
+    """`check`, and enough bytes to keep several rails busy."""
+    t = torch.ones(4 << 20)
+    for i in range(4):
+        comm.all_reduce(t).wait()
+        assert torch.all(t == comm.size ** (i + 1))
+    return check(comm)
+
+
 def choose(comm):
     """What is selected for a large all_reduce on these links; and it works."""
     comm.selection = select.tune(comm, ("all_reduce",), (4 << 20,))
@@ -67,6 +76,6 @@ def go_on(comm):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     comm = connect(meet(), timeout_s=float(sys.argv[2]))
-    value = {"check": check, "choose": choose, "go_on": go_on}[sys.argv[1]](comm)
+    value = {"check": check, "carry": carry, "choose": choose, "go_on": go_on}[sys.argv[1]](comm)
     print(json.dumps(value), flush=True)
     comm.close()

@@ -75,12 +75,13 @@ def test_rails_and_ipv6(wanted):
             more = {"PACELINE_INTERFACE": wanted.format(h + 1)}
             place = {"RANK": h, "WORLD_SIZE": 2, "MASTER_ADDR": lab.address(0), "MASTER_PORT": 7000}
             environment = {k: str(v) for k, v in (place | more).items()}
-            argv = [sys.executable, WORKER, "check", "30"]
+            argv = [sys.executable, WORKER, "carry", "30"]
             ranks.append(lab.popen(h, argv, env=environment, stdout=subprocess.PIPE, text=True))
         results(ranks)
         moved = [bytes_of(lab, rail) - before[rail] for rail in range(2)]
-    assert (moved[0] > 3 << 20) == (wanted != "eth1")
-    assert (moved[1] > 3 << 20) == ("eth1" in wanted)
+    used = [share > sum(moved) / 8 for share in moved]  # two equal rails: whichever is free takes the next slice
+    assert used == [wanted != "eth1", "eth1" in wanted], moved
+    assert sum(moved) > 64 << 20, moved
 
 
 def bytes_of(lab, rail):
