@@ -79,7 +79,9 @@ def test_rails_and_ipv6(wanted):
             ranks.append(lab.popen(h, argv, env=environment, stdout=subprocess.PIPE, text=True))
         results(ranks)
         moved = [bytes_of(lab, rail) - before[rail] for rail in range(2)]
-    used = [share > sum(moved) / 8 for share in moved]  # two equal rails: whichever is free takes the next slice
+    used = [
+        share > sum(moved) / 8 for share in moved
+    ]  # two equal rails: whichever is free takes the next slice
     assert used == [wanted != "eth1", "eth1" in wanted], moved
     assert sum(moved) > 64 << 20, moved
 
