@@ -38,9 +38,9 @@ def test_training_equals_ddp_bit_for_bit() -> None:
     assert output.count("equal bits") == 2
 
 
-def test_a_rank_that_never_submits_is_named() -> None:
+def test_a_rank_that_never_submits_is_named(tmp_path: Path) -> None:
     settings = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "3"}
-    output = run("stall", ranks=3, **settings)
+    output = run("stall", str(tmp_path), ranks=3, **settings)
     assert re.search(r"stalled: allreduce\.lonely .*for ranks \[1\]", output)
     assert len(re.findall(r"gave up: .*ranks \[1\] did not ask", output)) == 2
 
