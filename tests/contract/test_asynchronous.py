@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from workbench import FlatModel, quadratic, train
 
 from paceline.comm import current
 from paceline.comm.simulation import simulate
-from paceline.errors import PeerLost
+from paceline.errors import ConfigError, PeerLost
+from paceline.strategies.server.script import Script
 from paceline.strategies.strategy import make
+from paceline.types import Message
 
 ASYNCHRONOUS = [
     "parameter_server",
@@ -166,17 +169,47 @@ def test_synchronous_strategies_name_the_dead() -> None:
         train("local_sgd(period=2)", num_workers=4, steps=20, faults="kill(rank=2, at_s=0.05)")
 
 
-def test_replay_repeats_a_recorded_order_under_other_compute_times(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        "shards=3, staleness=softsync(c=2)+inverse",
+        "staleness=bounded(s=1)",
+        "shards=3, staleness=backup(k=3)",
+        "shards=2, staleness=fasgd, prefetch=true",
+        "push=2, pull=3",
+    ],
+)
+def test_replay_repeats_a_recorded_order_under_other_compute_times(tmp_path: Path, options: str) -> None:
     file = tmp_path / "order"
-    text = "parameter_server(shards=3, staleness=softsync(c=2)+inverse, {}='{}')"
-    recorded = train(text.format("record", file), num_workers=4, steps=25, seed=1, compute="exponential")
-    repeated = train(text.format("replay", file), num_workers=4, steps=25, seed=2, compute="pareto(shape=2)")
-    other = train(
-        "parameter_server(shards=3, staleness=softsync(c=2)+inverse)",
-        num_workers=4,
-        steps=25,
-        seed=2,
-        compute="pareto(shape=2)",
-    )
-    assert torch.equal(recorded[0][0], repeated[0][0])
+    base: dict[str, Any] = {"num_workers": 4, "steps": 40}
+    text = f"parameter_server({options}, {{}}='{file}')"
+    recorded = train(text.format("record"), seed=1, compute="exponential", **base)
+    others = [("constant", 2), ("exponential", 3), ("pareto(shape=2)", 4)]
+    for compute, seed in others:
+        repeated = train(text.format("replay"), seed=seed, compute=compute, **base)
+        assert torch.equal(recorded[0][0], repeated[0][0]), compute
+    other = train(f"parameter_server({options})", seed=4, compute="pareto(shape=2)", **base)
     assert not torch.equal(recorded[0][0], other[0][0])
+
+
+def test_a_recording_of_other_workers_or_shards_is_refused(tmp_path: Path) -> None:
+    text = f"parameter_server(shards={{}}, {{}}='{tmp_path / 'order'}')"
+    train(text.format(2, "record"), num_workers=3, steps=2)
+    for shards, workers in ((1, 3), (2, 4), (2, 2)):
+        with pytest.raises(ConfigError, match="recorded 3 workers and 2 shards"):
+            train(text.format(shards, "replay"), num_workers=workers, steps=2)
+
+
+def test_after_the_end_of_a_recording_exchanges_pass_as_they_come(tmp_path: Path) -> None:
+    """A rank writes its file when it sees the end; a faster rank's next exchange may be in it already."""
+    file = tmp_path / "order"
+    file.write_text(json.dumps({"threads": 1, "shards": {"0": [[0, 1], [1, 1], [1, 2]]}}))
+    script = Script(replay=str(file))
+    reply: Any = object()
+    assert script.may_go(0, 0, 1) and script.released(0) == []
+    assert not script.may_go(0, 0, 2)
+    script.hold(0, 0, 2, Message(), reply)
+    assert script.may_go(0, 1, 1) and script.released(0) == []
+    assert script.may_go(0, 1, 2)
+    assert script.released(0) == [(0, Message(), reply)]
+    assert script.may_go(0, 0, 3)

@@ -58,6 +58,7 @@ def test_record_and_replay_give_the_same_final_accuracy(tmp_path: Path) -> None:
     replayed = compare(tmp_path / "b.json", *server, "--compute", "constant", "--replay", order)
     assert recorded["results"][0]["curve"][-1]["accuracy"] == replayed["results"][0]["curve"][-1]["accuracy"]
     assert recorded["results"][0]["curve"][-1]["loss"] == replayed["results"][0]["curve"][-1]["loss"]
+    assert recorded["results"][0]["parameters_sha256"] == replayed["results"][0]["parameters_sha256"]
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,12 @@ def test_replicas_agree_after_a_real_run(strategy: str, fabric: str) -> None:
         assert results[0][1]["staleness_mean"] == pytest.approx(1, abs=0.25)
 
 
-def test_replay_of_three_processes_is_bit_exact(tmp_path: Path) -> None:
-    text = "parameter_server(shards=2, staleness=softsync(c=2)+inverse, {}='{}')"
+@pytest.mark.parametrize(
+    "options",
+    ["shards=2, staleness=softsync(c=2)+inverse", "staleness=bounded(s=1)", "staleness=fasgd, prefetch=true"],
+)
+def test_replay_of_three_processes_is_bit_exact(tmp_path: Path, options: str) -> None:
+    text = f"parameter_server({options}, {{}}='{{}}')"
     real = paceline.launch(
         train, num_workers=3, args=(text.format("record", tmp_path / "order"),), progress=False, threads=1
     )

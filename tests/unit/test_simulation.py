@@ -228,6 +228,47 @@ def test_pause_slow_link_and_join_move_time_as_scripted() -> None:
 
 
 @pytest.mark.parametrize(
+    ("faults", "expected"),
+    [
+        ("drop_link(src=2, dst=1, at_s=0.5)", "1→2 .*since 0.5 s.*drop_link.*has no for_s"),
+        ("partition(ranks='0 1', at_s=0.5)", "1→2 .*since 0.5 s.*partition.*has no for_s"),
+        (
+            "drop_link(src=2, dst=1, at_s=0.5, for_s=3)+partition(ranks='2', at_s=3)",
+            "1→2 .*since 3 s.*partit",
+        ),
+    ],
+)
+@pytest.mark.parametrize("way", ["call", "call with a timeout", "collective"])
+def test_a_link_that_is_closed_for_ever_is_named(way: str, faults: str, expected: str) -> None:
+    def body(comm: Any) -> None:
+        comm.serve("x", lambda src, m: None)
+        group = comm.split([1, 2])
+        comm.charge_compute()
+        if way == "collective":
+            if group is not None:
+                group.all_reduce(torch.ones(3)).wait()
+        elif comm.rank == 1:
+            comm.call(2, "x", Message()).wait(timeout_s=7 if "timeout" in way else None)
+
+    with pytest.raises(CommError, match=expected):
+        run(body, 3, faults=faults, compute="constant(mean_s=1)")
+
+
+def test_a_dropped_link_does_not_cut_a_rank_off_itself() -> None:
+    def body(comm: Any) -> float:
+        alone = comm.split([1])
+        comm.charge_compute()
+        if alone is not None:
+            alone.all_reduce(torch.ones(3)).wait()
+        return float(comm.now())
+
+    faults = "drop_link(src=0, dst=1, at_s=0.5, for_s=4)"
+    assert run(body, 2, faults=faults, compute="constant(mean_s=1)")[1] == pytest.approx(1, abs=0.01)
+    with pytest.raises(ConfigError, match="two different ranks"):
+        run(body, 2, faults="drop_link(src=1, dst=1, at_s=0)")
+
+
+@pytest.mark.parametrize(
     ("text", "mean"),
     [
         ("constant(mean_s=0.02)", 0.02),

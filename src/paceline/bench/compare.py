@@ -179,6 +179,7 @@ def _trial(setup: Setup, workers: int, reports: Sequence[Report]) -> Trial:
         wait_s=sum(r.wait_s for r in reports) / len(reports),
         advice=class_of(spec.parse(setup.strategy).name).advice,
         model_parameters=reports[0].model_parameters,
+        parameters_sha256=reports[0].parameters_sha256,
         staleness={k: v for k, v in reports[0].strategy_stats.items() if k != "codec"},
         codec=_ledger(reports),
     )

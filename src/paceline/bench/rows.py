@@ -37,6 +37,8 @@ class Trial:
     """Seconds that a worker waited for others during training, mean over workers."""
     advice: str = ""
     model_parameters: int = 0
+    parameters_sha256: str = ""
+    """Of worker 0's final parameters, to tell whether two runs ended in the same bits."""
     staleness: dict[str, Any] = field(default_factory=dict)
     """`staleness_mean`, `staleness_max`, `staleness_histogram`, … of an asynchronous method."""
     codec: dict[str, float] = field(default_factory=dict)
@@ -116,6 +118,7 @@ class Comparison:
             "curve": [_point(p) for p in trial.curve],
             "advice": trial.advice,
             "model_parameters": trial.model_parameters,
+            "parameters_sha256": trial.parameters_sha256,
             "staleness_mean": trial.staleness.get("staleness_mean"),
             "staleness_max": trial.staleness.get("staleness_max"),
             "staleness_histogram": trial.staleness.get("staleness_histogram"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ class Report:
     model_parameters: int
     strategy_stats: Mapping[str, Any]
     """What the method measured about itself (staleness, consensus distance, …)."""
+    parameters_sha256: str = ""
+    """Of the final parameters; equal for two runs that ended in the same bits."""
 
 
 def train(setup: Setup, built: Task | None = None) -> Report:
@@ -81,9 +84,20 @@ def train(setup: Setup, built: Task | None = None) -> Report:
         wait_s=job.stats()["training"]["wait_s"],
         model_parameters=sum(p.numel() for p in task.model.parameters()),
         strategy_stats=job.strategy.stats(),
+        parameters_sha256=_digest(task.model),
     )
     job.close()
     return report
+
+
+def _digest(model: Any) -> str:
+    import torch
+
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        data = parameter.detach().cpu().contiguous().reshape(-1)
+        digest.update(data.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _own(built: Task) -> Task:

@@ -68,7 +68,25 @@ class Faults:
 
     def open_at(self, src: int, dst: int, time_s: float) -> float:
         """Earliest time from `time_s` on at which src and dst can exchange bytes; infinite if never."""
-        changed = bool(self.cuts or self.links)
+        return self._opens(src, dst, time_s)[0]
+
+    def closed_for_ever(self, src: int, dst: int, time_s: float) -> str:
+        """Which link never opens again from `time_s` on, since when, and what to do; empty if it opens."""
+        opens_s, cut = self._opens(src, dst, time_s)
+        if cut is None or opens_s < FOREVER:
+            return ""
+        a, b = cut.ranks[0], cut.ranks[-1]
+        listed = " ".join(map(str, cut.ranks))
+        what = f"drop_link(src={a}, dst={b}" if cut in self.links else f"partition(ranks='{listed}'"
+        return (
+            f"nothing passes the link {src}→{dst} or back since {cut.start_s:g} s, for ever: "
+            f"{what}, at_s={cut.start_s:g}) has no for_s; "
+            "give it one, or end whoever is cut off with kill(rank=…, at_s=…)"
+        )
+
+    def _opens(self, src: int, dst: int, time_s: float) -> tuple[float, Interval | None]:
+        """When src and dst can exchange bytes, and what kept them from it last."""
+        last, changed = None, src != dst and bool(self.cuts or self.links)
         while changed:
             changed = False
             for cut in [*self.cuts, *self.links]:
@@ -77,8 +95,8 @@ class Faults:
                 else:
                     hit = (src in cut.ranks) != (dst in cut.ranks)
                 if hit and cut.covers(time_s):
-                    time_s, changed = cut.end_s, True
-        return time_s
+                    time_s, last, changed = cut.end_s, cut, True
+        return time_s, last
 
 
 def parse(text: str, *, num_workers: int, seed: int) -> Faults:
@@ -111,6 +129,8 @@ def _slow(*, rank: int, factor: float, at_s: float = 0.0, for_s: float = FOREVER
 
 
 def _drop_link(*, src: int, dst: int, at_s: float, for_s: float = FOREVER) -> Add:
+    if src == dst:
+        raise ConfigError(f"drop_link(src={src}, dst={dst}): two different ranks expected")
     return lambda f, n, rng: f.links.append(_interval([src, dst], n, at_s, for_s))
 
 

@@ -193,9 +193,10 @@ class SimulatedGroup:
         del self._pending[operation.index]
         cluster, arrived = self.cluster, sorted(operation.works)
         ranks = [self.members[r] for r in arrived]
-        start = cluster.network.collective_start(ranks, max(cluster.world.now, self._free_s))
+        start, why = cluster.network.collective_start(ranks, max(cluster.world.now, self._free_s))
         if start == FOREVER:
-            self._finish_all(operation, Timeout(f"{self._describe(operation)}: the network is partitioned"))
+            at = f"at {cluster.world.now:.6f} s (virtual)"
+            self._finish_all(operation, Timeout(f"{self._describe(operation)} {at}: {why}"))
             return
         try:
             operation.apply({r: operation.arguments[r] for r in arrived})

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from paceline.comm.collective_costs import CollectiveCosts
-from paceline.comm.faults import Faults
+from paceline.comm.faults import FOREVER, Faults
 from paceline.schedule.topology import Topology
 
 HEADER_BYTES = 128
@@ -67,15 +67,15 @@ class Network:
         cost = self._seconds_per_byte[path[0]]
         return max(0.0, self._free_s[path[0]] - now_s) / cost, cost
 
-    def collective_start(self, ranks: list[int], now_s: float) -> float:
-        """Earliest time from now on at which all of `ranks` can reach each other."""
+    def collective_start(self, ranks: list[int], now_s: float) -> tuple[float, str]:
+        """Earliest time from now on at which all of `ranks` can reach each other; if never, why."""
         if not (self._faults.cuts or self._faults.links):
-            return now_s
+            return now_s, ""
         start = now_s
         while True:
-            later = max(self._faults.open_at(a, b, start) for a in ranks for b in ranks)
-            if later == start:
-                return start
+            later, a, b = max((self._faults.open_at(a, b, start), -a, -b) for a in ranks for b in ranks)
+            if later in (start, FOREVER):
+                return later, self._faults.closed_for_ever(-a, -b, start)
             start = later
 
     def collective_s(self, operation: str, num_bytes: int, ranks: list[int], algorithm: str = "") -> float:

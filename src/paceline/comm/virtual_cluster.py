@@ -114,6 +114,8 @@ class VirtualCluster:
         self._in_flight = [0] * num_workers
         self._quiet: list[list[Signal]] = [[] for _ in range(num_workers)]
         self._watchers: list[list[Callable[[int], None]]] = [[] for _ in range(num_workers)]
+        self._lost_messages: dict[tuple[int, int], str] = {}
+        world.explain = self._lost_for_ever
         for name, phases in faults.phases().items():
             for phase in phases:
                 for rank in phase.ranks:
@@ -256,6 +258,9 @@ class VirtualCluster:
         leaves_s = sent_s if is_free else network.leaves_s(src, dst, sent_s)
         if leaves_s == FOREVER:
             self.log.add("lost", name, src, sent_s, sent_s, peer=dst, num_bytes=size)
+            why = self.faults.closed_for_ever(src, dst, sent_s)
+            told = f"rank {src}'s message {name!r} to rank {dst} at {sent_s:.6f} s was lost: {why}"
+            self._lost_messages.setdefault((src, dst), told)
             return False
 
         def hop(index: int, first_byte_s: float, arrived_s: float) -> None:
@@ -287,6 +292,15 @@ class VirtualCluster:
 
     def _as_handler(self, rank: int) -> _HandlerScope:
         return _HandlerScope(self.world, rank)
+
+    def _lost_for_ever(self) -> str:
+        """The first message that a fault swallowed for ever, and which other links swallowed some."""
+        if not self._lost_messages:
+            return ""
+        first, *others = self._lost_messages
+        links = ", ".join(f"{src}→{dst}" for src, dst in others[:8]) + (" …" if len(others) > 8 else "")
+        also = f"; also lost on {links}" if others else ""
+        return f"; {self._lost_messages[first]}{also}"
 
     # -- faults --------------------------------------------------------------------------------------------
 

@@ -98,7 +98,8 @@ class Signal:
         world.block(what)
         if not self.is_set:
             self._waiting.remove((worker.rank, ticket))
-            raise Timeout(f"rank {worker.rank}: {_say(what)}: nothing for {timeout_s:g} s (virtual)")
+            said = f"rank {worker.rank}: {_say(what)}: nothing for {timeout_s:g} s (virtual)"
+            raise Timeout(said + world.explain())
 
 
 class World:
@@ -111,6 +112,8 @@ class World:
         self.running: Worker = None  # type: ignore[assignment]
         self.in_handler = -1
         """Rank whose handler runs right now, or -1."""
+        self.explain: Callable[[], str] = lambda: ""
+        """Faults that may be why somebody waits in vain: added to errors that say so."""
         self._seed = seed
         self._heap: list[tuple[float, int, int, Callable[[], Worker | None]]] = []
         self._count = 0
@@ -275,7 +278,9 @@ class World:
         waiting = [w for w in self.workers if not w.is_over]
         shown = "; ".join(f"rank {w.rank} waits for {_say(w.waits_for) or 'its start'}" for w in waiting[:8])
         more = f"; and {len(waiting) - 8} more" if len(waiting) > 8 else ""
-        return CommError(f"deadlock at virtual time {self.now:.6f} s: nobody can go on: {shown}{more}")
+        return CommError(
+            f"deadlock at virtual time {self.now:.6f} s: nobody can go on: {shown}{more}{self.explain()}"
+        )
 
 
 def _say(what: What) -> str:

@@ -74,6 +74,7 @@ class ParameterServer(TrainingStrategy):
         n = self.num_shards or default_shards(sum(f.nbytes for f in flats), comm.size)
         slices = Slices(flats, n)
         encoding.check(self._codec, flats)
+        self._script.check(n, comm.size)
         self.worker = Sender(slices, flats, n, comm, self._codec)
 
         def make_shard(j: int, weights: list[torch.Tensor]) -> Shard:

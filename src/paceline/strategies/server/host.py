@@ -91,9 +91,12 @@ class ShardHost:
             return reply
         result = shard.exchange(src, message)
         self._back_up(j, shard)
-        for later_src, later, reply in self.script.released(j):
-            if isinstance(result, Message):  # its weights are about to change
-                result = Message(result.header, [t.clone() for t in result.tensors])
+        released = self.script.released(j)
+        if released and result is not None:  # its weights change before it is sent: here, or once it is set
+            first = self._comm.deferred()
+            _forward(result, first, is_copied=True)
+            result = first
+        for later_src, later, reply in released:
             _forward(shard.exchange(later_src, later), reply)
             self._back_up(j, shard)
         return result
@@ -180,10 +183,16 @@ class ShardHost:
                 _forward(self.handle(src, message), reply)
 
 
-def _forward(result: Message | Reply | None, reply: Reply) -> None:
+def _forward(result: Message | Reply | None, reply: Reply, *, is_copied: bool = False) -> None:
+    def arrived(outcome: Message | BaseException) -> None:
+        if not isinstance(outcome, Message):
+            reply.fail(outcome)
+        elif is_copied:
+            reply.set(Message(outcome.header, [t.clone() for t in outcome.tensors]))
+        else:
+            reply.set(outcome)
+
     if result is None or isinstance(result, Message):
-        reply.set(result or Message())
+        arrived(result or Message())
     else:
-        result.then(
-            lambda outcome: reply.set(outcome) if isinstance(outcome, Message) else reply.fail(outcome)
-        )
+        result.then(arrived)

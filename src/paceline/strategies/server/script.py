@@ -24,8 +24,20 @@ class Script:
         self._order: dict[int, list[tuple[Rank, int]]] = defaultdict(list)
         self._expected: dict[int, deque[tuple[Rank, int]]] | None = None
         self._waiting: dict[tuple[int, Rank, int], tuple[Message, Reply]] = {}
+        self._source = replay
         if replay:
             self._expected = {j: deque(order) for j, order in load(replay).items()}
+
+    def check(self, num_shards: int, num_workers: int) -> None:
+        """ConfigError if what is to be repeated was a run of other workers or shards."""
+        if self._expected is None:
+            return
+        workers = {src for order in self._expected.values() for src, _ in order}
+        if set(self._expected) != set(range(num_shards)) or workers != set(range(num_workers)):
+            raise ConfigError(
+                f"{self._source} recorded {len(workers)} workers and {len(self._expected)} shards, "
+                f"this run has {num_workers} and {num_shards}: repeat it with the same numbers"
+            )
 
     def may_go(self, shard: int, src: Rank, number: int) -> bool:
         """Whether this exchange is next; it is then taken as handled."""
@@ -43,14 +55,15 @@ class Script:
         self._waiting[shard, src, number] = (message, reply)
 
     def released(self, shard: int) -> list[tuple[Rank, Message, Reply]]:
-        """Exchanges whose turn has come, in order."""
-        ready = []
+        """Exchanges whose turn has come, in order; once the recording is over, all others as they came."""
+        turns = []
         expected = (self._expected or {}).get(shard)
         while expected and (shard, *expected[0]) in self._waiting:
-            src, number = expected.popleft()
-            self._order[shard].append((src, number))
-            ready.append((src, *self._waiting.pop((shard, src, number))))
-        return ready
+            turns.append((shard, *expected.popleft()))
+        if not expected:
+            turns += [turn for turn in self._waiting if turn[0] == shard and turn not in turns]
+        self._order[shard] += [(src, number) for _, src, number in turns]
+        return [(turn[1], *self._waiting.pop(turn)) for turn in turns]
 
     def save(self, rank: Rank) -> None:
         """Write what this rank's shards did to `<record>.<rank>`."""
