@@ -108,7 +108,7 @@ void Engine::connect(Group& group, const std::vector<Address>& addresses) {
 Group::Quick Engine::quick(Group& group, const SmallReduce& call) {
   if (is_forked_child() || is_stopping_.load() || !mutex_.try_lock()) return {};
   const Driving lock(*this, std::adopt_lock);
-  return group.all_reduce_at_once(call, num_spins_ > 1 ? 200 : 1);
+  return is_crowded() ? group.all_reduce_at_once(call, 1, submit_idle_) : group.all_reduce_at_once(call, 200, 0);
 }
 
 OperationPointer Engine::submit(Session& group, Request request, Nanoseconds timeout, std::uint64_t announced,
@@ -143,7 +143,8 @@ bool Engine::is_soon_free() {
 
 // Drives for a moment: most small operations are over before anybody could take them over.
 void Engine::linger(Operation& op) {
-  for (int idle = 0, looks = 0; idle < std::min(submit_idle_, spins()) && looks < submit_looks; ++looks) {
+  const int patience = has_network_.load() ? std::min(submit_idle_, spins()) : submit_idle_;
+  for (int idle = 0, looks = 0; idle < patience && looks < submit_looks; ++looks) {
     if (op.is_done.load(std::memory_order_relaxed) || num_claims_.load() > 0) return;
     if (progress()) idle = 0;
     else if (++idle < num_spins_) cpu_pause();

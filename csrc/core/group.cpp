@@ -1,5 +1,6 @@
 #include "core/group.h"
 
+#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -195,7 +196,7 @@ void Group::take_stages(const Operation& op, std::uint64_t slices) {
   first_stage_ = static_cast<std::uint32_t>((first_stage_ + slices) % Outbox::num_stages);
 }
 
-Group::Quick Group::all_reduce_at_once(const SmallReduce& call, int looks) {
+Group::Quick Group::all_reduce_at_once(const SmallReduce& call, int looks, int yields) {
   constexpr int most = 16;
   const std::size_t num_bytes = call.numel * size_of(call.dtype);
   const std::uint64_t sequence = next_sequence_;
@@ -214,11 +215,12 @@ Group::Quick Group::all_reduce_at_once(const SmallReduce& call, int looks) {
   fill(post, sequence, call.data, num_bytes);
   publish(post.sequence, sequence);
   const void* sources[most];
-  for (int r = 0, left = looks; r < size_; ++r) {
+  for (int r = 0; r < size_; ++r) {
     const Post& theirs = outbox(r).post(sequence);
     while (theirs.sequence.load() != sequence) {
-      if (left-- <= 0) return {false, sequence};
-      cpu_pause();
+      if (looks-- > 0) cpu_pause();
+      else if (yields-- > 0) sched_yield();
+      else return {false, sequence};
     }
     if (theirs.what != post.what || theirs.numel != post.numel) return {false, sequence};
     sources[r] = r == rank_ ? call.data : filled(r, sequence);

@@ -38,8 +38,8 @@ class Group final : public Session {
     bool is_done = false;
     std::uint64_t announced = 0;  // else the sequence number that peers see it under, or 0: not begun
   };
-  // A small all_reduce if nothing is queued and the peers come within `looks`; else begun at most.
-  Quick all_reduce_at_once(const SmallReduce& call, int looks);
+  // A small all_reduce if nothing is queued and the peers come within `looks` and `yields`; else begun at most.
+  Quick all_reduce_at_once(const SmallReduce& call, int looks, int yields);
 
   // For the operations.
   const Outbox& own() const { return own_; }
