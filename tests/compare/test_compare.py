@@ -184,7 +184,10 @@ def test_evaluations_are_spread_and_include_the_end(steps: int, evaluations: int
 
 def test_strategies_are_listed_with_defaults_and_advice() -> None:
     done = paceline("strategies", "--json")
-    rows = {r["name"]: r for r in json.loads(done.stdout)["strategies"]}
+    told = json.loads(done.stdout)
+    rows = {r["name"]: r for r in told["strategies"]}
+    policies = {r["name"]: r for r in told["staleness_policies"]}
+    assert policies["polynomial"]["defaults"] == {"a": 0.5} and "softsync" in policies
     assert sorted(rows) == registry.names("paceline.strategies")
     assert rows["local_sgd"]["defaults"]["period"] == 16
     assert all(r["advice"] and "\n" not in r["advice"] for r in rows.values())

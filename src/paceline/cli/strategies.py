@@ -1,9 +1,10 @@
-"""`paceline strategies`: what exists, with defaults and advice."""
+"""`paceline strategies`: what exists, with defaults and advice; also staleness policies."""
 
 from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -13,31 +14,40 @@ def strategies(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """List the training strategies: name, arguments with their defaults, and when to choose each."""
-    from paceline import registry, spec
+    from paceline import registry
+    from paceline.strategies.staleness import policy
     from paceline.strategies.strategy import PACKAGE, class_of
 
-    rows = []
-    for name in registry.names(PACKAGE):
-        kind = class_of(name)
-        rows.append((name, kind, spec.signature(kind)))
+    methods = {name: class_of(name) for name in registry.names(PACKAGE)}
+    policies = {name: policy.class_of(name) for name in registry.names(policy.PACKAGE)}
     if as_json:
-        found = [{"name": n, "defaults": _defaults(k), "advice": k.advice} for n, k, _ in rows]
-        typer.echo(json.dumps({"strategies": found}, indent=2))
+        found = {"strategies": _rows(methods), "staleness_policies": _rows(policies)}
+        typer.echo(json.dumps(found, indent=2))
         return
+    _show("strategy", methods, 'Write arguments in brackets, e.g. --strategy "local_sgd(period=16)".\n')
+    example = '"parameter_server(staleness=softsync(c=4)+inverse)"'
+    _show("staleness policy", policies, f"For the parameter server; + joins them: {example}.")
+
+
+def _rows(kinds: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{"name": n, "defaults": _defaults(k), "advice": k.advice} for n, k in kinds.items()]
+
+
+def _show(title: str, kinds: Mapping[str, Any], example: str) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from paceline import spec
+
     console = Console()
     if not console.is_terminal:
         console.width = 400  # whole lines for grep
-    table = Table(
-        "strategy", "arguments and defaults", "advice", box=None, pad_edge=False, padding=(0, 3, 0, 0)
-    )
-    for name, kind, arguments in rows:
-        table.add_row(f"[bold]{name}[/bold]", escape(arguments), kind.advice)
+    table = Table(title, "arguments and defaults", "advice", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for name, kind in kinds.items():
+        table.add_row(f"[bold]{name}[/bold]", escape(spec.signature(kind)), kind.advice)
     console.print(table)
-    console.print('Write arguments in brackets, e.g. --strategy "local_sgd(period=16)".', style="dim")
+    console.print(example, style="dim")
 
 
 def _defaults(kind: type) -> dict[str, Any]:

@@ -99,10 +99,13 @@ def make(given: str | Spec | tuple[Spec, ...]) -> Joined:
         raise ConfigError(f"staleness={given!r}: a policy such as inverse or softsync(c=4)+inverse expected")
     parts = []
     for term in terms:
-        module = registry.load(PACKAGE, term.name, kind="staleness policy")
-        kind = registry.find_class(module, StalenessPolicy)
-        parts.append(spec.call(kind, term, kind="staleness policy"))
+        parts.append(spec.call(class_of(term.name), term, kind="staleness policy"))
     return Joined(parts)
+
+
+def class_of(name: str) -> type[StalenessPolicy]:
+    """The policy called `name`. Raises ConfigError."""
+    return registry.find_class(registry.load(PACKAGE, name, kind="staleness policy"), StalenessPolicy)
 
 
 def whole(name: str, value: Any, *, least: int) -> int:
