@@ -107,6 +107,8 @@ def compare(
     for path in (json_path, html_path):
         _check_writable(path)
     _check_simulated(simulate, compute=compute, network=network, faults=faults, trace=str(trace or ""))
+    import numpy  # noqa: F401  before torch: its own import of numpy swallows Ctrl-C
+
     from paceline.bench.compare import compare as run
     from paceline.bench.virtual import VirtualCluster
     from paceline.report import page, table
