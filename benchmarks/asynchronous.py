@@ -1,9 +1,11 @@
 """Simulated experiments with asynchronous methods; makes the pictures of docs/asynchronous.md.
 
     python benchmarks/asynchronous.py shape       accuracy of staleness policies, 30 workers, digits, 3 seeds
+    python benchmarks/asynchronous.py rates       the same at two other learning rates (no picture)
     python benchmarks/asynchronous.py periods     accuracy of averaging periods 1, 5, 20, 200
     python benchmarks/asynchronous.py stragglers  throughput against workers under Pareto compute times
     python benchmarks/asynchronous.py servers     throughput against shards, 32 workers, 1 Gbit/s
+    python benchmarks/asynchronous.py in_step     the same with constant compute times (no picture)
 
 Each prints its figures as JSON and writes docs/pictures/asynchronous_<name>.svg.
 """
@@ -28,7 +30,18 @@ from paceline.comm.simulation import simulate
 from paceline.strategies.strategy import make
 
 
-def shape(seeds: int = 3, epochs: int = 16, workers: int = 30, learning_rate: float = 0.05) -> Any:
+def rates() -> Any:
+    slow = shape(learning_rate=0.02, draws=False)
+    return {"0.02": slow, "0.08, 12 epochs": shape(learning_rate=0.08, epochs=12, draws=False)}
+
+
+def shape(
+    seeds: int = 3,
+    epochs: int = 16,
+    workers: int = 30,
+    learning_rate: float = 0.05,
+    draws: bool = True,
+) -> Any:
     strategies = [
         "all_reduce",
         "parameter_server(staleness=constant)",
@@ -44,7 +57,9 @@ def shape(seeds: int = 3, epochs: int = 16, workers: int = 30, learning_rate: fl
             best[trial.strategy].append(trial.curve[-1].accuracy)
             if seed == 0:
                 curves[trial.strategy] = [(p.epoch, 100 * p.accuracy) for p in trial.curve]
-    draw("asynchronous_shape", f"{workers} workers, same learning rate", "epochs", "test accuracy, %", curves)
+    if draws:
+        title = f"{workers} workers, learning rate {learning_rate} for all, seed 0"
+        draw("asynchronous_shape", title, "epochs", "test accuracy, %", curves)
     return {s: {"median": statistics.median(v), "seeds": v} for s, v in best.items()}
 
 
@@ -68,8 +83,9 @@ def periods(seeds: int = 3, epochs: int = 16, workers: int = 30, learning_rate: 
         f"parameter averaging, {workers} workers",
         "period",
         "accuracy, %",
-        {"digits": points},
+        {"digits, median of the seeds": points},
         ticks=dict(enumerate(names)),
+        bottom=90.0,
     )
     return medians
 
@@ -120,10 +136,19 @@ def throughput_s(num_workers: int, steps: int, *, is_synchronous: bool) -> float
     return statistics.fmean(run)
 
 
+def in_step() -> Any:
+    return servers(distribution="constant")
+
+
 def servers(
-    workers: int = 32, compute_s: float = 0.05, numel: int = 250_000, gbit: float = 1.0, steps: int = 80
+    workers: int = 32,
+    compute_s: float = 0.05,
+    numel: int = 250_000,
+    gbit: float = 1.0,
+    distribution: str = "exponential",
 ) -> Any:
     """See docs/asynchronous.md for the station that a server's port is."""
+    compute = f"{distribution}(mean_s={compute_s})"
     series: Series = {
         "parameter server": [],
         "closed queue": [],
@@ -131,24 +156,24 @@ def servers(
         "tree all-reduce": [],
     }
     fastest_s, tree_s = (reduced_s(workers, numel, gbit, name) for name in ("", "reduction_tree"))
-    slowest_s = compute_s * sum(1 / n for n in range(1, workers + 1))  # E[max] of exponential times
+    slowest_s = compute_s
+    if distribution == "exponential":
+        slowest_s *= sum(1 / n for n in range(1, workers + 1))  # E[max]
+    everybody = {}
     for shards in (1, 2, 4, 8):
         slice_s = (4 * numel / shards + HEADER_BYTES) * 8e-9 / gbit
         demand_s = slice_s * (workers + shards - 2) / workers
         bound = closed_queue(workers, compute_s + shards * slice_s + 2 * 50e-6, demand_s)
         at = float(shards)
-        series["parameter server"].append((at, served(workers, compute_s, numel, gbit, steps, shards)))
+        pace, everybody[shards] = served(workers, compute, numel, gbit, shards)
+        series["parameter server"].append((at, pace))
         series["closed queue"].append((at, bound))
         series["fastest all-reduce"].append((at, workers / (slowest_s + fastest_s)))
         series["tree all-reduce"].append((at, workers / (slowest_s + tree_s)))
-    draw(
-        "asynchronous_servers",
-        f"{workers} workers, {4e-6 * numel:g} MB model, {gbit:g} Gbit/s",
-        "shards",
-        "minibatches per s",
-        series,
-    )
-    return series
+    if distribution == "exponential":
+        title = f"{workers} workers, {4e-6 * numel:g} MB model, {gbit:g} Gbit/s"
+        draw("asynchronous_servers", title, "shards", "minibatches per s", series)
+    return {**series, "parameter server, all workers": everybody}
 
 
 def closed_queue(customers: int, think_s: float, demand_s: float) -> float:
@@ -161,27 +186,29 @@ def closed_queue(customers: int, think_s: float, demand_s: float) -> float:
     return throughput
 
 
-def served(workers: int, compute_s: float, numel: int, gbit: float, steps: int, shards: int) -> float:
-    """Minibatches per second of all workers at the pace of those that host no shard."""
+def served(
+    workers: int, compute: str, numel: int, gbit: float, shards: int, seconds: float = 16.0
+) -> tuple[float, float]:
+    """Minibatches per second, were all workers like those that host no shard; and of all as they are."""
 
     def body() -> list[float]:
         comm: Any = current.provided()
         method = make(f"parameter_server(shards={shards}, backup=0)")
         method.attach(Flat(numel), comm)
         ends = []
-        for _ in range(steps):
+        # One window for all: after a fixed number of steps the last ones would meet emptying queues.
+        while comm.now() < seconds:
             comm.charge_compute()
             method.after_update()
             ends.append(float(comm.now()))
         method.synchronize()
         return ends
 
-    text, warm = f"exponential(mean_s={compute_s})", steps // 4
-    network = f"ethernet(gbit={gbit})"
-    run = simulate(body, num_workers=workers, compute=text, network=network, record=False)
+    network, warm_s = f"ethernet(gbit={gbit})", seconds / 4
+    run = simulate(body, num_workers=workers, compute=compute, network=network, record=False)
     hosts = {j * workers // shards for j in range(shards)}
-    spent_s = [ends[-1] - ends[warm - 1] for r, ends in enumerate(run) if r not in hosts]
-    return workers * (steps - warm) / statistics.fmean(spent_s)
+    paces = [sum(warm_s <= t < seconds for t in ends) / (seconds - warm_s) for ends in run]
+    return workers * statistics.fmean(p for r, p in enumerate(paces) if r not in hosts), sum(paces)
 
 
 def reduced_s(workers: int, numel: int, gbit: float, algorithm: str) -> float:
@@ -206,9 +233,15 @@ class Flat:
         pass
 
 
+EXPERIMENTS = {
+    "shape": shape,
+    "rates": rates,
+    "periods": periods,
+    "stragglers": stragglers,
+    "servers": servers,
+    "in_step": in_step,
+}
+
 if __name__ == "__main__":
     for chosen in sys.argv[1:] or ["shape", "periods", "stragglers", "servers"]:
-        experiment = {"shape": shape, "periods": periods, "stragglers": stragglers, "servers": servers}[
-            chosen
-        ]
-        print(json.dumps({chosen: experiment()}, indent=1), flush=True)
+        print(json.dumps({chosen: EXPERIMENTS[chosen]()}, indent=1), flush=True)
