@@ -63,7 +63,11 @@ template <class R> inline Complex<R> add(Complex<R> a, Complex<R> b) { return {a
 template <class R> inline Complex<R> multiply(Complex<R> a, Complex<R> b) {
   return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
 }
-template <class T> inline T divide(T a, int n) { return static_cast<T>(a / static_cast<T>(n)); }
+// Of narrow integers the number of ranks may not fit T: the division happens in what both fit.
+template <class T> inline T divide(T a, int n) {
+  using W = decltype(T{} + T{});
+  return static_cast<T>(W(a) / static_cast<W>(n));
+}
 template <class R> inline Complex<R> divide(Complex<R> a, int n) { return {a.re / R(n), a.im / R(n)}; }
 
 struct Sum { template <class T> static T of(T a, T b) { return add(a, b); }

@@ -121,9 +121,7 @@ bool TcpTransport::progress() {
 
 void TcpTransport::read(Link& link) {
   const int rank = link.peer;
-  const Link::Result result = link.read(*this);
-  if (result == Link::Result::moved) peers_[static_cast<std::size_t>(rank)].last_heard_s = now_s();
-  if (result != Link::Result::broken) return;
+  if (link.read(*this) != Link::Result::broken) return;
   // Framing errors and half messages cannot be survived; a clean end waits for the other links' last bytes.
   const std::string why = link.why();
   const bool is_nonsense = why.starts_with("bytes that are not") || why.starts_with("checksum");
@@ -163,11 +161,6 @@ void TcpTransport::watch(int rank) {
 bool TcpTransport::is_lost(int peer) const {
   const Peer& p = peers_.at(static_cast<std::size_t>(peer));
   return p.failure && !p.has_said_goodbye;
-}
-
-double TcpTransport::silence_s(int peer) const {
-  const double heard = peers_.at(static_cast<std::size_t>(peer)).last_heard_s;
-  return heard < 0 ? -1.0 : now_s() - heard;
 }
 
 int TcpTransport::num_links(int peer) const {

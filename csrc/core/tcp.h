@@ -50,7 +50,6 @@ class TcpTransport final : public Transport, private FrameSink {
   int event_fd() const override { return poller_.get(); }
   void watch(int peer) override;
   bool is_lost(int peer) const override;
-  double silence_s(int peer) const override;
   void ask(int peer, std::uint32_t space, std::uint64_t question) override;
   void set_respondent(std::uint32_t space, Respondent* respondent) override;
   std::uint64_t wire_bytes_sent() const override;
@@ -79,7 +78,7 @@ class TcpTransport final : public Transport, private FrameSink {
     std::uint64_t next_match = 0, unasked_received = 0, consumed = 0, consumed_told = 0;
     std::map<std::uint64_t, std::unique_ptr<Incoming>> incoming;
     bool has_dialled = false, has_said_goodbye = false, is_wanted = false;
-    double wanted_since_s = 0, ending_since_s = -1, last_heard_s = -1;
+    double wanted_since_s = 0, ending_since_s = -1;
     std::string why_ending;
     Failure failure;  // set once lost
   };

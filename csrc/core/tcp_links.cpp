@@ -139,7 +139,6 @@ void TcpTransport::admit(std::unique_ptr<Link> link) {
     std::erase_if(peer.attempts, [&](const Attempt& a) { return a.number == link->handshake.link(); });
   configure_link(link->socket(), options_.link);
   link->peer = rank;
-  peer.last_heard_s = now_s();
   Link& admitted = *link;
   peer.links.push_back(std::move(link));
   watch_events(admitted, false);

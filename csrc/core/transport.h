@@ -69,8 +69,6 @@ class Transport {
   virtual void watch(int peer) = 0;
   // Gone without a farewell. A peer that has closed its transport has done its part of what others still finish.
   virtual bool is_lost(int peer) const = 0;
-  // Seconds since anything was heard from `peer`; negative if nothing ever was.
-  virtual double silence_s(int peer) const = 0;
 
   // Asks `peer` whom it waits for in group `space`. Answered even by a rank that does nothing, but not by one whose
   // process is stopped.

@@ -91,12 +91,18 @@ def reduced(tensors: Sequence[torch.Tensor], op: ReduceOp) -> torch.Tensor:
     total = tensors[0].to(wide, copy=True)
     for t in tensors[1:]:
         _ACCUMULATE[op](total, t.to(wide))
-    if op is ReduceOp.MEAN:
-        if total.is_floating_point() or total.is_complex():
-            total.div_(len(tensors))
-        else:
-            total.div_(len(tensors), rounding_mode="trunc")
-    return total.to(dtype)
+    return (divided(total, len(tensors)) if op is ReduceOp.MEAN else total).to(dtype)
+
+
+def divided(total: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """The mean from the sum: integers are truncated towards zero, complex numbers divided by parts."""
+    if total.is_complex():
+        torch.view_as_real(total).div_(num_ranks)  # a division of complex numbers would round twice
+        return total
+    if total.is_floating_point():
+        return total.div_(num_ranks)
+    wide = total.to(torch.int64) if total.itemsize < 8 else total  # P need not fit a narrow integer
+    return wide.div_(num_ranks, rounding_mode="trunc")
 
 
 _ACCUMULATE: dict[ReduceOp, Callable[[torch.Tensor, torch.Tensor], Any]] = {

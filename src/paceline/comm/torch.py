@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.distributed.nn
 from torch._C._distributed_c10d import PrefixStore
 
+from paceline.comm import meaning
 from paceline.comm.communicator import FabricCommunicator
 from paceline.comm.rendezvous import Meeting
 from paceline.errors import CommError, ConfigError, PeerLost, Timeout
@@ -209,10 +210,10 @@ class TorchCommunicator(FabricCommunicator):
             dist.destroy_process_group(self.group)
 
     def _divide(self, tensor: torch.Tensor) -> Callable[[], None]:
-        mode = None if tensor.is_floating_point() or tensor.is_complex() else "trunc"
-
         def divide() -> None:
-            tensor.div_(self.size, rounding_mode=mode)
+            mean = meaning.divided(tensor, self.size)
+            if mean is not tensor:
+                tensor.copy_(mean)
 
         return divide
 

@@ -110,11 +110,16 @@ def _step(
 
 
 def divide(total: Array, num_ranks: int) -> Array:
-    """Mean from a sum, in the sum's dtype; integers are truncated towards zero."""
+    """Mean from a sum, in the sum's dtype; integers are truncated towards zero, complex numbers by parts."""
     if np.issubdtype(total.dtype, np.integer):
-        quotient = np.abs(total) // num_ranks
-        signed: Array = (np.sign(total) * quotient).astype(total.dtype)
-        return signed
+        # Neither the number of ranks nor the magnitude of the smallest integer need fit the dtype.
+        wide = total.astype(np.uint64 if np.issubdtype(total.dtype, np.unsignedinteger) else np.int64)
+        quotient = wide // num_ranks
+        truncated: Array = (quotient + ((wide < 0) & (wide % num_ranks != 0))).astype(total.dtype)
+        return truncated
+    if np.iscomplexobj(total):  # a division of complex numbers would round twice
+        parts: Array = np.stack([total.real, total.imag], axis=-1) / num_ranks
+        return parts.view(total.dtype)[..., 0]
     return (total / num_ranks).astype(total.dtype)
 
 
