@@ -1,105 +1,67 @@
-"""The executor against the interpreter: every algorithm over TCP, bit for bit."""
+"""Every operation of the native fabric, over shared memory, TCP and both, against what it means: bit for bit.
+
+Programs of `paceline.collectives` are held against the interpreter, whose order of reductions is canonical.
+The fabrics' own protocols are held against the definition: contributions meet in the order of ranks; where
+hosts have several ranks, first within every host, then in the order of hosts.
+"""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterable
+from itertools import groupby
+
 import pytest
 import torch
+from native_check import check
+from native_sweep import Case, covering, everything, places
+from one_process import World
 from shm_ranks import run
 
-from paceline import registry
-from paceline.comm.native_codes import DTYPE_CODES, OP_CODES, Kind
-from paceline.comm.native_plan import plan
-from paceline.schedule import contract
-from paceline.schedule.interpret import interpret
+from paceline import collectives
 from paceline.types import ReduceOp
 
 pytestmark = pytest.mark.xdist_group("processes")
-OPERATIONS = (
-    "all_reduce",
-    "reduce",
-    "reduce_scatter",
-    "all_gather",
-    "broadcast",
-    "gather",
-    "scatter",
-    "all_to_all",
-)
+FABRICS = pytest.mark.parametrize("fabric", ["shm", "tcp", "mixed"])
 
 
-def run_program(comm, algorithm, operation, source, output, counts, op, root, in_place):
-    program = plan(
-        algorithm,
-        operation,
-        comm.size,
-        root,
-        comm.rank,
-        in_place,
-        counts,
-        (source if source is not None else output).itemsize,
-    )
-    tensor = output if output is not None else source
-    started = comm._group.run(
-        program,
-        Kind.ALL_REDUCE,
-        0 if source is None else source.data_ptr(),
-        0 if output is None else output.data_ptr(),
-        tensor.numel(),
-        DTYPE_CODES[tensor.dtype],
-        OP_CODES[op],
-        root,
-        comm.timeout_s,
-    )
-    if started is not None:
-        comm._group.wait(started, -1.0)
+def check_all(cases: Iterable[Case]) -> None:
+    for place, here in groupby(cases, key=lambda case: (case.fabric, case.hosts)):
+        with World(*place) as world:
+            for case in here:
+                check(world, case)
 
 
-def check_program(comm, algorithm, operation, n, dtype, op, root):
-    """`n`: elements of the whole buffer, or of each block."""
-    me, p = comm.rank, comm.size
-    module = registry.load("paceline.collectives", algorithm, kind="collective")
-    program = module.build(operation, p, root=root)
-    layouts = [contract.layout(program, r, n) for r in range(p)]
-    rng = np.random.default_rng(n)
-    inputs = [
-        rng.integers(-4, 5, int(x.input_offsets[-1])).astype(np.int64)
-        if dtype == torch.int64
-        else rng.standard_normal(int(x.input_offsets[-1])).astype(np.float32)
-        for x in layouts
-    ]
-    given = [v if contract.defines_input(program, r) else None for r, v in enumerate(inputs)]
-    want = interpret(program, given, op=op, counts=n)[me]
-    source = torch.from_numpy(inputs[me].copy())
-    output = torch.zeros(int(layouts[me].output_offsets[-1]), dtype=dtype)
-    for in_place in (False, True) if operation in ("all_reduce", "reduce", "broadcast") else (False,):
-        if in_place:
-            output = source
-        run_program(comm, algorithm, operation, source, output, n, op, root, in_place)
-        if want is not None:
-            assert np.array_equal(output.numpy(), want), (algorithm, operation, n, dtype, op, root, in_place)
+@FABRICS
+def test_every_two_values_together(fabric: str) -> None:
+    check_all(case for case in covering(seed=1) if case.fabric == fabric)
 
 
-def sweep_body(comm):
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3, 4])
+@FABRICS
+def test_more_combinations(fabric: str, seed: int) -> None:
+    check_all(case for case in covering(seed) if case.fabric == fabric)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("place", places(), ids="-".join)
+def test_everything(place: tuple[str, str]) -> None:
+    check_all(everything(*place))
+
+
+def processes_body(comm: object) -> int:
+    """Every algorithm once more from processes of their own, by name."""
     checked = 0
-    for algorithm in registry.names("paceline.collectives"):
-        module = registry.load("paceline.collectives", algorithm, kind="collective")
-        for operation in OPERATIONS:
-            if module.supports(operation, comm.size) is not True:
-                continue
-            roots = (0, comm.size - 1) if operation in contract.ROOTED else (0,)
-            for root in roots:
-                sizes = (37, 150_001) if comm.size == 3 else (0, 1, 37, 150_001)  # three ranks: quickly
-                cases = [(n, torch.float32, ReduceOp.SUM) for n in sizes]
-                cases += [(37, torch.int64, ReduceOp.MEAN), (101, torch.float32, ReduceOp.MAX)]
-                for n, dtype, op in cases:
-                    check_program(comm, algorithm, operation, n, dtype, op, root)
-                    checked += 1
+    for name in collectives.names():
+        if not collectives.supports(name, "all_reduce", comm.size):
+            continue
+        for n in (1021, 300_007):
+            tensor = torch.arange(n, dtype=torch.int64) * (comm.rank + 1)
+            comm.all_reduce(tensor, op=ReduceOp.SUM, algorithm=name).wait()
+            assert torch.equal(tensor, torch.arange(n) * (comm.size * (comm.size + 1) // 2)), (name, n)
+            checked += 1
     return checked
 
 
-LONG = [pytest.param(p, marks=pytest.mark.exhaustive) for p in (2, 4, 5, 6, 7, 8)]
-
-
-@pytest.mark.parametrize("size", [3, *LONG])
-def test_executor_equals_interpreter(size):
-    assert min(run(size, sweep_body, network=True, limit_s=200)) > 30
+def test_algorithms_between_processes() -> None:
+    assert min(run(3, processes_body, network=True)) > 10
