@@ -20,6 +20,7 @@ Inquiry::~Inquiry() { transport_.set_respondent(space_, nullptr); }
 
 int Inquiry::whom() const {
   const int r = waits_for();
+  if (r >= static_cast<int>(world_ranks_.size())) return somebody;  // a culprit from outside
   return r < 0 ? r : world_ranks_[static_cast<std::size_t>(r)];
 }
 

@@ -61,7 +61,8 @@ std::vector<Session*> MixedGroup::groups() const {
 }
 
 int MixedGroup::missing() const {
-  if (queue_.empty()) return Respondent::nobody;
+  if (failure_) return waits_for();
+  if (queue_.empty()) return world_.waits_for();  // what is done by that group alone, as splitting
   for (const Session* g : groups())
     if (const int r = g->waits_for(); r >= 0) return g->told_rank(r);
   return Respondent::somebody;

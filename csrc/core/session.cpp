@@ -21,6 +21,9 @@ std::string Session::describe(const Operation& op) const {
 }
 
 int Session::waits_for() const {
+  // Whoever gave up passes on whom it blames: its answer may overtake its farewell, and it must not look idle.
+  if (failure_.kind == FailureKind::aborted) return Respondent::nobody;
+  if (failure_) return failure_.rank < 0 ? Respondent::somebody : failure_.rank;
   if (queue_.empty()) return Respondent::nobody;
   const int r = queue_.front()->waiting_for;
   return r < 0 ? Respondent::somebody : r;

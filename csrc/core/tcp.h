@@ -104,6 +104,7 @@ class TcpTransport final : public Transport, private FrameSink {
   std::byte* frame_begins(Link& link, const FrameHeader& header, const char*& defect) override;
   void frame_moves(Link& link, std::size_t num_bytes, bool is_last) override;
   std::byte* data_begins(Link& link, const FrameHeader& header, const char*& defect);
+  void send_to_self(Transfer& transfer);
   Incoming& note_message(int peer, const FrameHeader& header, bool is_announced);
   void match_in_order(int peer);
   void bind(Incoming& message, Transfer& receive);

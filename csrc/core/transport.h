@@ -38,7 +38,8 @@ class Respondent {
   static constexpr int nobody = -1, somebody = -2;
 
   virtual ~Respondent() = default;
-  // The world rank that this rank waits for; `nobody` if it is in no operation, `somebody` if it cannot tell.
+  // The world rank that this rank waits for, or because of which it gave up; `nobody` if it is in no operation,
+  // `somebody` if it cannot tell.
   virtual int whom() const = 0;
   // `peer` has answered `question` with its whom().
   virtual void heard(int peer, std::uint64_t question, int whom) = 0;

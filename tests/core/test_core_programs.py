@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,26 +34,48 @@ GROUP = [
     "reduce_generic",
 ]
 DIRECT = [*TCP, *GROUP, "direct", "direct_combine", "direct_exchange"]
+NETWORK = [*DIRECT, "network_group", "inquiry", "plan", "execute", "mixed", "mixed_group"]
 PROGRAMS = {
     "digest_test": ["sha256", "socket"],
     "tcp_test": TCP,
     "group_test": GROUP,
     "direct_test": DIRECT,
+    "network_test": NETWORK,
 }
 
 
-def build(program: str, sanitizer: str, directory: Path) -> Path:
+def compiled(arguments: list[str], target: Path) -> Path:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    target = directory / program
-    sources = [HERE / f"{program}.cpp", *(ROOT / "csrc/core" / f"{name}.cpp" for name in PROGRAMS[program])]
-    flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-pthread", *SANITIZERS[sanitizer]]
-    includes = ["-I", str(ROOT / "csrc"), "-I", str(HERE)]
-    command = [compiler, *flags, *includes, "-o", str(target), *map(str, sources)]
+    flags = [
+        "-std=c++20",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-pthread",
+        "-I",
+        str(ROOT / "csrc"),
+        "-I",
+        str(HERE),
+    ]
+    command = [compiler, *flags, *arguments, "-o", str(target)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return target
+
+
+@pytest.fixture(scope="session")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """Compile a source of csrc/core once for all programs: (sanitizer, name) → object file."""
+    directory = tmp_path_factory.mktemp("objects")
+
+    @functools.cache
+    def compile_one(sanitizer: str, name: str) -> Path:
+        source = ROOT / "csrc/core" / f"{name}.cpp"
+        return compiled([*SANITIZERS[sanitizer], "-c", str(source)], directory / f"{sanitizer}-{name}.o")
+
+    return compile_one
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -58,11 +83,16 @@ def build(program: str, sanitizer: str, directory: Path) -> Path:
     "sanitizer",
     [
         pytest.param("plain", marks=pytest.mark.xdist_group("processes")),
-        *(pytest.param(s, marks=pytest.mark.slow) for s in ("address", "thread")),
+        *(
+            pytest.param(s, marks=[pytest.mark.slow, pytest.mark.xdist_group(f"sanitizer {s}")])
+            for s in ("address", "thread")
+        ),
     ],
 )
-def test_program(program: str, sanitizer: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [str(build(program, sanitizer, tmp_path))], check=False, capture_output=True, text=True, timeout=200
-    )
+def test_program(program: str, sanitizer: str, objects: Callable[[str, str], Path], tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        parts = list(pool.map(lambda name: str(objects(sanitizer, name)), PROGRAMS[program]))
+    main = [*SANITIZERS[sanitizer], str(HERE / f"{program}.cpp"), *parts]
+    runnable = compiled(main, tmp_path / program)
+    done = subprocess.run([str(runnable)], check=False, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr

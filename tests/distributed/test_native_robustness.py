@@ -235,9 +235,9 @@ def churn_body(comm, rounds):
 
 
 @pytest.mark.parametrize("rounds", [100, pytest.param(1000, marks=SLOW)])
-@FABRICS
-def test_communicators_leave_nothing(rounds, network):
-    run(2, churn_body, rounds, network=network)
+@pytest.mark.parametrize("hosts", ["aa", "ab", "aab"])
+def test_communicators_leave_nothing(rounds, hosts):
+    run(len(hosts), churn_body, rounds, network=hosts, limit_s=240)
 
 
 def victim_body(comm, operation, deadline_s, how):

@@ -25,9 +25,12 @@ from paceline.train.job import Job
 
 
 class RankPool:
-    """Ranks that can talk over either fabric. A body is a module-level function `body(job, *arguments)`."""
+    """Ranks that can talk over either fabric. A body is a module-level function `body(job, *arguments)`.
 
-    def __init__(self, size: int, fabric: str = "native") -> None:
+    `hosts`: by one letter for each rank, as "aab", for the native fabric; by default all are on one.
+    """
+
+    def __init__(self, size: int, fabric: str = "native", *, hosts: str = "") -> None:
         self.fabric = fabric
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
@@ -35,7 +38,7 @@ class RankPool:
         self._pipes, self._processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            arguments = (rank, size, str(Path(self._folder.name) / "store"), theirs)
+            arguments = (rank, size, hosts or "h" * size, str(Path(self._folder.name) / "store"), theirs)
             process = context.Process(target=_serve, args=arguments)
             process.start()
             self._pipes.append(ours)
@@ -65,13 +68,14 @@ class RankPool:
         self._folder.cleanup()
 
 
-def _serve(rank: int, size: int, store_path: str, pipe: Any) -> None:
+def _serve(rank: int, size: int, native_hosts: str, store_path: str, pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store_path, size), rank=rank, world_size=size)
     hosts = ("here",) * size
     store = PrefixStore("native", dist.distributed_c10d._get_default_store())
-    meeting = Meeting(rank, size, rank, size, "test", hosts, ("",) * size, store, b"secret")
+    addresses = ("127.0.0.1" if len(set(native_hosts)) > 1 else "",) * size
+    meeting = Meeting(rank, size, rank, size, "test", tuple(native_hosts), addresses, store, b"secret")
     worlds: list[FabricCommunicator] = [TorchCommunicator(hosts), native.connect(meeting, timeout_s=60)]
     parts = {(w.fabric, n): w.split(list(range(n))) for w in worlds for n in range(1, size + 1)}
     while True:

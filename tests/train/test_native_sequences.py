@@ -1,7 +1,12 @@
-"""Random sequences of operations on several groups at once, waited for in any order, against plain sums."""
+"""Random sequences of operations on several groups at once, waited for in any order, against plain values.
+
+Over shared memory, TCP and both: groups of everybody, in two orders, within a host and across hosts.
+"""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,53 +18,128 @@ from rank_pool import RankPool
 from paceline.train.job import Job
 
 pytestmark = pytest.mark.xdist_group("processes")
-GROUPS = ((0, 1, 2), (2, 1, 0), (0, 2), (1, 2))
-OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "urgent", "send")
-SIZES = (1, 5, 300, 9000, 70_000)
+GROUPS = ((0, 1, 2), (2, 1, 0), (0, 1), (0, 2), (2, 1))
+SIZES = (0, 1, 5, 300, 9000, 70_000)
+Made = tuple[Any, torch.Tensor | None, torch.Tensor | None]
+"""A work, what it leaves, and what that must be."""
 
+
+class Step:
+    """One operation of one group, as a member sees it: rank r brings values of its own."""
+
+    def __init__(self, group: Any, number: int, n: int, allocated: bool) -> None:
+        self.group, self.number, self.n, self.size, self.rank = group, number, n, group.size, group.rank
+        self._make = group.allocate if allocated else lambda k, dtype: torch.zeros(k, dtype=dtype)
+
+    def value(self, rank: int) -> float:
+        return float(self.number + 10 * rank)
+
+    def tensor(self, blocks: int = 1, value: float | None = None) -> torch.Tensor:
+        made: torch.Tensor = self._make(self.n * blocks, torch.float32)
+        return made.fill_(self.value(self.rank) if value is None else value)
+
+    def all(self, value: float) -> torch.Tensor:
+        return torch.full((self.n,), value)
+
+    def total(self) -> torch.Tensor:
+        return self.all(sum(map(self.value, range(self.size))))
+
+    def every(self) -> torch.Tensor:
+        return torch.cat([self.all(self.value(r)) for r in range(self.size)])
+
+
+def all_reduce(s: Step) -> Made:
+    return s.group.all_reduce(t := s.tensor()), t, s.total()
+
+
+def urgent(s: Step) -> Made:
+    return s.group.all_reduce(t := s.tensor(), priority=1), t, s.total()
+
+
+def reduce(s: Step) -> Made:
+    return s.group.reduce(t := s.tensor(), root=s.size - 1), t, s.total() if s.rank == s.size - 1 else None
+
+
+def reduce_scatter(s: Step) -> Made:
+    return s.group.reduce_scatter(t := s.tensor(), s.tensor(s.size)), t, s.total()
+
+
+def all_gather(s: Step) -> Made:
+    return s.group.all_gather(t := s.tensor(s.size), s.tensor()), t, s.every()
+
+
+def broadcast(s: Step) -> Made:
+    return s.group.broadcast(t := s.tensor(), root=s.size - 1), t, s.all(s.value(s.size - 1))
+
+
+def gather(s: Step) -> Made:
+    out = s.tensor(s.size) if s.rank == 0 else None
+    return s.group.gather(out, s.tensor(), root=0), out, None if out is None else s.every()
+
+
+def scatter(s: Step) -> Made:
+    source = s.tensor(s.size) if s.rank == 0 else None
+    return s.group.scatter(t := s.tensor(), source, root=0), t, s.all(s.value(0))
+
+
+def all_to_all(s: Step) -> Made:
+    return s.group.all_to_all(t := s.tensor(s.size), s.tensor(s.size)), t, s.every()
+
+
+def barrier(s: Step) -> Made:
+    return s.group.barrier(), None, None
+
+
+def send(s: Step) -> Made | None:
+    """The first rank sends, the last one receives, others do nothing."""
+    if s.rank == 0:
+        return s.group.send(s.tensor(), s.size - 1, tag=s.number), None, None
+    return receive(s, 0) if s.rank == s.size - 1 else None
+
+
+def receive(s: Step, src: int) -> Made:
+    return s.group.recv(t := s.tensor(value=-1), src, tag=s.number), t, s.all(s.value(src))
+
+
+OPERATIONS: tuple[Callable[[Step], Made | None], ...] = (
+    all_reduce, urgent, reduce, reduce_scatter, all_gather, broadcast, gather, scatter, all_to_all, barrier,
+    send,
+)  # fmt: skip
 STEP = st.tuples(
     st.integers(0, len(GROUPS) - 1),
-    st.sampled_from(OPERATIONS),
+    st.sampled_from(["round", *(f.__name__ for f in OPERATIONS)]),
     st.sampled_from(SIZES),
     st.booleans(),  # allocated
     st.booleans(),  # waited for at once
 )
 
 
-def sequence_body(job: Job, steps: list[Any], backwards: bool) -> int:
+def begin(name: str, step: Step) -> list[Made]:
+    if name != "round":
+        made = next(f for f in OPERATIONS if f.__name__ == name)(step)
+        return [] if made is None else [made]
+    # Everybody sends to its neighbour; some are ready to receive before anything can have come.
+    made = [receive(step, (step.rank - 1) % step.size)] if step.rank % 2 else []
+    made.append((step.group.send(step.tensor(), (step.rank + 1) % step.size, tag=step.number), None, None))
+    return made if step.rank % 2 else [*made, receive(step, (step.rank - 1) % step.size)]
+
+
+def sequence_body(job: Job, steps: list[Any], seed: int) -> int:
     comm: Any = job.comm
     groups = [comm.split(list(ranks)) for ranks in GROUPS]
     pending = []
-    for number, (index, operation, n, allocated, at_once) in enumerate(steps):
-        group, ranks = groups[index], GROUPS[index]
-        if group is None:
+    for number, (index, name, n, allocated, at_once) in enumerate(steps):
+        if groups[index] is None:
             continue
-        make = group.allocate if allocated else lambda k, dtype: torch.zeros(k, dtype=dtype)
-        value = {r: float(number + 10 * i) for i, r in enumerate(ranks)}
-        mine, total, p = value[comm.rank], sum(value.values()), len(ranks)
-        one, whole = make(n, torch.float32).fill_(mine), make(n * p, torch.float32).fill_(mine)
-        if operation in ("all_reduce", "urgent"):
-            more = {"priority": 1} if operation == "urgent" and comm.fabric == "native" else {}
-            work, result, want = group.all_reduce(one, **more), one, torch.full((n,), total)
-        elif operation == "reduce_scatter":
-            work, result, want = group.reduce_scatter(one, whole), one, torch.full((n,), total)
-        elif operation == "all_gather":
-            want = torch.tensor([value[r] for r in ranks]).repeat_interleave(n)
-            work, result = group.all_gather(whole, one), whole
-        elif operation == "broadcast":
-            work, result, want = group.broadcast(one, root=p - 1), one, torch.full((n,), value[ranks[-1]])
-        elif group.rank == 0:
-            work, result, want = group.send(one, p - 1, tag=number), one, one
-        elif group.rank == p - 1:
-            work, result, want = group.recv(one, 0, tag=number), one, torch.full((n,), value[ranks[0]])
-        else:
-            continue
-        if at_once and operation != "send":
+        made = begin(name, Step(groups[index], number, n, allocated))
+        for work, _, _ in made if at_once and name != "send" else ():
             work.wait()
-        pending.append((number, work, result, want))
-    for number, work, result, want in reversed(pending) if backwards else pending:
+        pending += [(number, *each) for each in made]
+    random.Random(seed + comm.rank).shuffle(pending)  # every rank waits in an order of its own
+    for number, work, result, want in pending:
         work.wait()
-        assert torch.equal(result, want), (number, steps[number], result[:3], want[:3])
+        if want is not None:
+            assert torch.equal(result, want), (number, steps[number], result[:3], want[:3])
     comm.barrier().wait()
     for group in groups:
         if group is not None:
@@ -67,9 +147,21 @@ def sequence_body(job: Job, steps: list[Any], backwards: bool) -> int:
     return len(pending)
 
 
+@pytest.fixture(scope="module", params=["shm", "tcp", "mixed"])
+def pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
+    found = RankPool(3, hosts={"shm": "aaa", "tcp": "abc", "mixed": "aab"}[request.param])
+    yield found
+    found.close()
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=st.lists(STEP, min_size=1, max_size=14), backwards=st.booleans())
-def test_any_sequence_on_several_groups(three: RankPool, steps: list[Any], backwards: bool) -> None:
-    if three.fabric != "native":
-        pytest.skip("groups of the torch fabric are slow to make")
-    three.run(sequence_body, steps, backwards)
+@given(steps=st.lists(STEP, min_size=1, max_size=14), seed=st.integers(0, 1000))
+def test_any_sequence_on_several_groups(pool: RankPool, steps: list[Any], seed: int) -> None:
+    pool.run(sequence_body, steps, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(STEP, min_size=10, max_size=40), seed=st.integers(0, 1000))
+def test_long_sequences_on_several_groups(pool: RankPool, steps: list[Any], seed: int) -> None:
+    pool.run(sequence_body, steps, seed)
