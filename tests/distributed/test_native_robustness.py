@@ -160,6 +160,22 @@ def test_mismatch(network):
     run(2, mismatch_body, network=network)
 
 
+def unwatched_body(comm):
+    """An operation that fails while nobody waits for it still fails the wait that comes later."""
+    work = comm.all_reduce(torch.ones(300_000 + comm.rank))
+    deadline = time.monotonic() + 20
+    while hasattr(work, "_operation") and not work._operation.is_done:  # else it failed in the call
+        assert time.monotonic() < deadline, "nothing failed without a wait"
+        time.sleep(0.001)
+    with pytest.raises(Mismatch):
+        work.wait()
+
+
+@pytest.mark.parametrize("hosts", ["aa", "ab", "aab"])
+def test_failures_that_nobody_watched(hosts):
+    run(len(hosts), unwatched_body, network=hosts)
+
+
 def refusal_body(comm):
     with pytest.raises(ConfigError, match="MIN is not defined"):
         comm.all_reduce(torch.ones(2, dtype=torch.complex64), op=ReduceOp.MIN)

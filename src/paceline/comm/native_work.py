@@ -26,17 +26,20 @@ class NativeWork:
         """Block until done; raise the operation's CommError."""
         if self._error is not None:
             raise self._error
-        if self._operation.is_done and not self._comm.unusable:
-            return
-        start = time.perf_counter()
+        operation = self._operation
         try:
-            self._comm._core_group.wait(self._operation, -1.0 if timeout_s is None else timeout_s)
+            if operation.is_done:
+                operation.raise_failure()  # it may have failed while nobody waited
+                return
+            start = time.perf_counter()
+            try:
+                self._comm._core_group.wait(operation, -1.0 if timeout_s is None else timeout_s)
+            finally:
+                self._comm.ledger.wait_s += time.perf_counter() - start
         except CommError as error:
             self._error = error
             self._comm.unusable = self._comm.unusable or str(error)
             raise
-        finally:
-            self._comm.ledger.wait_s += time.perf_counter() - start
 
     def is_done(self) -> bool:
         """Whether `wait` would not block."""
