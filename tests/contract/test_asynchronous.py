@@ -35,10 +35,11 @@ PERIODIC = [
     "streaming_diloco(period=4, fragments=2)",
     "streaming_diloco(period=4, delay=2, payload=bfloat16)",
 ]
+THRESHOLD = ["decentralized_threshold(tau=0.02)", "decentralized_threshold(relay=true)"]
 NOISY = {"compute": "pareto(shape=2)"}
 
 
-@pytest.mark.parametrize("strategy", ASYNCHRONOUS + PERIODIC)
+@pytest.mark.parametrize("strategy", ASYNCHRONOUS + PERIODIC + THRESHOLD)
 def test_same_seed_same_bits_same_log(strategy: str) -> None:
     first, second = (train(strategy, num_workers=6, steps=15, seed=3, **NOISY) for _ in range(2))
     assert first.log.digest() == second.log.digest() and first.seconds == second.seconds
@@ -48,14 +49,14 @@ def test_same_seed_same_bits_same_log(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 5])
-@pytest.mark.parametrize("strategy", ASYNCHRONOUS + PERIODIC)
+@pytest.mark.parametrize("strategy", ASYNCHRONOUS + PERIODIC + THRESHOLD)
 def test_replicas_are_equal_after_synchronize(strategy: str, num_workers: int) -> None:
     run = train(strategy, num_workers=num_workers, steps=11, **NOISY)
     assert all(torch.equal(result[0], run[0][0]) for result in run)
     assert not torch.equal(run[0][0], torch.linspace(-1, 1, 10, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("strategy", ASYNCHRONOUS)
+@pytest.mark.parametrize("strategy", ASYNCHRONOUS + THRESHOLD)
 def test_consensus_is_the_same_everywhere_and_changes_nothing(strategy: str) -> None:
     seen: dict[int, list[torch.Tensor]] = {}
 
@@ -77,7 +78,7 @@ def test_traffic_claim_equals_the_ledger(strategy: str) -> None:
     assert make(strategy).traffic(numel * 4, workers) == pytest.approx(sent, rel=0.06)
 
 
-@pytest.mark.parametrize("strategy", ASYNCHRONOUS + PERIODIC)
+@pytest.mark.parametrize("strategy", ASYNCHRONOUS + PERIODIC + THRESHOLD)
 def test_save_and_continue_equals_save_exit_resume(strategy: str) -> None:
     """In simulation with constant compute times, so that both halves meet the same order."""
 
@@ -109,7 +110,7 @@ def test_save_and_continue_equals_save_exit_resume(strategy: str) -> None:
     assert torch.equal(through[0], resumed[0])
 
 
-KILLED = [*ASYNCHRONOUS[:7], "decentralized_threshold(tau=0.02)", "decentralized_threshold(relay=true)"]
+KILLED = [*ASYNCHRONOUS[:7], *THRESHOLD]
 
 
 def survive(strategy: str, seed: int) -> None:
