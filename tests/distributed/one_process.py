@@ -14,9 +14,6 @@ from paceline.comm.native import NativeCommunicator
 from paceline.comm.native_mixed import MixedCommunicator
 from paceline.comm.native_network import NetworkCommunicator
 
-MANY = 1000
-"""More ranks than cores: whoever waits leaves the core to the others at once."""
-
 
 class World:
     """`comms[r]` is rank r. `hosts`: one letter for each rank, as "aab".
@@ -27,8 +24,6 @@ class World:
     def __init__(self, fabric: str, hosts: str, *, timeout_s: float = 60.0) -> None:
         self.hosts, self.size = hosts, len(hosts)
         self.engines = [_core.Engine() for _ in hosts]
-        for engine in self.engines:
-            engine.set_ranks_on_host(MANY)
         self._networks: list[_core.Network] = []
         self.timeout_s = timeout_s
         make = {"shm": self._shared, "tcp": self._network, "mixed": self._mixed}[fabric]
