@@ -111,8 +111,22 @@ void Group::check(Nanoseconds now) {
   }
   const int frozen = find_frozen(now);
   if (frozen >= 0 && !queue_.empty()) queue_.front()->waiting_for = frozen;
-  if (const Failure late = lateness(now)) return fail(late);
+  const Failure late = lateness(now);
+  if (late && (frozen >= 0 || is_known_who_runs(now))) return fail(late);
   pipes_.check(now);
+}
+
+// Whether every peer was seen running after the deadline of the running operation, or had the time to be. On a busy
+// machine this rank may not have looked for long, and would blame whom it waits for instead of who is stopped.
+bool Group::is_known_who_runs(Nanoseconds now) {
+  const std::uint64_t sequence = queue_.front()->sequence;
+  if (late_.sequence != sequence) {
+    late_ = {sequence, now, {}};
+    for (int r = 0; r < size_; ++r) late_.beats.push_back(peer(r).beat());
+  }
+  bool all_run = true;
+  for (int r = 0; r < size_; ++r) all_run &= r == rank_ || peer(r).beat() != late_.beats[static_cast<std::size_t>(r)];
+  return all_run || now - late_.since > frozen_after;
 }
 
 // Whom we wait for may itself wait for somebody who is stopped: processes that run have a beat.

@@ -92,6 +92,7 @@ class Group final : public Session {
 
   // A peer whose process stands still, or -1.
   int find_frozen(Nanoseconds now);
+  bool is_known_who_runs(Nanoseconds now);
 
   std::byte* memory_ = nullptr;
   Outbox own_;
@@ -103,6 +104,11 @@ class Group final : public Session {
     Nanoseconds since = 0;  // when it was first seen
   };
   std::vector<Pulse> pulses_;
+  struct Late {
+    std::uint64_t sequence = 0;  // of the operation whose deadline has passed
+    Nanoseconds since = 0;
+    std::vector<std::uint32_t> beats{};  // of all ranks, when that was noticed
+  } late_;
   Pipes pipes_;
   // Whose ring rank `r` writes to: of two ranks, the one that it read in the lap before, because those lines are in
   // its cache and nobody else's.

@@ -29,8 +29,8 @@ class Session {
   bool is_heavy() const { return !queue_.empty() && queue_.front()->is_heavy; }
   const Failure& failure() const { return failure_; }
   std::string describe(const Operation& op) const;
-  // The rank whose move the running operation misses, or that made this group fail; Respondent's special values if there
-  // is none or none known.
+  // The rank whose move the running operation misses, or that made this group fail; Respondent's special values if
+  // there is none or none known.
   int waits_for() const;
 
   void enqueue(const OperationPointer& op);
