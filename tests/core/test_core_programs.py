@@ -78,6 +78,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pa
     return compile_one
 
 
+@pytest.mark.timeout(900)  # the first program of a sanitizer builds what the others use
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(
     "sanitizer",
@@ -94,5 +95,5 @@ def test_program(program: str, sanitizer: str, objects: Callable[[str, str], Pat
         parts = list(pool.map(lambda name: str(objects(sanitizer, name)), PROGRAMS[program]))
     main = [*SANITIZERS[sanitizer], str(HERE / f"{program}.cpp"), *parts]
     runnable = compiled(main, tmp_path / program)
-    done = subprocess.run([str(runnable)], check=False, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([str(runnable)], check=False, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
