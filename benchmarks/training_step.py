@@ -1,11 +1,12 @@
 """Step time of `all_reduce` against DistributedDataParallel: same ranks, same model, paired runs A B A B.
 
     python benchmarks/training_step.py                       # 25 M-parameter MLP, 2 ranks, Gloo under both
-    python benchmarks/training_step.py --fabric native --json step.json
+    python benchmarks/training_step.py --fabric native --batch 16 32 64 --json step.json
 
-Each rank computes with one thread. A pair is `--steps` steps of DDP and then of Paceline, alternating; its
-ratio compares the medians, so that a load that comes and goes on the machine hits both. The result is the
-median of the pairs' ratios. With another fabric than torch, DDP keeps Gloo.
+Each rank computes with one thread. A round is `--steps` steps of the model alone (no communication), of DDP
+and of Paceline in turn; its ratios compare the medians, so that a load that comes and goes on the machine
+hits all. The result is the median of the rounds' ratios; `alone / DDP` is what communication that costs
+nothing would reach. With another fabric than torch, DDP keeps Gloo.
 """
 
 from __future__ import annotations
@@ -77,53 +78,83 @@ def worker(arguments: argparse.Namespace) -> None:
     ours, our_optimizer = job.prepare(
         ours, torch.optim.SGD(ours.parameters(), lr=0.01), strategy=arguments.strategy
     )
-    sides = {"ddp": (theirs, their_optimizer), "paceline": (ours, our_optimizer)}
-    for model, optimizer in sides.values():
-        step_times_s(model, optimizer, arguments.batch, 3, job.barrier)
-    pairs = []
-    for _ in range(arguments.pairs):
-        medians = {}
-        for name, (model, optimizer) in sides.items():
-            times = step_times_s(model, optimizer, arguments.batch, arguments.steps, job.barrier)
-            medians[name] = statistics.median(times)
-        pairs.append({**medians, "ratio": medians["paceline"] / medians["ddp"]})
-    if job.is_main:
-        report(arguments, pairs, sum(p.numel() for p in ours.parameters()), job.size)
+    alone = build(arguments.width)
+    sides = {
+        "alone": (alone, torch.optim.SGD(alone.parameters(), lr=0.01)),
+        "ddp": (theirs, their_optimizer),
+        "paceline": (ours, our_optimizer),
+    }
+    results = []
+    for batch in arguments.batch:
+        rounds = measure(sides, batch, arguments, job.barrier)
+        if job.is_main:
+            numel = sum(p.numel() for p in ours.parameters())
+            results.append(report(arguments, batch, rounds, numel, job.size))
+    if job.is_main and arguments.json:
+        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
     job.barrier()
     job.close()
 
 
-def report(arguments: argparse.Namespace, pairs: list[dict[str, float]], parameters: int, size: int) -> None:
-    ratio = statistics.median(pair["ratio"] for pair in pairs)
-    result = {
+def measure(
+    sides: dict[str, tuple[nn.Module, torch.optim.Optimizer]],
+    batch: int,
+    arguments: argparse.Namespace,
+    barrier: Callable[[], None],
+) -> list[dict[str, float]]:
+    """Median step seconds of each side, by round."""
+    for model, optimizer in sides.values():
+        step_times_s(model, optimizer, batch, 3, barrier)
+    return [
+        {
+            name: statistics.median(step_times_s(model, optimizer, batch, arguments.steps, barrier))
+            for name, (model, optimizer) in sides.items()
+        }
+        for _ in range(arguments.rounds)
+    ]
+
+
+def report(
+    arguments: argparse.Namespace, batch: int, rounds: list[dict[str, float]], parameters: int, size: int
+) -> dict[str, object]:
+    """Print one batch size's figures, and return them."""
+    ratios = [r["paceline"] / r["ddp"] for r in rounds]
+    floor = statistics.median(r["alone"] / r["ddp"] for r in rounds)
+    steps = {f"{name}_step_s": statistics.median(r[name] for r in rounds) for name in rounds[0]}
+    print(
+        f"{size} ranks, {parameters / 1e6:.1f} M parameters, {batch} samples a rank: "
+        + ", ".join(f"{key[:-7]} {value * 1e3:.0f} ms" for key, value in steps.items())
+    )
+    print("  ratios of the rounds:", ", ".join(f"{ratio:.3f}" for ratio in ratios))
+    print(
+        f"  {arguments.strategy} / DDP, median step time ratio: {statistics.median(ratios):.3f}"
+        f" (alone / DDP: {floor:.3f})",
+        flush=True,
+    )
+    return {
         "benchmark": "training_step",
         "ranks": size,
         "parameters": parameters,
-        "batch_per_rank": arguments.batch,
+        "batch_per_rank": batch,
         "steps_per_side": arguments.steps,
         "strategy": arguments.strategy,
         "ddp_bucket_view": arguments.bucket_view,
         "fabric": arguments.fabric or "torch",
         "torch": torch.__version__,
-        "ddp_step_s": statistics.median(pair["ddp"] for pair in pairs),
-        "paceline_step_s": statistics.median(pair["paceline"] for pair in pairs),
-        "median_ratio": ratio,
-        "pairs": pairs,
+        **steps,
+        "median_ratio": statistics.median(ratios),
+        "alone_ratio": floor,
+        "rounds": rounds,
     }
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({k: v for k, v in result.items() if k != "pairs"}, indent=1))
-    print("ratios of the pairs:", ", ".join(f"{pair['ratio']:.3f}" for pair in pairs))
-    print(f"{arguments.strategy} / DDP, median step time ratio: {ratio:.3f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--width", type=int, default=2048, help="2048 gives 25 M parameters")
-    parser.add_argument("--batch", type=int, default=64, help="samples per rank")
-    parser.add_argument("--steps", type=int, default=10, help="steps of each side in a pair")
-    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--batch", type=int, nargs="+", default=[16, 32, 64], help="samples per rank")
+    parser.add_argument("--steps", type=int, default=8, help="steps of each side in a round")
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--bucket-view", action="store_true", help="DDP with gradient_as_bucket_view=True")
     parser.add_argument("--strategy", default="all_reduce")
     parser.add_argument("--fabric", default=None, help="torch or native; default: the package's")
