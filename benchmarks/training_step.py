@@ -120,10 +120,10 @@ def report(
     """Print one batch size's figures, and return them."""
     ratios = [r["paceline"] / r["ddp"] for r in rounds]
     floor = statistics.median(r["alone"] / r["ddp"] for r in rounds)
-    steps = {f"{name}_step_s": statistics.median(r[name] for r in rounds) for name in rounds[0]}
+    steps = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
     print(
         f"{size} ranks, {parameters / 1e6:.1f} M parameters, {batch} samples a rank: "
-        + ", ".join(f"{key[:-7]} {value * 1e3:.0f} ms" for key, value in steps.items())
+        + ", ".join(f"{name} {step_s * 1e3:.0f} ms" for name, step_s in steps.items())
     )
     print("  ratios of the rounds:", ", ".join(f"{ratio:.3f}" for ratio in ratios))
     print(
@@ -141,7 +141,7 @@ def report(
         "ddp_bucket_view": arguments.bucket_view,
         "fabric": arguments.fabric or "torch",
         "torch": torch.__version__,
-        **steps,
+        **{f"{name}_step_s": step_s for name, step_s in steps.items()},
         "median_ratio": statistics.median(ratios),
         "alone_ratio": floor,
         "rounds": rounds,

@@ -119,13 +119,9 @@ void Group::check(Nanoseconds now) {
 // Whether every peer was seen running after the deadline of the running operation, or had the time to be. On a busy
 // machine this rank may not have looked for long, and would blame whom it waits for instead of who is stopped.
 bool Group::is_known_who_runs(Nanoseconds now) {
-  const std::uint64_t sequence = queue_.front()->sequence;
-  if (late_.sequence != sequence) {
-    late_ = {sequence, now, {}};
-    for (int r = 0; r < size_; ++r) late_.beats.push_back(peer(r).beat());
-  }
+  if (const std::uint64_t sequence = queue_.front()->sequence; late_.sequence != sequence) late_ = {sequence, now};
   bool all_run = true;
-  for (int r = 0; r < size_; ++r) all_run &= r == rank_ || peer(r).beat() != late_.beats[static_cast<std::size_t>(r)];
+  for (int r = 0; r < size_; ++r) all_run &= r == rank_ || pulses_[static_cast<std::size_t>(r)].since > late_.since;
   return all_run || now - late_.since > frozen_after;
 }
 

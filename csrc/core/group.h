@@ -101,13 +101,12 @@ class Group final : public Session {
   std::vector<std::uint64_t> known_done_;
   struct Pulse {
     std::uint32_t beat = 0;
-    Nanoseconds since = 0;  // when it was first seen
+    Nanoseconds since = 0;  // when it was first seen, as of the last find_frozen()
   };
   std::vector<Pulse> pulses_;
   struct Late {
     std::uint64_t sequence = 0;  // of the operation whose deadline has passed
-    Nanoseconds since = 0;
-    std::vector<std::uint32_t> beats{};  // of all ranks, when that was noticed
+    Nanoseconds since = 0;  // when that was noticed
   } late_;
   Pipes pipes_;
   // Whose ring rank `r` writes to: of two ranks, the one that it read in the lap before, because those lines are in

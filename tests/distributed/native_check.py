@@ -20,6 +20,8 @@ from paceline.schedule.interpret import interpret
 from paceline.schedule.program import Program
 from paceline.types import ReduceOp
 
+GATHERING = ("all_gather", "gather")
+
 
 def check(world: World, case: Case) -> None:
     """AssertionError names the case and the first rank whose result differs."""
@@ -54,7 +56,9 @@ def check_program(world: World, case: Case) -> list[tuple[torch.Tensor | None, A
         source = tensor(values[r], case.dtype)
         output = torch.zeros(int(layout.output_offsets[-1]), dtype=case.torch_dtype)
         if is_in_place:
-            source, output = _together(case, source, output, contract.in_place_offset(program, r), layout)
+            offsets = layout.output_offsets if case.operation in GATHERING else layout.input_offsets
+            start = int(offsets[contract.in_place_offset(program, r)])
+            source, output = _in_place(case, source, output, start)
         sources.append(source)
         outputs.append(output)
     operations = []
@@ -88,20 +92,14 @@ def check_program(world: World, case: Case) -> list[tuple[torch.Tensor | None, A
     return list(zip(outputs, want, strict=True))
 
 
-def _together(
-    case: Case, source: torch.Tensor, output: torch.Tensor, chunk: int, layout: contract.Layout
+def _in_place(
+    case: Case, source: torch.Tensor, output: torch.Tensor, start: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Source and output in the same memory: the smaller one is part of the larger one."""
-    if case.operation in ("all_gather", "gather"):
-        return _inside(output, source, int(layout.output_offsets[chunk]))[::-1]
-    start = int(layout.input_offsets[chunk])
-    return source, source[start : start + output.numel()]
-
-
-def _inside(whole: torch.Tensor, part: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`whole`, and the elements of it that now hold `part`."""
-    whole[start : start + part.numel()] = part
-    return whole, whole[start : start + part.numel()]
+    """Source and output in the same memory: the smaller one is part of the larger one, from `start` on."""
+    if case.operation not in GATHERING:
+        return source, source[start : start + output.numel()]
+    part = output[start : start + source.numel()]
+    return part.copy_(source), output
 
 
 # The fabric's own protocols, against the definition of the operation.
@@ -115,7 +113,7 @@ def check_own(world: World, case: Case) -> list[tuple[torch.Tensor | None, Array
         return []
     if operation in ("all_reduce", "reduce", "broadcast"):
         return _check_whole(world, case, counts)
-    if operation in ("all_gather", "gather"):
+    if operation in GATHERING:
         values = inputs(case.dtype, case.op, p, blocks)
         want = [np.concatenate(values)] * p
     elif operation == "all_to_all":
@@ -208,10 +206,7 @@ def _buffers(
     source = tensor(values, case.dtype)
     output = torch.zeros(num_out, dtype=case.torch_dtype)
     if case.memory == "in place":
-        start = sum(blocks[:rank])
-        if case.operation in ("all_gather", "gather"):
-            return _inside(output, source, start)[::-1]
-        return source, source[start : start + output.numel()]
+        return _in_place(case, source, output, sum(blocks[:rank]))
     return _allocated(world, case, rank, source), _allocated(world, case, rank, output)
 
 

@@ -121,10 +121,11 @@ def algorithms(fabric: str, num_ranks: int) -> list[tuple[str, str]]:
 def sizes(operation: str) -> list[str]:
     if operation == "barrier":
         return ["none"]
-    left_out = "uneven" if operation in contract.WHOLE or operation in ("gather", "scatter") else "slices"
-    return [
-        size for size in SIZES if size not in (left_out, "slices" if operation not in contract.WHOLE else "")
-    ]
+    is_whole = operation in contract.WHOLE
+    left_out = [] if is_whole else ["slices"]
+    if is_whole or operation in ("gather", "scatter"):
+        left_out.append("uneven")
+    return [size for size in SIZES if size not in left_out]
 
 
 def operators(operation: str, dtype: str) -> list[ReduceOp]:

@@ -51,7 +51,7 @@ class Report:
     strategy_stats: Mapping[str, Any]
     """What the method measured about itself (staleness, consensus distance, …)."""
     parameters_sha256: str = ""
-    """Of the final parameters; equal for two runs that ended in the same bits."""
+    """Of worker 0's final parameters; equal for two runs that ended in the same bits."""
 
 
 def train(setup: Setup, built: Task | None = None) -> Report:
@@ -84,7 +84,7 @@ def train(setup: Setup, built: Task | None = None) -> Report:
         wait_s=job.stats()["training"]["wait_s"],
         model_parameters=sum(p.numel() for p in task.model.parameters()),
         strategy_stats=job.strategy.stats(),
-        parameters_sha256=_digest(task.model),
+        parameters_sha256=_digest(task.model) if job.is_main else "",
     )
     job.close()
     return report

@@ -74,8 +74,10 @@ class Network:
         start = now_s
         while True:
             later, a, b = max((self._faults.open_at(a, b, start), -a, -b) for a in ranks for b in ranks)
-            if later in (start, FOREVER):
+            if later == FOREVER:
                 return later, self._faults.closed_for_ever(-a, -b, start)
+            if later == start:
+                return start, ""
             start = later
 
     def collective_s(self, operation: str, num_bytes: int, ranks: list[int], algorithm: str = "") -> float:
