@@ -8,6 +8,7 @@
 // Contributions are always combined in the order of ranks, so the three give the same bits.
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "core/engine.h"
 #include "core/group.h"
@@ -110,6 +111,8 @@ struct Combination {
   }
 
   // ---- staged. A stage has room for one piece of every part; in the region of the own part lies the result.
+  // Each rank writes where it has read in the lap before, because those lines are in its cache: every other lap, two
+  // ranks exchange what they have for each other, and results move on by one rank a lap.
   std::size_t piece_bytes() const { return Outbox::stage_bytes / static_cast<std::size_t>(size) / 64 * 64; }
   std::uint64_t num_slices() const {
     std::size_t longest = 0;
@@ -121,8 +124,12 @@ struct Combination {
     const std::size_t start = std::min(k * piece_bytes(), part(p).num_bytes);
     return {start, std::min(piece_bytes(), part(p).num_bytes - start)};
   }
+  // What rank `r` has in slice k for rank `p`: its contribution, or its result for all if they are the same.
   std::byte* stage(int r, std::uint64_t k, int p) const {
-    return group.ring_stage(first, r, k) + static_cast<std::size_t>(p) * piece_bytes();
+    const Group::Place place = Group::ring_place(first, k);
+    if (r == p) r = p = static_cast<int>((static_cast<std::uint64_t>(r) + place.lap) % static_cast<std::uint64_t>(size));
+    else if (place.lap % 2 != 0) std::swap(r, p);
+    return group.outbox(r).ring(place.at) + static_cast<std::size_t>(p) * piece_bytes();
   }
   void copy_in(std::uint64_t k) {
     for (int i = 1; i < size; ++i) {

@@ -172,8 +172,7 @@ bool Group::is_ring_free(Operation& op, bool is_whole) {
 
 Group::Place Group::take_ring_stages(const Operation& op, std::uint64_t slices) {
   const Place first{(ring_.at + Outbox::stage_bytes - 1) / Outbox::stage_bytes * Outbox::stage_bytes, ring_.lap};
-  const std::uint64_t end = first.at + slices * Outbox::stage_bytes;
-  ring_ = {end % Outbox::ring_bytes, first.lap + end / Outbox::ring_bytes};
+  ring_ = ring_place(first, slices);
   last_staged_ = op.sequence;
   return first;
 }

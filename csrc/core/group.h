@@ -66,10 +66,10 @@ class Group final : public Session {
     const Location& place = own_.post(sequence).source;
     return place.offset == 0 ? outbox(r).post(sequence).payload : lane(r, place.generation).ring(place.offset - 1);
   }
-  // The stage in which rank `r` keeps slice `k` of a reduction that begins at `first`.
-  std::byte* ring_stage(const Place& first, int r, std::uint64_t k) const {
+  // Where slice `k` of a reduction that begins at `first` is in each rank's ring.
+  static Place ring_place(const Place& first, std::uint64_t k) {
     const std::uint64_t end = first.at + k * Outbox::stage_bytes;
-    return lane(r, first.lap + end / Outbox::ring_bytes).ring(end % Outbox::ring_bytes);
+    return {end % Outbox::ring_bytes, first.lap + end / Outbox::ring_bytes};
   }
 
   // The stage of an exchange that the next one which takes some begins with; to be told in its post.
@@ -109,8 +109,8 @@ class Group final : public Session {
     Nanoseconds since = 0;  // when that was noticed
   } late_;
   Pipes pipes_;
-  // Whose ring rank `r` writes to: of two ranks, the one that it read in the lap before, because those lines are in
-  // its cache and nobody else's.
+  // Whose ring rank `r` puts small reductions in: of two ranks, the one that it read in the lap before, because those
+  // lines are in its cache and nobody else's.
   const Outbox& lane(int r, std::uint64_t lap) const {
     return size_ == 2 ? outbox((r + static_cast<int>(lap & 1)) & 1) : outbox(r);
   }

@@ -37,8 +37,8 @@ class Outbox {
   // Reductions up to here travel in the post itself, larger ones in the ring.
   static constexpr std::size_t inline_bytes = 1 << 10;
   // Writing to lines that a peer has read costs several times as much as reading what it wrote. The rings of stages
-  // are larger than a core's cache, so that most have left it when they are used again; two ranks that combine
-  // exchange their rings at every lap besides (Group::lane), so that each writes where it has read.
+  // are larger than a core's cache, so that most have left it when they are used again; ranks that combine exchange
+  // their places in them at every lap besides (combine.cpp, Group::lane), so that each writes where it has read.
   static constexpr int num_stages = 8;
   static constexpr std::size_t stage_bytes = 256 << 10;
   static constexpr std::size_t ring_bytes = num_stages * stage_bytes;
