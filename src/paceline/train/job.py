@@ -108,7 +108,8 @@ class Job:
         size counts "per_worker" or is the "global" one, divided over the ranks. `shard=False`: each rank's
         loader already gives its own data. `scheduler` (or a list) and `scaler` are only registered, so
         that checkpoints hold them. `precision`: "fp32", or "bf16" / "fp16" for autocast, fp16 with loss
-        scaling of its own. Preparing a model again replaces its earlier preparation.
+        scaling of its own. Preparing a model again replaces its earlier preparation. For a model on the CPU,
+        malloc of this process keeps what a step frees (`heap.keep_freed_memory`).
         Raises ConfigError for what cannot be prepared, Mismatch when ranks prepare different things.
         """
         if batch not in ("per_worker", "global"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from paceline.errors import ConfigError, Mismatch
 from paceline.strategies.strategy import TrainingStrategy
 from paceline.train import plain
 from paceline.train.attachment import Attachment
+from paceline.train.heap import keep_freed_memory
 from paceline.train.replica import FlatReplica
 
 _NEAR_BUCKET_BYTES = 8 << 20
@@ -37,6 +39,8 @@ def attach(
         bucket_bytes=_bucket_bytes(strategy, comm),
         optimizers=optimizers,
     )
+    if all(flat.is_cpu for flat in replica.parameters):
+        keep_freed_memory(os.environ)
     if comm.size > 1:
         for flat in replica.parameters:
             comm.broadcast(flat).wait()
