@@ -135,7 +135,7 @@ struct Combination {
     for (int i = 1; i < size; ++i) {
       const int p = (rank + i) % size;
       const Range range = piece(p, k);
-      std::memcpy(stage(rank, k, p), request.source + part(p).offset + range.offset, range.num_bytes);
+      group.engine().handover().copy(stage(rank, k, p), request.source + part(p).offset + range.offset, range.num_bytes);
     }
     group.publish(group.own().staged(), mark(op.sequence, k + 1));
   }
@@ -145,8 +145,12 @@ struct Combination {
     for (int r = 0; r < size; ++r) from.push_back(stage(r, k, rank));
     from[static_cast<std::size_t>(rank)] = request.source + part(rank).offset + range.offset;
     if (has_output) to.push_back(request.output + output_offset(rank) + range.offset);
-    if (request.kind != Kind::reduce_scatter) to.push_back(stage(rank, k, rank));
+    Handover& handover = group.engine().handover();
+    const bool is_copied = has_output && handover.is_far();
+    const bool gives = request.kind != Kind::reduce_scatter;
+    if (gives && !is_copied) to.push_back(stage(rank, k, rank));
     if (range.num_bytes > 0) run(range.num_bytes);
+    if (gives && is_copied) handover.copy(stage(rank, k, rank), static_cast<std::byte*>(to[0]), range.num_bytes);
     group.publish(group.own().reduced(), mark(op.sequence, k + 1));
   }
   void copy_out(std::uint64_t k) {

@@ -16,6 +16,7 @@
 #include "core/arena.h"
 #include "core/completions.h"
 #include "core/group.h"
+#include "core/handover.h"
 #include "core/operation.h"
 #include "core/transport.h"
 
@@ -67,6 +68,8 @@ class Engine {
 
   // Who wants to be told of the end of operations instead of waiting for them.
   Completions& completions() { return completions_; }
+  // For operations that run: how they put data where peers read it.
+  Handover& handover() { return handover_; }
 
   // For groups, under the lock.
   void completed(Operation& op);
@@ -95,6 +98,7 @@ class Engine {
 
   Arena arena_;
   Completions completions_;
+  Handover handover_;
   std::mutex mutex_;
   std::atomic<std::uint32_t> num_claims_{0};   // threads that want the lock while a driver sleeps
   std::atomic<std::uint32_t> epoch_{0};        // moves when an operation completes or the lock is free again

@@ -28,6 +28,7 @@ GROUP = [
     "pipes",
     "engine",
     "engine_sleep",
+    "handover",
     "combine",
     "exchange",
     "reduce",
