@@ -61,6 +61,8 @@ def test_example(script: str, ranks: int, options: list[str]) -> None:
     for backend in ("gloo", "paceline"):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        if backend == "gloo":
+            command.append(str(Path(__file__).with_name("leave_at_once.py")))
         command += [str(ROOT / "examples" / f"{script}.py"), "--backend", backend, *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         done = subprocess.run(

@@ -369,11 +369,12 @@ class FabricCommunicator(abc.ABC):
                     f" {other.dtype} on {other.device} and {tensor.dtype} on {tensor.device}"
                 )
 
-    def _check_op(self, name: str, tensor: torch.Tensor, op: ReduceOp) -> None:
+    def _check_op(self, name: str, tensor: torch.Tensor, op: object) -> None:
+        if not isinstance(op, ReduceOp):
+            known = ", ".join(ReduceOp.__members__)
+            raise ConfigError(f"{self._who()}: {name}: op must be a paceline.ReduceOp ({known}), got {op!r}")
         if op in _BITWISE and (tensor.is_floating_point() or tensor.is_complex()):
-            raise ConfigError(
-                f"{self._who()}: {name}: {op.name} needs an integer or bool, got {tensor.dtype}"
-            )
+            raise ConfigError(f"{self._who()}: {name}: {op.name} needs integers or bool, got {tensor.dtype}")
         if op is ReduceOp.MEAN and tensor.dtype == torch.bool:
             raise ConfigError(f"{self._who()}: {name}: MEAN of bool is not defined; use BOR, BAND or SUM")
 

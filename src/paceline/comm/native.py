@@ -146,11 +146,10 @@ class NativeCommunicator(ChoosingCommunicator):
     ) -> Work:
         """Replace `tensor` on every rank by the reduction over ranks."""
         # The core looks at the tensor itself: small ones take a microsecond, asking torch half of that.
-        if self.unusable is None and not priority and algorithm is None:
+        code = 0 if op is ReduceOp.SUM else OP_CODES.get(op)
+        if code is not None and self.unusable is None and not priority and algorithm is None:
             try:
-                operation = self._reduce_now(
-                    tensor, 0 if op is ReduceOp.SUM else OP_CODES[op], self.timeout_s
-                )
+                operation = self._reduce_now(tensor, code, self.timeout_s)
             except CommError as error:
                 return self._failed(error)
             if operation is None:
