@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -248,6 +250,9 @@ def kinds_body(comm):
     for refused in (torch.ones(4, 4).t()[:, :2], torch.ones(3).to(torch.float8_e4m3fn)):
         with pytest.raises(ConfigError):
             comm.all_reduce(refused)
+    for operation in (comm.all_reduce, comm.reduce, functools.partial(comm.all_reduce, priority=1)):
+        with pytest.raises(ConfigError, match=r"op must be a paceline.ReduceOp \(SUM, .*got 'mean'"):
+            operation(ones, op="mean")
 
 
 def test_all_reduce_of_every_kind_of_tensor():
