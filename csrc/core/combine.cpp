@@ -133,15 +133,13 @@ struct Combination {
   }
   // Two ranks exchange all their places, and caches stay the cheaper way however far apart the cores are.
   bool writes_past_caches() const { return size > 2 && group.engine().handover().is_far(); }
-  void hand_over(std::byte* to, const std::byte* data, std::size_t num_bytes) {
-    if (size > 2) group.engine().handover().copy(to, data, num_bytes);
-    else if (num_bytes > 0) std::memcpy(to, data, num_bytes);
-  }
   void copy_in(std::uint64_t k) {
     for (int i = 1; i < size; ++i) {
       const int p = (rank + i) % size;
       const Range range = piece(p, k);
-      hand_over(stage(rank, k, p), request.source + part(p).offset + range.offset, range.num_bytes);
+      const std::byte* data = request.source + part(p).offset + range.offset;
+      if (size > 2) group.engine().handover().copy(stage(rank, k, p), data, range.num_bytes);
+      else if (range.num_bytes > 0) std::memcpy(stage(rank, k, p), data, range.num_bytes);
     }
     group.publish(group.own().staged(), mark(op.sequence, k + 1));
   }
@@ -155,7 +153,8 @@ struct Combination {
     const bool gives = request.kind != Kind::reduce_scatter;
     if (gives && !is_copied) to.push_back(stage(rank, k, rank));
     if (range.num_bytes > 0) run(range.num_bytes);
-    if (gives && is_copied) hand_over(stage(rank, k, rank), static_cast<std::byte*>(to[0]), range.num_bytes);
+    if (gives && is_copied)
+      group.engine().handover().copy(stage(rank, k, rank), static_cast<std::byte*>(to[0]), range.num_bytes);
     group.publish(group.own().reduced(), mark(op.sequence, k + 1));
   }
   void copy_out(std::uint64_t k) {
