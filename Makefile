@@ -21,7 +21,7 @@ export REQUIREMENTS
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h)
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
@@ -47,7 +47,7 @@ slow: install
 
 # Real Ray and Spark clusters, MPI launchers, Lightning and Accelerate, with the extras they need.
 engines: $(ENGINES)
-	$(PYTEST) -m "engines and not gpu and not exhaustive" tests/engines
+	$(PYTEST) -m "engines and not gpu and not exhaustive"
 
 $(ENGINES): $(STAMP)
 	$(BIN)/python -c "$$REQUIREMENTS" $(EXTRAS) | xargs -d '\n' \
@@ -60,10 +60,12 @@ exhaustive: install
 
 # PyTorch's own distributed tests over gloo and over our backend, side by side; results stay in runs/.
 pytorch-suite: install
-	$(BIN)/python tests/pytorch_suite.py both --folder runs
+	$(BIN)/python tests/tools/pytorch_suite.py both --folder runs
 
+# What needs neither processes nor a network.
+QUICK := tests/meta tests/test_spec.py tests/codecs tests/schedule tests/collectives tests/comm/simulated tests/comm/messages tests/cli/test_schedule_cli.py
 quick: install
-	$(PYTEST) -n 2 --dist loadgroup -m "not gpu and not slow and not engines and not exhaustive and not net" -x -q tests/unit tests/meta
+	$(PYTEST) -n 2 --dist loadgroup -m "not gpu and not slow and not engines and not exhaustive and not net" -x -q $(QUICK)
 
 clean:
 	rm -rf build dist $(VENV) runs

@@ -15,8 +15,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch._C._distributed_c10d import FileStore
 
-from paceline.comm.native import connect
-from paceline.comm.rendezvous import Meeting
+from paceline.comm.native.shared_memory import connect
+from paceline.comm.rendezvous.meeting import Meeting
 
 SIZES = [4, 1 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20]
 

@@ -25,9 +25,9 @@ from chart import Series, draw
 from paceline.bench.compare import compare
 from paceline.bench.virtual import VirtualCluster
 from paceline.comm import current
-from paceline.comm.simulated_network import HEADER_BYTES
-from paceline.comm.simulation import simulate
-from paceline.strategies.strategy import make
+from paceline.comm.simulated.network import HEADER_BYTES
+from paceline.comm.simulated.simulate import simulate
+from paceline.strategies.base.strategy import make
 
 
 def rates() -> Any:

@@ -2,7 +2,7 @@
 
 python benchmarks/lab.py [--scenarios gigabit,far,uneven] [--hosts 4] [--blocks 5]      (needs root)
 
-The hosts are network namespaces (tests/netlab). Libraries take turns in blocks of back-to-back calls; a
+The hosts are network namespaces (tests/tools/netlab). Libraries take turns in blocks of back-to-back calls; a
 figure is the median over blocks of the slowest rank's mean. `bound` is what a ring cannot beat for its bytes
 at the rate that plain sockets reach round the ring in the same run: 2(P-1)/P S / rate.
 """
@@ -67,9 +67,9 @@ def worker(options: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    from paceline.comm import select
-    from paceline.comm.native import connect
-    from paceline.comm.rendezvous import meet
+    from paceline.comm.native import select
+    from paceline.comm.native.shared_memory import connect
+    from paceline.comm.rendezvous.meeting import meet
 
     torch.set_num_threads(1)
     comm = connect(meet(), timeout_s=60)
@@ -128,7 +128,7 @@ def measure(calls: dict[str, Callable[[], object]], comm: Any, blocks: int) -> d
 
 def run_scenario(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one laboratory."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "tools"))
     from netlab import Lab
 
     scenario = SCENARIOS[name]

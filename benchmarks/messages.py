@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import paceline
-from paceline.comm.shared_blocks import LEAST_BYTES
+from paceline.comm.messages.shared_blocks import LEAST_BYTES
 from paceline.types import Message
 
 SIZES = (1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)

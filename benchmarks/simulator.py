@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from paceline.comm import current
-from paceline.comm.simulation import simulate
+from paceline.comm.simulated.simulate import simulate
 from paceline.types import Message
 
 

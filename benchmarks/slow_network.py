@@ -8,8 +8,9 @@
     METHOD: ddp, ddp_powersgd(rank=1), or any Paceline strategy, e.g. "decentralized_threshold(density=1e-3)"
 
 A 14.6-million-parameter MLP (784, 3444, 3444, 10) on MNIST, SGD with lr 0.04 and momentum 0.9, 64 samples a
-worker, one thread a worker, one worker a host; hosts are network namespaces (root, Linux; tests/netlab) with
-tbf at each port. Each prints JSON; seconds to 97 % = `step_s` of the first x `steps` of the second.
+worker, one thread a worker, one worker a host; hosts are network namespaces (root, Linux;
+tests/tools/netlab) with tbf at each port. Each prints JSON; seconds to 97 % = `step_s` of the first x `steps`
+of the second.
 
 `--together` does the four workers' arithmetic in one process: for DDP one worker with all samples of a step,
 which is the same because gradients are means (PowerSGD's factors and errors are linear in the gradient, so
@@ -224,7 +225,7 @@ def share_right(peer: Peer, tests: torch.Tensor, answers: torch.Tensor) -> float
 
 def run(options: argparse.Namespace, *, together: bool) -> list[dict[str, Any]]:
     """Start a worker per host, or one for all; one run per seed."""
-    sys.path.insert(0, str(HERE.parents[1] / "tests"))
+    sys.path.insert(0, str(HERE.parents[1] / "tests" / "tools"))
     from netlab import Lab
 
     results = []

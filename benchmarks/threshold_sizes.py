@@ -24,7 +24,7 @@ from chart import draw
 from torch import nn
 
 from paceline import codecs
-from paceline.codecs import ledger
+from paceline.codecs.kernel import ledger
 
 ROWS = ["", "fp16", *(f"threshold(density={d}, entropy=true)" for d in ("1e-2", "1e-3", "1e-4"))]
 ROWS += ["threshold(tau=0.03, entropy=true)"]

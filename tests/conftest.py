@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+# Clusters as fixtures, shared by the tests of launchers and of other projects' interfaces.
+pytest_plugins = ["clusters"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

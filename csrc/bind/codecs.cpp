@@ -3,8 +3,8 @@
 #include <string>
 
 #include "bind/bind.h"
-#include "core/codec_encode.h"
-#include "core/codec_isa.h"
+#include "core/codecs/encode.h"
+#include "core/codecs/isa.h"
 
 namespace nb = nanobind;
 

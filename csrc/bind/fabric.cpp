@@ -12,11 +12,11 @@
 
 #include "bind/bind.h"
 #include "bind/tensor.h"
-#include "core/engine.h"
-#include "core/mixed_group.h"
-#include "core/network_group.h"
-#include "core/reduce.h"
-#include "core/tcp.h"
+#include "core/engine/engine.h"
+#include "core/hierarchical/hierarchical_group.h"
+#include "core/network/network_group.h"
+#include "core/base/reduce.h"
+#include "core/tcp/tcp.h"
 
 namespace nb = nanobind;
 

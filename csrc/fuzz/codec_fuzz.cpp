@@ -9,9 +9,9 @@
 #include <random>
 #include <vector>
 
-#include "core/codec_encode.h"
-#include "core/codec_isa.h"
-#include "core/crc32c.h"
+#include "core/codecs/encode.h"
+#include "core/codecs/isa.h"
+#include "core/base/crc32c.h"
 
 using namespace paceline::codec;
 using Bytes = std::vector<std::uint8_t>;

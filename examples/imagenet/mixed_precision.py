@@ -7,7 +7,6 @@ import model as models
 import recipe
 import torch
 import torch.distributed as dist
-
 from distributed import ddp_way, leave, wrap
 
 

@@ -8,9 +8,8 @@ import socket
 import recipe
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
-
 from distributed import ddp_way, leave, run
+from torch import multiprocessing
 
 
 def worker(rank: int, args, address: str) -> None:

@@ -14,7 +14,7 @@ _EXPORTS = {
     "Job": "paceline.train.job",
     "ddp_hook": "paceline.train.ddp_hook",
     "launch": "paceline.launchers.launch",
-    "simulate": "paceline.comm.simulation",
+    "simulate": "paceline.comm.simulated.simulate",
     "Task": "paceline.tasks.task",
     "ReduceOp": "paceline.types",
     "PacelineError": "paceline.errors",
@@ -43,4 +43,4 @@ def __dir__() -> list[str]:
 
 
 if "torch.distributed" in sys.modules:  # loaded before us, perhaps without its entry points
-    importlib.import_module("paceline.comm.c10d_register").register()
+    importlib.import_module("paceline.comm.process_group.register").register()

@@ -1,8 +1,8 @@
 """Plug-ins by discovery: a plug-in's name is its file's name, and adding one is adding a file.
 
-`discover(package)` lists the modules of a package that are plug-ins (no leading underscore, not the
-package's own base module). `find_class(module, base)` gives the one concrete subclass that such a file
-defines. A third party adds a plug-in by extending the package's `__path__` with a folder.
+Every module of a plug-in package is a plug-in; what plug-ins share lives in sub-packages.
+`discover(package)` imports them all. `find_class(module, base)` gives the one concrete subclass that such
+a file defines. A third party adds a plug-in by extending the package's `__path__` with a folder.
 """
 
 from __future__ import annotations
@@ -21,15 +21,9 @@ T = TypeVar("T")
 
 
 def names(package: str) -> list[str]:
-    """Names of the plug-ins in `package`, sorted, without importing them.
-
-    A module is a plug-in unless its name starts with an underscore or the package lists it in
-    `NOT_PLUGINS` (its abstract base and what the plug-ins share).
-    """
+    """Names of the plug-ins in `package`, sorted, without importing them."""
     root = importlib.import_module(package)
-    excluded = set(getattr(root, "NOT_PLUGINS", ()))
-    found = {m.name for m in pkgutil.iter_modules(root.__path__) if not m.ispkg}
-    return sorted(n for n in found if not n.startswith("_") and n not in excluded)
+    return sorted(m.name for m in pkgutil.iter_modules(root.__path__) if not m.ispkg)
 
 
 def load(package: str, name: str, *, kind: str) -> ModuleType:

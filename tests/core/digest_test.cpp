@@ -1,7 +1,7 @@
 // SHA-256 and HMAC against published vectors (FIPS 180-4 examples, RFC 4231), and addresses.
 #include "check.h"
-#include "core/sha256.h"
-#include "core/socket.h"
+#include "core/base/sha256.h"
+#include "core/tcp/socket.h"
 
 using namespace paceline;
 

@@ -3,8 +3,8 @@
 
 #include <random>
 
-#include "core/direct.h"
-#include "core/reduce.h"
+#include "core/network/direct.h"
+#include "core/base/reduce.h"
 #include "mesh.h"
 
 using namespace paceline;

@@ -8,7 +8,7 @@
 #include <poll.h>
 
 #include "check.h"
-#include "core/tcp.h"
+#include "core/tcp/tcp.h"
 
 namespace paceline {
 

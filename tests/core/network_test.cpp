@@ -3,8 +3,8 @@
 #include <atomic>
 #include <barrier>
 
-#include "core/mixed_group.h"
-#include "core/tcp.h"
+#include "core/hierarchical/hierarchical_group.h"
+#include "core/tcp/tcp.h"
 #include "mesh.h"
 #include "rank.h"
 

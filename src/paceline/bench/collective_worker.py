@@ -44,14 +44,15 @@ class Paceline:
 
         import torch
 
-        from paceline.comm import native, rendezvous
+        from paceline.comm.native import shared_memory
+        from paceline.comm.rendezvous.meeting import meet
 
         torch.set_num_threads(1)
-        meeting = rendezvous.meet()
+        meeting = meet()
         if fabric == "tcp":
             hosts = tuple(f"rank{r}" for r in range(meeting.size))
             meeting = dataclasses.replace(meeting, hosts=hosts, addresses=("127.0.0.1",) * meeting.size)
-        self.comm = native.connect(meeting, timeout_s=120.0)
+        self.comm = shared_memory.connect(meeting, timeout_s=120.0)
         self.fabric, self.rank, self.size = fabric, meeting.rank, meeting.size
 
     def barrier(self) -> None:

@@ -14,10 +14,10 @@ from paceline.bench.rows import Comparison, Point, Trial, fastest_seconds
 from paceline.bench.training import Report, Setup, train
 from paceline.bench.virtual import VirtualCluster, run_virtually, scripted, writable_folder
 from paceline.bench.virtual import check as check_conditions
-from paceline.codecs import ledger
+from paceline.codecs.kernel import ledger
 from paceline.errors import CommError, ConfigError, PacelineError, WorkerFailed
 from paceline.launchers.launch import launch
-from paceline.strategies.strategy import class_of, make
+from paceline.strategies.base.strategy import class_of, make
 from paceline.tasks.load import load
 from paceline.train.random_state import seed_worker
 

@@ -10,10 +10,10 @@ import torch
 
 from paceline import spec
 from paceline.bench.training import Report, Setup, train
-from paceline.comm import compute_time, faults
-from paceline.comm.simulation import simulate
+from paceline.comm.simulated import compute_time, faults
+from paceline.comm.simulated.simulate import simulate
 from paceline.errors import CommError, ConfigError, PacelineError
-from paceline.schedule import topology
+from paceline.schedule import topologies
 from paceline.strategies.server.script import recorded_threads
 from paceline.tasks.task import Task
 
@@ -34,7 +34,7 @@ def check(virtual: VirtualCluster, sizes: Sequence[int], *, seed: int) -> None:
     """ConfigError for compute times, a network or faults that make no sense, before anybody trains."""
     compute_time.parse(virtual.compute)
     for size in sorted(set(sizes)):
-        topology.parse(virtual.network, num_ranks=size)
+        topologies.parse(virtual.network, num_ranks=size)
     faults.parse(virtual.faults, num_workers=max(sizes), seed=seed)
     if virtual.trace:
         writable_folder(Path(virtual.trace), "--trace")

@@ -33,7 +33,7 @@ def _root(
     """Train one PyTorch model on many workers, by any data-parallel method."""
 
 
-for _verb in registry.discover("paceline.cli").values():
+for _verb in registry.discover("paceline.cli.verbs").values():
     _verb.register(app)
 
 

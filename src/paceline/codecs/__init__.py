@@ -15,10 +15,8 @@ from paceline.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from paceline.codecs.codec import Codec
-    from paceline.codecs.reducer import Reducer
-
-NOT_PLUGINS = ("codec", "kernel", "reference", "payload", "ledger", "reducer", "flat_sums")
+    from paceline.codecs.kernel.codec import Codec
+    from paceline.codecs.reducers.reducer import Reducer
 
 
 def make(codec: str | spec.Spec | Codec, *, checksum: bool = False, use_reference: bool = False) -> Codec:
@@ -27,7 +25,7 @@ def make(codec: str | spec.Spec | Codec, *, checksum: bool = False, use_referenc
     `checksum` adds a CRC-32C to every payload; `use_reference` runs the readable PyTorch version instead of
     the C++ kernels (same bytes, slower). Raises ConfigError for an unknown name or argument.
     """
-    from paceline.codecs.codec import Codec
+    from paceline.codecs.kernel.codec import Codec
 
     if isinstance(codec, Codec):
         return codec
@@ -44,8 +42,8 @@ def make(codec: str | spec.Spec | Codec, *, checksum: bool = False, use_referenc
 
 def make_reducer(codec: str | spec.Spec | Codec | Reducer, *, checksum: bool = False) -> Reducer:
     """Make what sums one flat tensor over all ranks with this codec, each in the form that suits it."""
-    from paceline.codecs.codec import Codec
-    from paceline.codecs.reducer import Reducer, reducer_for
+    from paceline.codecs.kernel.codec import Codec
+    from paceline.codecs.reducers.reducer import Reducer, reducer_for
 
     if isinstance(codec, Reducer):
         return codec
@@ -64,7 +62,7 @@ def decode(payload: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False
 
     Raises ProtocolError, leaving `out` untouched, when the bytes are not a valid payload for it.
     """
-    from paceline.codecs.codec import decode_any
+    from paceline.codecs.kernel.codec import decode_any
 
     decode_any(payload, out, accumulate=accumulate)
 
@@ -78,8 +76,8 @@ def _parsed(codec: str | spec.Spec) -> spec.Spec:
 
 
 def _instance(parsed: spec.Spec) -> Any:
-    from paceline.codecs.codec import Codec
-    from paceline.codecs.reducer import Reducer
+    from paceline.codecs.kernel.codec import Codec
+    from paceline.codecs.reducers.reducer import Reducer
 
     module = registry.load(__name__, parsed.name, kind="codec")
     base: type = Reducer if parsed.name in _REDUCERS else Codec

@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 
 from paceline import codecs
-from paceline.codecs.codec import Codec
+from paceline.codecs.kernel.codec import Codec
 from paceline.errors import ConfigError
 from paceline.spec import Spec
 

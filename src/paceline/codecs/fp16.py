@@ -10,10 +10,10 @@ from typing import Any, final
 
 import torch
 
-from paceline.codecs import payload
-from paceline.codecs.kernel import KernelCodec
-from paceline.codecs.payload import Header
-from paceline.codecs.reference import in_blocks, keep_remainder, largest_bits
+from paceline.codecs.kernel import payload
+from paceline.codecs.kernel.compiled import KernelCodec
+from paceline.codecs.kernel.payload import Header
+from paceline.codecs.kernel.reference import in_blocks, keep_remainder, largest_bits
 from paceline.errors import ConfigError
 
 

@@ -9,9 +9,9 @@ from typing import final
 
 import torch
 
-from paceline.codecs import payload
-from paceline.codecs._quantize import Quantizer, dequantized
-from paceline.codecs.payload import Header
+from paceline.codecs.kernel import payload
+from paceline.codecs.kernel.payload import Header
+from paceline.codecs.kernel.quantize import Quantizer, dequantized
 
 
 @final

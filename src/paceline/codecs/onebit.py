@@ -13,10 +13,10 @@ from typing import Any, final
 import numpy as np
 import torch
 
-from paceline.codecs import payload
-from paceline.codecs.kernel import KernelCodec
-from paceline.codecs.payload import Header
-from paceline.codecs.reference import in_blocks, keep_remainder
+from paceline.codecs.kernel import payload
+from paceline.codecs.kernel.compiled import KernelCodec
+from paceline.codecs.kernel.payload import Header
+from paceline.codecs.kernel.reference import in_blocks, keep_remainder
 from paceline.errors import ConfigError
 
 

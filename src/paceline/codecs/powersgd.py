@@ -15,8 +15,8 @@ from typing import Any, final
 
 import torch
 
-from paceline.codecs import ledger
-from paceline.codecs.reducer import Layout, Reducer
+from paceline.codecs.kernel import ledger
+from paceline.codecs.reducers.reducer import Layout, Reducer
 from paceline.errors import ConfigError
 from paceline.types import Communicator, ReduceOp, Work
 

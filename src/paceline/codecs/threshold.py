@@ -18,10 +18,10 @@ from typing import Any, final
 import numpy as np
 import torch
 
-from paceline.codecs import payload
-from paceline.codecs.kernel import KernelCodec
-from paceline.codecs.payload import BITMAP, RICE, WORDS, Header
-from paceline.codecs.reference import plan_rice, read_rice, scatter, write_rice
+from paceline.codecs.kernel import payload
+from paceline.codecs.kernel.compiled import KernelCodec
+from paceline.codecs.kernel.payload import BITMAP, RICE, WORDS, Header
+from paceline.codecs.kernel.reference import plan_rice, read_rice, scatter, write_rice
 from paceline.errors import ConfigError, ProtocolError
 
 _STEP = 0.5 ** (1 / 20)  # τ halves or doubles in 20 encodes that miss the target by a little

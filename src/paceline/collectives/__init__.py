@@ -28,8 +28,6 @@ from paceline.errors import ConfigError
 from paceline.schedule.cost import Cost, No
 from paceline.schedule.program import Program
 
-NOT_PLUGINS = ("sweep",)
-
 
 def names() -> list[str]:
     """Names of all algorithms, without importing them."""

@@ -13,8 +13,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from paceline.collectives._hosts import VARIANTS, Hosts, fits, members
 from paceline.schedule.cost import Cost, No, only
+from paceline.schedule.hosts import VARIANTS, Hosts, fits, members
 from paceline.schedule.program import INPUT, Program, Step, copy, ranks, reduce, replicate
 
 __all__ = ["OPERATIONS", "VARIANTS", "build", "cost", "supports"]

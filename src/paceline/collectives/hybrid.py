@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from paceline.collectives import halving_doubling, ring
-from paceline.collectives._hosts import VARIANTS, Hosts, embed, fits, members
 from paceline.schedule.cost import Cost, No, only
+from paceline.schedule.hosts import VARIANTS, Hosts, embed, fits, members
 from paceline.schedule.program import INPUT, Program, Step, copy, ranks, replicate
 
 __all__ = ["OPERATIONS", "VARIANTS", "build", "cost", "supports"]

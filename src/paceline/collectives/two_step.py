@@ -15,8 +15,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from paceline.collectives._hosts import VARIANTS, Hosts, fits, members
 from paceline.schedule.cost import Cost, No, few_enough, only
+from paceline.schedule.hosts import VARIANTS, Hosts, fits, members
 from paceline.schedule.program import (
     COPY,
     INPUT,

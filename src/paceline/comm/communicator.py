@@ -13,11 +13,11 @@ from typing import NoReturn
 
 import torch
 
-from paceline.comm import mailbox, messages
 from paceline.comm.ledger import Ledger
-from paceline.comm.mailbox import Mailbox
-from paceline.comm.rendezvous import Meeting
-from paceline.comm.reply import Deferred
+from paceline.comm.messages import framing, mailbox
+from paceline.comm.messages.mailbox import Mailbox
+from paceline.comm.messages.reply import Deferred
+from paceline.comm.rendezvous.meeting import Meeting
 from paceline.comm.survivors import Survivors
 from paceline.errors import CommError, ConfigError
 from paceline.types import Handler, Message, Rank, ReduceOp, Reply, Work
@@ -71,7 +71,7 @@ class FabricCommunicator(abc.ABC):
         entry = self._n_all_reduce
         entry.calls += 1
         entry.payload_bytes += tensor.nbytes
-        return self._all_reduce(tensor, op)
+        return self.start_all_reduce(tensor, op)
 
     def reduce(self, tensor: torch.Tensor, *, root: Rank = 0, op: ReduceOp = ReduceOp.SUM) -> Work:
         """Replace `tensor` on `root` by the reduction; elsewhere its content is unspecified afterwards."""
@@ -79,7 +79,7 @@ class FabricCommunicator(abc.ABC):
         self._check_op("reduce", tensor, op)
         self._n_reduce.calls += 1
         self._n_reduce.payload_bytes += tensor.nbytes
-        return self._reduce(tensor, root, op)
+        return self.start_reduce(tensor, root, op)
 
     def broadcast(self, tensor: torch.Tensor, *, root: Rank = 0) -> Work:
         """Replace `tensor` on every rank by the root's."""
@@ -87,7 +87,7 @@ class FabricCommunicator(abc.ABC):
         self._n_broadcast.calls += 1
         if self.rank == root:
             self._n_broadcast.payload_bytes += tensor.nbytes
-        return self._broadcast(tensor, root)
+        return self.start_broadcast(tensor, root)
 
     def all_gather(self, output: torch.Tensor, source: torch.Tensor) -> Work:
         """`output` (P times as many elements) becomes every rank's `source`, in rank order."""
@@ -95,7 +95,7 @@ class FabricCommunicator(abc.ABC):
         self._check_numel("all_gather", "output", output, source.numel() * self.size)
         self._n_all_gather.calls += 1
         self._n_all_gather.payload_bytes += source.nbytes
-        return self._all_gather(output, source)
+        return self.start_all_gather(output, source)
 
     def all_gather_v(self, output: torch.Tensor, source: torch.Tensor, *, counts: Sequence[int]) -> Work:
         """As all_gather with `counts[r]` elements from rank r."""
@@ -105,7 +105,7 @@ class FabricCommunicator(abc.ABC):
         self._check_numel("all_gather_v", "output", output, sum(counts))
         self._n_all_gather_v.calls += 1
         self._n_all_gather_v.payload_bytes += source.nbytes
-        return self._all_gather_v(output, source, counts)
+        return self.start_all_gather_v(output, source, counts)
 
     def reduce_scatter(
         self, output: torch.Tensor, source: torch.Tensor, *, op: ReduceOp = ReduceOp.SUM
@@ -116,7 +116,7 @@ class FabricCommunicator(abc.ABC):
         self._check_numel("reduce_scatter", "source", source, output.numel() * self.size)
         self._n_reduce_scatter.calls += 1
         self._n_reduce_scatter.payload_bytes += source.nbytes
-        return self._reduce_scatter(output, source, op)
+        return self.start_reduce_scatter(output, source, op)
 
     def reduce_scatter_v(
         self,
@@ -134,7 +134,7 @@ class FabricCommunicator(abc.ABC):
         self._check_numel("reduce_scatter_v", "source", source, sum(counts))
         self._n_reduce_scatter_v.calls += 1
         self._n_reduce_scatter_v.payload_bytes += source.nbytes
-        return self._reduce_scatter_v(output, source, counts, op)
+        return self.start_reduce_scatter_v(output, source, counts, op)
 
     def gather(self, output: torch.Tensor | None, source: torch.Tensor, *, root: Rank = 0) -> Work:
         """On `root`, `output` becomes every rank's `source`; None elsewhere."""
@@ -143,7 +143,7 @@ class FabricCommunicator(abc.ABC):
             self._check_numel("gather", "output", output, source.numel() * self.size)
         self._n_gather.calls += 1
         self._n_gather.payload_bytes += source.nbytes
-        return self._gather(output if self.rank == root else None, source, root)
+        return self.start_gather(output if self.rank == root else None, source, root)
 
     def scatter(self, output: torch.Tensor, source: torch.Tensor | None, *, root: Rank = 0) -> Work:
         """`output` becomes this rank's share of the root's `source`; None elsewhere."""
@@ -153,7 +153,7 @@ class FabricCommunicator(abc.ABC):
             self._check_numel("scatter", "source", source, output.numel() * self.size)
             assert source is not None
             self._n_scatter.payload_bytes += source.nbytes
-        return self._scatter(output, source if self.rank == root else None, root)
+        return self.start_scatter(output, source if self.rank == root else None, root)
 
     def all_to_all(self, output: torch.Tensor, source: torch.Tensor) -> Work:
         """Share r of `source` goes to rank r; `output` holds what every rank sent here, in rank order."""
@@ -166,7 +166,7 @@ class FabricCommunicator(abc.ABC):
             )
         self._n_all_to_all.calls += 1
         self._n_all_to_all.payload_bytes += source.nbytes
-        return self._all_to_all(output, source)
+        return self.start_all_to_all(output, source)
 
     def all_to_all_v(
         self,
@@ -184,14 +184,14 @@ class FabricCommunicator(abc.ABC):
         self._check_numel("all_to_all_v", "source", source, sum(source_counts))
         self._n_all_to_all_v.calls += 1
         self._n_all_to_all_v.payload_bytes += source.nbytes
-        return self._all_to_all_v(output, source, output_counts, source_counts)
+        return self.start_all_to_all_v(output, source, output_counts, source_counts)
 
     def barrier(self) -> Work:
         """Done when every rank has called it."""
         if self.unusable is not None:
             self._refuse("barrier", None)
         self._n_barrier.calls += 1
-        return self._barrier()
+        return self.start_barrier()
 
     # Point to point and messages.
 
@@ -200,13 +200,13 @@ class FabricCommunicator(abc.ABC):
         self._check("send", tensor, root=dst)
         self._n_send.calls += 1
         self._n_send.payload_bytes += tensor.nbytes
-        return self._send(tensor, dst, tag)
+        return self.start_send(tensor, dst, tag)
 
     def recv(self, tensor: torch.Tensor, src: Rank | None = None, *, tag: int = 0) -> Work:
         """Receive into `tensor` from `src`, or from any rank."""
         self._check("recv", tensor, root=0 if src is None else src)
         self._n_recv.calls += 1
-        return self._recv(tensor, src, tag)
+        return self.start_recv(tensor, src, tag)
 
     def serve(self, channel: str, handler: Handler) -> None:
         """Answer messages on `channel` with `handler`, which must not wait."""
@@ -280,29 +280,31 @@ class FabricCommunicator(abc.ABC):
     # What a fabric implements.
 
     @abc.abstractmethod
-    def _all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> Work: ...
+    def start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> Work: ...
     @abc.abstractmethod
-    def _reduce(self, tensor: torch.Tensor, root: Rank, op: ReduceOp) -> Work: ...
+    def start_reduce(self, tensor: torch.Tensor, root: Rank, op: ReduceOp) -> Work: ...
     @abc.abstractmethod
-    def _broadcast(self, tensor: torch.Tensor, root: Rank) -> Work: ...
+    def start_broadcast(self, tensor: torch.Tensor, root: Rank) -> Work: ...
     @abc.abstractmethod
-    def _all_gather(self, output: torch.Tensor, source: torch.Tensor) -> Work: ...
+    def start_all_gather(self, output: torch.Tensor, source: torch.Tensor) -> Work: ...
     @abc.abstractmethod
-    def _all_gather_v(self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int]) -> Work: ...
+    def start_all_gather_v(
+        self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int]
+    ) -> Work: ...
     @abc.abstractmethod
-    def _reduce_scatter(self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp) -> Work: ...
+    def start_reduce_scatter(self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp) -> Work: ...
     @abc.abstractmethod
-    def _reduce_scatter_v(
+    def start_reduce_scatter_v(
         self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int], op: ReduceOp
     ) -> Work: ...
     @abc.abstractmethod
-    def _gather(self, output: torch.Tensor | None, source: torch.Tensor, root: Rank) -> Work: ...
+    def start_gather(self, output: torch.Tensor | None, source: torch.Tensor, root: Rank) -> Work: ...
     @abc.abstractmethod
-    def _scatter(self, output: torch.Tensor, source: torch.Tensor | None, root: Rank) -> Work: ...
+    def start_scatter(self, output: torch.Tensor, source: torch.Tensor | None, root: Rank) -> Work: ...
     @abc.abstractmethod
-    def _all_to_all(self, output: torch.Tensor, source: torch.Tensor) -> Work: ...
+    def start_all_to_all(self, output: torch.Tensor, source: torch.Tensor) -> Work: ...
     @abc.abstractmethod
-    def _all_to_all_v(
+    def start_all_to_all_v(
         self,
         output: torch.Tensor,
         source: torch.Tensor,
@@ -310,11 +312,11 @@ class FabricCommunicator(abc.ABC):
         source_counts: Sequence[int],
     ) -> Work: ...
     @abc.abstractmethod
-    def _barrier(self) -> Work: ...
+    def start_barrier(self) -> Work: ...
     @abc.abstractmethod
-    def _send(self, tensor: torch.Tensor, dst: Rank, tag: int) -> Work: ...
+    def start_send(self, tensor: torch.Tensor, dst: Rank, tag: int) -> Work: ...
     @abc.abstractmethod
-    def _recv(self, tensor: torch.Tensor, src: Rank | None, tag: int) -> Work: ...
+    def start_recv(self, tensor: torch.Tensor, src: Rank | None, tag: int) -> Work: ...
     @abc.abstractmethod
     def _split(self, ranks: list[Rank]) -> FabricCommunicator | None: ...
     @abc.abstractmethod
@@ -394,7 +396,7 @@ class FabricCommunicator(abc.ABC):
             self._refuse(name, None)
         if not 0 <= peer < self.size:
             raise ConfigError(f"{self._who()}: {name}: rank {peer} named; the job has 0..{self.size - 1}")
-        messages.check(message)
+        framing.check(message)
         entry = self._n_call if name == "call" else self._n_post
         entry.calls += 1
         entry.payload_bytes += sum(t.nbytes for t in message.tensors)

@@ -13,7 +13,7 @@ import warnings
 import torch
 
 from paceline.comm.communicator import FabricCommunicator
-from paceline.comm.rendezvous import Meeting
+from paceline.comm.rendezvous.meeting import Meeting
 from paceline.errors import ConfigError, Mismatch
 
 FABRICS = ("native", "torch")
@@ -62,13 +62,13 @@ def connect(
                 f"the torch fabric stands in for the native one: rank {problems[0][0]}: {problems[0][1]}",
                 stacklevel=2,
             )
-        from paceline.comm import torch as torch_fabric
+        from paceline.comm import torch_fabric
 
         return torch_fabric.connect(meeting, timeout_s=timeout_s, device=device)
-    from paceline.comm import native, select
-    from paceline.comm.native_network import NetworkCommunicator
+    from paceline.comm.native import select, shared_memory
+    from paceline.comm.native.network import NetworkCommunicator
 
-    comm = native.connect(meeting, timeout_s=timeout_s, device=device)
+    comm = shared_memory.connect(meeting, timeout_s=timeout_s, device=device)
     has_hosts = len(set(meeting.hosts)) > 1
     if isinstance(comm, NetworkCommunicator) and has_hosts and comm.size <= select.MOST_RANKS:
         select.adopt(comm)
@@ -82,7 +82,7 @@ def for_device(comm: FabricCommunicator, device: torch.device) -> FabricCommunic
     """
     if device.type == "cpu" or comm.fabric != "native" or comm.meeting is None:
         return comm
-    from paceline.comm import torch as torch_fabric
+    from paceline.comm import torch_fabric
 
     return torch_fabric.connect(comm.meeting, timeout_s=_GPU_TIMEOUT_S, device=device)
 
@@ -91,7 +91,7 @@ def _problem(device: torch.device) -> str:
     if device.type != "cpu":
         return f"it moves CPU tensors, not {device.type} ones"
     try:
-        from paceline.comm.native_core import engine
+        from paceline.comm.native.communicator import engine
 
         engine()
     except (ConfigError, ImportError) as error:

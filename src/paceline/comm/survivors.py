@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.comm import meaning
+from paceline.comm import reference
 from paceline.errors import CommError, Mismatch
 from paceline.types import Message, Rank, ReduceOp, Reply
 
@@ -103,15 +103,15 @@ class Survivors:
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> SurvivorWork:
         """In place."""
-        return self._submit(partial(meaning.all_reduce, op), ["all_reduce", op.value], tensor, tensor)
+        return self._submit(partial(reference.all_reduce, op), ["all_reduce", op.value], tensor, tensor)
 
     def reduce(self, tensor: torch.Tensor, root: Rank, op: ReduceOp) -> SurvivorWork:
         """In place on the root."""
-        return self._submit(partial(meaning.reduce, op, root), ["reduce", op.value, root], tensor, tensor)
+        return self._submit(partial(reference.reduce, op, root), ["reduce", op.value, root], tensor, tensor)
 
     def broadcast(self, tensor: torch.Tensor, root: Rank) -> SurvivorWork:
         """In place."""
-        return self._submit(partial(meaning.broadcast, root), ["broadcast", root], tensor, tensor)
+        return self._submit(partial(reference.broadcast, root), ["broadcast", root], tensor, tensor)
 
     def all_gather(self, output: torch.Tensor, source: torch.Tensor) -> SurvivorWork:
         """Equal shares."""
@@ -119,12 +119,12 @@ class Survivors:
 
     def all_gather_v(self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int]) -> SurvivorWork:
         """Shares of the dead are left as they are."""
-        apply = partial(meaning.gather, list(counts))
+        apply = partial(reference.gather, list(counts))
         return self._submit(apply, ["all_gather", *counts], source, output)
 
     def gather(self, output: torch.Tensor | None, source: torch.Tensor, root: Rank) -> SurvivorWork:
         """Shares of the dead are left as they are."""
-        apply = partial(meaning.gather, [source.numel()] * self._comm.size)
+        apply = partial(reference.gather, [source.numel()] * self._comm.size)
         return self._submit(apply, ["gather", root, source.numel()], source, output)
 
     def reduce_scatter(self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp) -> SurvivorWork:
@@ -135,12 +135,14 @@ class Survivors:
         self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int], op: ReduceOp
     ) -> SurvivorWork:
         """Over those who came."""
-        apply = partial(meaning.reduce_scatter, op, list(counts))
+        apply = partial(reference.reduce_scatter, op, list(counts))
         return self._submit(apply, ["reduce_scatter", op.value, *counts], source, output)
 
     def scatter(self, output: torch.Tensor, source: torch.Tensor | None, root: Rank) -> SurvivorWork:
         """The dead ranks' shares go nowhere."""
-        return self._submit(partial(meaning.scatter, root), ["scatter", root, output.numel()], source, output)
+        return self._submit(
+            partial(reference.scatter, root), ["scatter", root, output.numel()], source, output
+        )
 
     def all_to_all(self, output: torch.Tensor, source: torch.Tensor) -> SurvivorWork:
         """Equal shares."""
@@ -156,7 +158,7 @@ class Survivors:
     ) -> SurvivorWork:
         """Shares of the dead are left as they are."""
         counts = torch.tensor([list(output_counts), list(source_counts)])
-        return self._submit(meaning.all_to_all, ["all_to_all"], source, output, counts)
+        return self._submit(reference.all_to_all, ["all_to_all"], source, output, counts)
 
     def barrier(self) -> SurvivorWork:
         """All who live have come."""

@@ -22,7 +22,7 @@ from torch import nn
 
 from paceline.compat import embedding
 from paceline.errors import ConfigError
-from paceline.strategies.strategy import TrainingStrategy, make
+from paceline.strategies.base.strategy import TrainingStrategy, make
 from paceline.train import checkpoint, persistence
 from paceline.train.job import DEFAULT_STRATEGY, Job
 

@@ -10,8 +10,8 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from paceline.comm.placement import Placement, who_am_i
-from paceline.comm.rendezvous import Meeting, meet
+from paceline.comm.rendezvous.environment import Placement, who_am_i
+from paceline.comm.rendezvous.meeting import Meeting, meet
 from paceline.doctor import host, link, network
 from paceline.doctor.finding import OK, PROBLEM, Finding
 from paceline.errors import PacelineError

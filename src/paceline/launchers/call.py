@@ -19,8 +19,8 @@ from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
 
-from paceline.comm import pmi
-from paceline.comm.placement import who_am_i
+from paceline.comm.rendezvous import pmi
+from paceline.comm.rendezvous.environment import who_am_i
 from paceline.errors import ConfigError
 
 importing_main = threading.Event()

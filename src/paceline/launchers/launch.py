@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.errors import PacelineError, WorkerFailed
-from paceline.launchers import engine as engines
+from paceline.launchers import runner as engines
 from paceline.launchers.call import Call
-from paceline.launchers.console import Console
 from paceline.launchers.job import JobSpec, Resources
+from paceline.launchers.processes.console import Console
 from paceline.options import JobOptions
 
 if TYPE_CHECKING:
-    from paceline.launchers.engine import Outcome
-    from paceline.launchers.failure import Failure
+    from paceline.launchers.processes.failure import Failure
+    from paceline.launchers.runner import Outcome
 
 
 def launch(

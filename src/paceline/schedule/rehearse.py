@@ -16,7 +16,7 @@ import numpy.typing as npt
 from paceline.errors import ScheduleError
 from paceline.schedule import contract
 from paceline.schedule.interpret import COMBINE, Counts, divide
-from paceline.schedule.lowered import POSTS, Instruction, Lowered, Run
+from paceline.schedule.lowering.lowered import POSTS, Instruction, Lowered, Run
 from paceline.schedule.program import chunk_offsets
 from paceline.types import ReduceOp
 

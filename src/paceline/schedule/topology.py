@@ -1,376 +1,373 @@
-"""Named topologies, and how to write one on a line.
+"""What a Topology is, and its three kinds: hosts behind switches, grids, and explicit graphs.
 
-    ethernet(gbit=1)                       one rank per host, one NIC each, a switch that is never the limit
-    cluster(hosts=4, local=2, gbit=10)     several ranks per host share its NICs (rails) and its memory
-    dumbbell(gbit=1, trunk_gbit=1)         two switches joined by one trunk
-    shared_memory                          all ranks on one host
-    ring, torus(rows=4, columns=4), hypercube, fully_connected, dgx1, random(seed=7)
-    lab.json                               what `to_json` of a topology wrote
+A topology is ranks on hosts and directed links. A link has a latency (s) and a cost (s per byte), and carries
+the bytes of all transfers that pass it. Ports are links too: a rank's NIC is one link out and one link in,
+so "one port, full duplex" and "L ranks behind one NIC" are the same thing as any other shared link.
 
-`parse(text, num_ranks=P)`: the number of ranks comes from the arguments of the spec where they say it, else
-from `num_ranks`. Every factory takes `gbit` (10⁹ bits per second and direction), `latency_us` (one way, one
-message) and `reduce_gbyte` (10⁹ bytes per second that one rank combines); ethernet and cluster also
-`message_us`, the time that each message keeps its ports busy beyond its bytes.
+    Switched   hosts with NICs (rails) on a switch; ranks of one host talk through its memory
+    Grid       torus of any number of dimensions (ring, 2-D torus, hypercube); every link works at once
+    Graph      links given one by one (DGX-1, random); shortest paths where there is no direct link
+
+`path` gives the links of many transfers at once, so that thousands of ranks are one array operation.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import heapq
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeAlias, final
 
 import numpy as np
+import numpy.typing as npt
 
-from paceline import spec as specs
 from paceline.errors import ConfigError
-from paceline.registry import unknown
-from paceline.schedule.network import KINDS, FloatArray, Graph, Grid, Switched, Topology, expand
 
-__all__ = ["NAMED", "Graph", "Grid", "Switched", "Topology", "from_json", "parse"]
+IntArray: TypeAlias = npt.NDArray[np.intp]
+FloatArray: TypeAlias = npt.NDArray[np.float64]
 
-_REDUCE_GBYTE = 10.0
-_MAX_GRAPH_RANKS = 1024
-
-DEFAULT = "ethernet(gbit=10)"
-"""What tools take when nobody names a network."""
+NONE = -1
+"""Marks "no link" in a path."""
+_MAX_PATH_ENTRIES = 1 << 26
+_TYPICAL_BYTES = 1 << 20
 
 
-def ethernet(
-    *,
-    ranks: int,
-    gbit: float = 10.0,
-    latency_us: float = 50.0,
-    message_us: float = 0.0,
-    reduce_gbyte: float = _REDUCE_GBYTE,
-) -> Switched:
-    """One rank per host, one NIC each: the one-port model."""
-    return cluster(
-        hosts=ranks,
-        local=1,
-        gbit=gbit,
-        latency_us=latency_us,
-        message_us=message_us,
-        reduce_gbyte=reduce_gbyte,
-    )
+@dataclass(frozen=True, eq=False)
+class Topology(ABC):
+    """P ranks on hosts, joined by directed links. Read only.
 
-
-def shared_memory(
-    *, ranks: int, gbyte: float = 10.0, latency_us: float = 1.0, reduce_gbyte: float = _REDUCE_GBYTE
-) -> Switched:
-    """All ranks on one host; `gbyte`: 10⁹ bytes per second that one rank copies to another."""
-    return cluster(
-        hosts=1, local=ranks, local_gbyte=gbyte, local_latency_us=latency_us, reduce_gbyte=reduce_gbyte
-    )
-
-
-def cluster(
-    *,
-    hosts: int,
-    local: int = 2,
-    gbit: float = 10.0,
-    latency_us: float = 50.0,
-    message_us: float = 0.0,
-    local_gbyte: float = 10.0,
-    local_latency_us: float = 1.0,
-    rails: int = 1,
-    reduce_gbyte: float = _REDUCE_GBYTE,
-) -> Switched:
-    """`hosts` hosts of `local` ranks; each host has `rails` NICs of `gbit` each, shared by its ranks."""
-    _positive(hosts=hosts, local=local, rails=rails)
-    name = f"ethernet(gbit={gbit:g})" if local == 1 else f"cluster(hosts={hosts}, local={local})"
-    if hosts == 1:
-        name = "shared_memory"
-    return switched(
-        name,
-        [f"host{h}" for h in range(hosts) for _ in range(local)],
-        nic_latency_s=latency_us * 1e-6,
-        nic_seconds_per_byte=_per_byte_of_gbit(gbit),
-        local_latency_s=local_latency_us * 1e-6,
-        local_seconds_per_byte=_per_byte_of_gbyte(local_gbyte),
-        rails=rails,
-        reduce_seconds_per_byte=_per_byte_of_gbyte(reduce_gbyte),
-        overhead_s=message_us * 1e-6,
-    )
-
-
-def dumbbell(
-    *,
-    ranks: int,
-    gbit: float = 10.0,
-    trunk_gbit: float = 10.0,
-    latency_us: float = 50.0,
-    trunk_latency_us: float = 50.0,
-    reduce_gbyte: float = _REDUCE_GBYTE,
-) -> Switched:
-    """Two switches with half of the hosts each, joined by one trunk that all traffic between them shares."""
-    _positive(ranks=ranks)
-    half = (ranks + 1) // 2
-    return switched(
-        f"dumbbell(ranks={ranks})",
-        [f"host{h}" for h in range(ranks)],
-        nic_latency_s=latency_us * 1e-6,
-        nic_seconds_per_byte=_per_byte_of_gbit(gbit),
-        reduce_seconds_per_byte=_per_byte_of_gbyte(reduce_gbyte),
-        group_of_host=[int(h >= half) for h in range(ranks)] if ranks > 1 else (),
-        trunk_latency_s=trunk_latency_us * 1e-6,
-        trunk_seconds_per_byte=_per_byte_of_gbit(trunk_gbit),
-    )
-
-
-def switched(
-    name: str,
-    hosts: Sequence[str],
-    *,
-    nic_latency_s: float | Sequence[float],
-    nic_seconds_per_byte: float | Sequence[float],
-    local_latency_s: float | Sequence[float] = 1e-6,
-    local_seconds_per_byte: float | Sequence[float] = 1e-10,
-    rails: int = 1,
-    reduce_seconds_per_byte: float = 1e-10,
-    group_of_host: Sequence[int] = (),
-    trunk_latency_s: float = 0.0,
-    trunk_seconds_per_byte: float = 0.0,
-    overhead_s: float = 0.0,
-) -> Switched:
-    """Hosts behind switches, from measured values.
-
-    `hosts`: the host of every rank, shape (P,). NIC values: one for all, or one per host in the order of the
-    first rank of each; local ones: one for all, or one per rank. A message between hosts takes half the
-    latency of the one NIC and half of the other's.
+    `hosts`: the host of every rank, length P. `link_latency_s`, `link_seconds_per_byte`: shape (links,).
+    `reduce_seconds_per_byte`: what combining a received byte with an own one costs a rank. `overhead_s`: how
+    long each message keeps every link on its way busy beyond its bytes (system calls, headers); it makes many
+    small messages of one step dearer than one, which latency alone does not.
     """
-    p, names = len(hosts), tuple(dict.fromkeys(hosts))
 
-    def every(values: float | Sequence[float], count: int, what: str) -> FloatArray:
-        array = np.asarray(values, dtype=np.float64)
-        if array.ndim and len(array) != count:
-            raise ConfigError(f"topology {name}: {what}: one value or {count} expected, got {len(array)}")
-        return np.broadcast_to(array, (count,))
+    name: str
+    hosts: tuple[str, ...]
+    link_latency_s: FloatArray = field(repr=False)
+    link_seconds_per_byte: FloatArray = field(repr=False)
+    reduce_seconds_per_byte: float = 0.0
+    overhead_s: float = 0.0
 
-    nic_l = np.repeat(every(nic_latency_s, len(names), "nic_latency_s"), rails) / 2
-    nic_b = np.repeat(every(nic_seconds_per_byte, len(names), "nic_seconds_per_byte"), rails)
-    local_l = every(local_latency_s, p, "local_latency_s") / 2
-    local_b = every(local_seconds_per_byte, p, "local_seconds_per_byte")
-    groups = max(group_of_host, default=0) + 1
-    trunks = groups if groups > 1 else 0
-    latency = [local_l, local_l, nic_l, nic_l, np.full(2 * trunks, trunk_latency_s / 2)]
-    cost = [local_b, local_b, nic_b, nic_b, np.full(2 * trunks, trunk_seconds_per_byte)]
-    return Switched(
-        name,
-        tuple(hosts),
-        np.concatenate(latency),
-        np.concatenate(cost),
-        reduce_seconds_per_byte,
-        overhead_s,
-        rails,
-        tuple(group_of_host),
-    )
+    def __post_init__(self) -> None:
+        if not self.hosts:
+            raise ConfigError(f"topology {self.name}: at least one rank expected")
+        for what, values in (
+            ("link latency", self.link_latency_s),
+            ("link seconds per byte", self.link_seconds_per_byte),
+            ("reduce_seconds_per_byte", np.array([self.reduce_seconds_per_byte])),
+            ("overhead_s", np.array([self.overhead_s])),
+        ):
+            if values.size and not (np.isfinite(values).all() and values.min() >= 0):
+                raise ConfigError(f"topology {self.name}: {what} must be finite and not negative")
+            values.flags.writeable = False
 
+    @property
+    def num_ranks(self) -> int:
+        """P."""
+        return len(self.hosts)
 
-def torus(
-    *,
-    rows: int,
-    columns: int,
-    gbit: float = 100.0,
-    latency_us: float = 5.0,
-    reduce_gbyte: float = _REDUCE_GBYTE,
-) -> Grid:
-    """2-D torus: every rank has links to four neighbours, all usable at once."""
-    _positive(rows=rows, columns=columns)
-    return _grid(f"torus(rows={rows}, columns={columns})", (rows, columns), gbit, latency_us, reduce_gbyte)
+    @property
+    def num_links(self) -> int:
+        """How many directed links there are, ports included."""
+        return len(self.link_latency_s)
 
+    @cached_property
+    def host_names(self) -> tuple[str, ...]:
+        """Every host once, in the order of its first rank."""
+        return tuple(dict.fromkeys(self.hosts))
 
-def ring(
-    *, ranks: int, gbit: float = 100.0, latency_us: float = 5.0, reduce_gbyte: float = _REDUCE_GBYTE
-) -> Grid:
-    """Every rank has a link to each of its two neighbours, both usable at once."""
-    _positive(ranks=ranks)
-    return _grid(f"ring(ranks={ranks})", (ranks,), gbit, latency_us, reduce_gbyte)
+    @cached_property
+    def host_of(self) -> IntArray:
+        """Host number of every rank, shape (P,): an index into `host_names`."""
+        number = {h: i for i, h in enumerate(self.host_names)}
+        return np.array([number[h] for h in self.hosts], dtype=np.intp)
 
+    @cached_property
+    def local_index(self) -> IntArray:
+        """How many ranks of the same host come before this one, shape (P,)."""
+        order = np.argsort(self.host_of, kind="stable")
+        counts = np.bincount(self.host_of)
+        first = np.repeat(np.cumsum(counts) - counts, counts)
+        index = np.empty(self.num_ranks, dtype=np.intp)
+        index[order] = np.arange(self.num_ranks) - first
+        return index
 
-def hypercube(
-    *, ranks: int, gbit: float = 100.0, latency_us: float = 5.0, reduce_gbyte: float = _REDUCE_GBYTE
-) -> Grid:
-    """lg P links per rank: to every rank whose number differs in one bit."""
-    _positive(ranks=ranks)
-    if ranks & (ranks - 1):
-        raise ConfigError(f"hypercube: a power of two of ranks expected, got {ranks}")
-    sides = (2,) * max(ranks.bit_length() - 1, 1) if ranks > 1 else (1,)
-    return _grid(f"hypercube(ranks={ranks})", sides, gbit, latency_us, reduce_gbyte)
+    @abstractmethod
+    def path(self, src: IntArray, dst: IntArray, channel: IntArray | int = 0) -> IntArray:
+        """Links that n transfers pass: shape (n, hops), filled up with NONE. Empty where src is dst."""
 
+    @abstractmethod
+    def ends(self) -> tuple[IntArray, IntArray]:
+        """Nodes that every link leaves and reaches, shape (links,) each; nodes 0 … P−1 are the ranks."""
 
-def fully_connected(
-    *, ranks: int, gbit: float = 100.0, latency_us: float = 5.0, reduce_gbyte: float = _REDUCE_GBYTE
-) -> Graph:
-    """A link of its own from every rank to every other, all usable at once."""
-    _few(ranks, "fully_connected")
-    pairs = [(a, b) for a in range(ranks) for b in range(ranks) if a != b]
-    each = {pair: (latency_us * 1e-6, _per_byte_of_gbit(gbit)) for pair in pairs}
-    return graph(f"fully_connected(ranks={ranks})", ranks, each, reduce_gbyte=reduce_gbyte)
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """Plain values from which `topology.from_json` makes the same topology."""
 
+    def uniform(self) -> tuple[float, float] | None:
+        """(latency_s, seconds_per_byte) if every rank has one port of its own and all pairs are alike."""
+        return None
 
-def dgx1(*, gbyte: float = 25.0, latency_us: float = 2.0, reduce_gbyte: float = 500.0) -> Graph:
-    """Eight GPUs with six NVLinks each (the 2017 machine with V100s); doubled links cost half per byte."""
-    single = [(0, 1), (0, 2), (1, 3), (2, 6), (3, 7), (4, 5), (4, 6), (5, 7)]
-    double = [(0, 3), (0, 4), (1, 2), (1, 5), (2, 3), (4, 7), (5, 6), (6, 7)]
-    cost = _per_byte_of_gbyte(gbyte)
-    links = dict.fromkeys(single, (latency_us * 1e-06, cost))
-    links |= dict.fromkeys(double, (latency_us * 1e-06, cost / 2))
-    links |= {(b, a): link for (a, b), link in links.items()}
-    return graph("dgx1", 8, links, hosts=["dgx1"] * 8, reduce_gbyte=reduce_gbyte)
+    def latency_s(self, path: IntArray) -> FloatArray:
+        """Sum of the links' latencies, shape (n,)."""
+        return np.asarray(np.append(self.link_latency_s, 0.0)[path].sum(axis=1), dtype=np.float64)
 
+    def seconds_per_byte(self, path: IntArray) -> FloatArray:
+        """The slowest link's cost, shape (n,); 0 for a path without links."""
+        costs = np.append(self.link_seconds_per_byte, 0.0)[path]
+        return np.asarray(costs.max(axis=1, initial=0.0), dtype=np.float64)
 
-def random(
-    *, ranks: int, seed: int = 0, gbit: float = 10.0, spread: float = 8.0, latency_us: float = 50.0
-) -> Graph:
-    """A link between every two ranks; cost and latency log-uniform within a factor `spread`, from `seed`."""
-    _few(ranks, "random")
-    if spread < 1:
-        raise ConfigError(f"random: spread of at least 1 expected, got {spread}")
-    generator = np.random.default_rng(seed)
-    pairs = [(a, b) for a in range(ranks) for b in range(ranks) if a != b]
-    factors = np.exp((generator.random((len(pairs), 2)) - 0.5) * math.log(spread)).tolist()
-    cost = _per_byte_of_gbit(gbit)
-    links = {pair: (latency_us * 1e-6 * f, cost * g) for pair, (f, g) in zip(pairs, factors, strict=True)}
-    return graph(f"random(ranks={ranks}, seed={seed})", ranks, links)
+    def message_s(self, src: int, dst: int, num_bytes: float, *, channel: int = 0) -> float:
+        """Time of one message that meets no other traffic."""
+        for r in (src, dst):
+            if not 0 <= r < self.num_ranks:
+                raise ConfigError(f"rank {r} is not one of the {self.num_ranks} ranks of {self.name}")
+        path = self.path(np.array([src]), np.array([dst]), channel)
+        overhead = self.overhead_s if src != dst else 0.0
+        return float(self.latency_s(path)[0] + overhead + num_bytes * self.seconds_per_byte(path)[0])
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.num_ranks} ranks on {len(self.host_names)} hosts)"
 
 
-def graph(
-    name: str,
-    num_ranks: int,
-    links: Mapping[tuple[int, int], tuple[float, float]],
-    *,
-    hosts: Sequence[str] | None = None,
-    reduce_gbyte: float = _REDUCE_GBYTE,
-) -> Graph:
-    """Topology of explicit directed links: (src, dst) → (latency_s, seconds_per_byte)."""
-    values = np.array(list(links.values()), dtype=np.float64).reshape(-1, 2)
-    return Graph(
-        name,
-        tuple(hosts or (f"host{r}" for r in range(num_ranks))),
-        values[:, 0].copy(),
-        values[:, 1].copy(),
-        _per_byte_of_gbyte(reduce_gbyte),
-        link_src=tuple(a for a, _ in links),
-        link_dst=tuple(b for _, b in links),
-    )
+@final
+@dataclass(frozen=True, eq=False)
+class Switched(Topology):
+    """Hosts with `rails` NICs each on one switch, or on several joined by trunks.
 
-
-NAMED: dict[str, Callable[..., Topology]] = {
-    f.__name__: f
-    for f in (
-        cluster,
-        dgx1,
-        dumbbell,
-        ethernet,
-        fully_connected,
-        hypercube,
-        random,
-        ring,
-        shared_memory,
-        torus,
-    )
-}
-"""Every named topology by its name in specs."""
-
-
-def parse(text: str, *, num_ranks: int | None = None) -> Topology:
-    """Make a topology from a spec string, or from a JSON file.
-
-    `num_ranks` fills in what the spec leaves open, and must agree with what it says. ConfigError otherwise.
+    Links: rank → host memory (P), memory → rank (P), NIC out (hosts × rails), NIC in (hosts × rails), switch
+    out (groups), switch in (groups). `group_of_host` says on which switch a host is. A rank uses rail (its
+    number on the host + channel) mod rails at both ends.
     """
-    if text.endswith(".json"):
-        made = _read(Path(text))
-    else:
-        wanted = specs.parse(text)
-        if wanted.name not in NAMED:
-            raise ConfigError(unknown("topology", wanted.name, NAMED))
-        arguments = _sized(wanted.name, dict(wanted.arguments), num_ranks)
-        made = specs.call(NAMED[wanted.name], specs.Spec(wanted.name, arguments), kind="topology")
-    if num_ranks is not None and made.num_ranks != num_ranks:
-        raise ConfigError(f"topology {text} has {made.num_ranks} ranks, but {num_ranks} are wanted")
-    return made
+
+    rails: int = 1
+    group_of_host: tuple[int, ...] = ()
+
+    def path(self, src: IntArray, dst: IntArray, channel: IntArray | int = 0) -> IntArray:
+        """Memory within a host; NIC, perhaps trunk, NIC between hosts."""
+        p, h, r = self.num_ranks, len(self.host_names), self.rails
+        a, b = self.host_of[src], self.host_of[dst]
+        local = a == b
+        rail = 0 if r == 1 else (self.local_index[src] + channel) % r
+        nics = 2 * p
+        out = np.where(local, src, nics + a * r + rail)
+        into = np.where(local, p + dst, nics + h * r + b * r + rail)
+        columns = [out, into]
+        if self.num_groups > 1:
+            group, trunks = np.asarray(self.group_of_host), nics + 2 * h * r
+            ga, gb = group[a], group[b]
+            columns.append(np.where(ga == gb, NONE, trunks + ga))
+            columns.append(np.where(ga == gb, NONE, trunks + self.num_groups + gb))
+        links = np.stack(columns, axis=1)
+        links[np.asarray(src) == dst] = NONE
+        return links
+
+    @property
+    def num_groups(self) -> int:
+        """How many switches."""
+        return max(self.group_of_host, default=0) + 1
+
+    def ends(self) -> tuple[IntArray, IntArray]:
+        """Nodes: ranks, one memory per host, NICs (as part of the ranks' host), switches."""
+        p, h, r, g = self.num_ranks, len(self.host_names), self.rails, self.num_groups
+        memory, switch = p + self.host_of, p + h
+        nic = np.repeat(p + np.arange(h), r)
+        group = switch + np.asarray(self.group_of_host or (0,) * h, dtype=np.intp)
+        on = np.repeat(group, r)
+        ranks = np.arange(p)
+        src, dst = [ranks, memory, nic, on], [memory, ranks, on, nic]
+        if g > 1:
+            core = np.full(g, switch + g)
+            src += [switch + np.arange(g), core]
+            dst += [core, switch + np.arange(g)]
+        return np.concatenate(src), np.concatenate(dst)
+
+    def uniform(self) -> tuple[float, float] | None:
+        """One rank per host and equal NICs, or one host with equal ranks."""
+        p, h = self.num_ranks, len(self.host_names)
+        if p == 1 or self.rails > 1 or self.num_groups > 1 or h not in (1, p) or self.overhead_s:
+            return None
+        used = slice(2 * p) if h == 1 else slice(2 * p, 2 * p + 2 * h)
+        latency, cost = self.link_latency_s[used].reshape(2, p), self.link_seconds_per_byte[used]
+        if np.ptp(latency, axis=1).any() or np.ptp(cost):
+            return None
+        return float(latency[0, 0] + latency[1, 0]), float(cost[0])
+
+    def to_json(self) -> dict[str, Any]:
+        """Kind "switched"."""
+        extra = {"rails": self.rails, "group_of_host": list(self.group_of_host)}
+        return {**_json_base(self, "switched"), **extra}
 
 
-def from_json(value: Mapping[str, Any]) -> Topology:
-    """Rebuild what `Topology.to_json` gave; ConfigError if it is something else."""
-    fields = dict(value)
-    try:
-        if fields.pop("paceline_topology") != 1:
-            raise ConfigError("topology JSON: version 1 expected")
-        kind = KINDS[fields.pop("kind")]
-        for key in ("link_latency_s", "link_seconds_per_byte"):
-            fields[key] = expand(fields[key])
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return kind(**plain)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"topology JSON: {type(error).__name__} {error}; write it with to_json()"
-        ) from error
+@final
+@dataclass(frozen=True, eq=False)
+class Grid(Topology):
+    """Torus of any number of dimensions: rank = its coordinates in row-major order, links to ± neighbours.
+
+    Link (rank·dims + dim)·2 + direction, 0 up and 1 down. Messages go along dimension 0 first, then 1, …, the
+    shorter way round (up on a tie). Every link works at the same time: no port limit.
+    """
+
+    sides: tuple[int, ...] = ()
+
+    def path(self, src: IntArray, dst: IntArray, channel: IntArray | int = 0) -> IntArray:
+        """Dimension-order route."""
+        sides = self.sides
+        src, dst = np.asarray(src, dtype=np.intp), np.asarray(dst, dtype=np.intp)
+        at = list(np.unravel_index(src, sides))
+        to = np.unravel_index(dst, sides)
+        moves = []
+        for d, side in enumerate(sides):
+            up = (to[d] - at[d]) % side
+            moves.append(np.where(up <= side - up, up, up - side))
+        hops = int(sum(np.abs(m) for m in moves).max(initial=0))  # type: ignore[union-attr]
+        if hops * len(src) > _MAX_PATH_ENTRIES:
+            raise ConfigError(
+                f"{self.name}: {len(src)} messages over up to {hops} hops are too many to route; "
+                "use an algorithm for neighbours (ring) or a smaller network"
+            )
+        links = np.full((len(src), max(hops, 1)), NONE, dtype=np.intp)
+        column = np.zeros(len(src), dtype=np.intp)
+        for d, move in enumerate(moves):
+            for k in range(int(np.abs(move).max(initial=0))):
+                go = np.flatnonzero(np.abs(move) > k)
+                here = np.ravel_multi_index(tuple(c[go] for c in at), sides)
+                down = (move[go] < 0).astype(np.intp)
+                links[go, column[go]] = (here * len(sides) + d) * 2 + down
+                column[go] += 1
+                at[d][go] = (at[d][go] + 1 - 2 * down) % sides[d]
+        return links
+
+    def ends(self) -> tuple[IntArray, IntArray]:
+        """Rank to neighbour; a link of a side of 1, or down a side of 2, exists in number only: src = dst."""
+        p, k = self.num_ranks, len(self.sides)
+        rank, dim, down = (a.ravel() for a in np.indices((p, k, 2)))
+        at = np.array(np.unravel_index(rank, self.sides))
+        sides = np.asarray(self.sides)[dim]
+        real = (sides > 2) | ((sides == 2) & (down == 0))
+        at[dim, np.arange(len(rank))] += np.where(real, 1 - 2 * down, 0)
+        at %= np.asarray(self.sides)[:, None]
+        return rank, np.ravel_multi_index(tuple(at), self.sides)
+
+    def to_json(self) -> dict[str, Any]:
+        """Kind "grid"."""
+        return {**_json_base(self, "grid"), "sides": list(self.sides)}
 
 
-def _read(path: Path) -> Topology:
-    try:
-        return from_json(json.loads(path.read_text()))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"topology file {path}: {error}") from error
+@final
+@dataclass(frozen=True, eq=False)
+class Graph(Topology):
+    """Links given one by one; nodes beyond the ranks are switches. No port limit: every link works at once.
 
+    A message takes the direct link if there is one, else the path that is fastest for 1 MiB.
+    """
 
-def _sized(name: str, arguments: dict[str, Any], num_ranks: int | None) -> dict[str, Any]:
-    """Fill in the size that the spec leaves open."""
-    if num_ranks is None:
-        return arguments
-    if name == "cluster" and "hosts" not in arguments:
-        local = arguments.setdefault("local", 2)
-        if not isinstance(local, int) or local < 1 or num_ranks % local:
-            raise ConfigError(f"cluster(local={local}): {num_ranks} ranks do not fill hosts of {local}")
-        arguments["hosts"] = num_ranks // local
-    elif name == "torus":
-        if "columns" not in arguments and "rows" not in arguments:
-            arguments["rows"] = max(d for d in range(1, math.isqrt(num_ranks) + 1) if num_ranks % d == 0)
-        if "rows" in arguments and "columns" not in arguments:
-            arguments["columns"] = max(num_ranks // max(int(arguments["rows"]), 1), 1)
-        elif "columns" in arguments and "rows" not in arguments:
-            arguments["rows"] = max(num_ranks // max(int(arguments["columns"]), 1), 1)
-    elif name not in ("cluster", "dgx1"):
-        arguments.setdefault("ranks", num_ranks)
-    return arguments
+    link_src: tuple[int, ...] = ()
+    link_dst: tuple[int, ...] = ()
+    _trees: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False)
 
+    @cached_property
+    def num_nodes(self) -> int:
+        """Ranks and switches."""
+        return max((self.num_ranks - 1, *self.link_src, *self.link_dst)) + 1
 
-def _positive(**values: int) -> None:
-    for key, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{key}: a whole number of at least 1 expected, got {value!r}")
-
-
-def _few(ranks: int, name: str) -> None:
-    _positive(ranks=ranks)
-    if ranks > _MAX_GRAPH_RANKS:
-        raise ConfigError(
-            f"{name}: at most {_MAX_GRAPH_RANKS} ranks ({ranks}² links would not fit); use ethernet or torus"
+    @cached_property
+    def _direct(self) -> IntArray:
+        table = np.full(self.num_nodes**2, NONE, dtype=np.intp)
+        table[np.asarray(self.link_src, dtype=np.intp) * self.num_nodes + self.link_dst] = np.arange(
+            self.num_links
         )
+        return table
+
+    def path(self, src: IntArray, dst: IntArray, channel: IntArray | int = 0) -> IntArray:
+        """Direct link, or shortest path."""
+        src, dst = np.asarray(src, dtype=np.intp), np.asarray(dst, dtype=np.intp)
+        links = self._direct[src * self.num_nodes + dst][:, None]
+        missing = np.flatnonzero((links[:, 0] == NONE) & (src != dst))
+        routes = {int(i): self._route(int(src[i]), int(dst[i])) for i in missing}
+        wide = np.full((len(src), max((1, *map(len, routes.values())))), NONE, dtype=np.intp)
+        wide[:, :1] = links
+        for i, route in routes.items():
+            wide[i, : len(route)] = route
+        return wide
+
+    def ends(self) -> tuple[IntArray, IntArray]:
+        """As given."""
+        return np.asarray(self.link_src, dtype=np.intp), np.asarray(self.link_dst, dtype=np.intp)
+
+    def _route(self, src: int, dst: int) -> list[int]:
+        if src not in self._trees:
+            self._trees[src] = self._shortest_from(src)
+        route, node = [], dst
+        while node != src:
+            link = self._trees[src][node]
+            if link == NONE:
+                raise ConfigError(f"{self.name}: no path from rank {src} to rank {dst}; add links")
+            route.append(link)
+            node = self.link_src[link]
+        return route[::-1]
+
+    @cached_property
+    def _leaving(self) -> list[list[int]]:
+        links: list[list[int]] = [[] for _ in range(self.num_nodes)]
+        for link, node in enumerate(self.link_src):
+            links[node].append(link)
+        return links
+
+    def _shortest_from(self, src: int) -> list[int]:
+        """Last link on the fastest path from `src` to every node (Dijkstra)."""
+        cost = self.link_latency_s + _TYPICAL_BYTES * self.link_seconds_per_byte
+        best, last = [np.inf] * self.num_nodes, [NONE] * self.num_nodes
+        best[src], queue = 0.0, [(0.0, src)]
+        while queue:
+            distance, node = heapq.heappop(queue)
+            if distance > best[node]:
+                continue
+            for link in self._leaving[node]:
+                to, reach = self.link_dst[link], distance + float(cost[link])
+                if reach < best[to]:
+                    best[to], last[to] = reach, link
+                    heapq.heappush(queue, (reach, to))
+        return last
+
+    def to_json(self) -> dict[str, Any]:
+        """Kind "graph"."""
+        extra = {"link_src": list(self.link_src), "link_dst": list(self.link_dst)}
+        return {**_json_base(self, "graph"), **extra}
 
 
-def _per_byte_of_gbit(gbit: float) -> float:
-    if not gbit > 0:
-        raise ConfigError(f"gbit: more than 0 expected, got {gbit}")
-    return 8e-9 / gbit
+KINDS: dict[str, type[Topology]] = {"switched": Switched, "grid": Grid, "graph": Graph}
 
 
-def _per_byte_of_gbyte(gbyte: float) -> float:
-    if not gbyte > 0:
-        raise ConfigError(f"a rate in 10⁹ bytes per second: more than 0 expected, got {gbyte}")
-    return 1e-9 / gbyte
+def _json_base(topology: Topology, kind: str) -> dict[str, Any]:
+    return {
+        "paceline_topology": 1,
+        "kind": kind,
+        "name": topology.name,
+        "hosts": list(topology.hosts),
+        "link_latency_s": _compact(topology.link_latency_s),
+        "link_seconds_per_byte": _compact(topology.link_seconds_per_byte),
+        "reduce_seconds_per_byte": topology.reduce_seconds_per_byte,
+        "overhead_s": topology.overhead_s,
+    }
 
 
-def _grid(name: str, sides: tuple[int, ...], gbit: float, latency_us: float, reduce_gbyte: float) -> Grid:
-    links = 2 * len(sides) * math.prod(sides)
-    return Grid(
-        name,
-        tuple(f"host{r}" for r in range(math.prod(sides))),
-        np.full(links, latency_us * 1e-6),
-        np.full(links, _per_byte_of_gbit(gbit)),
-        _per_byte_of_gbyte(reduce_gbyte),
-        sides=sides,
-    )
+def _compact(values: FloatArray) -> list[list[float]]:
+    """Run-length: [[value, times], …]; the links of large networks are mostly alike."""
+    if not len(values):
+        return []
+    cuts = np.flatnonzero(np.diff(values)) + 1
+    starts = np.concatenate([[0], cuts])
+    lengths = np.diff(np.append(starts, len(values)))
+    return [[float(values[s]), int(n)] for s, n in zip(starts, lengths, strict=True)]
+
+
+def expand(runs: Sequence[Sequence[float]]) -> FloatArray:
+    """Inverse of the run-length form."""
+    if not runs:
+        return np.zeros(0)
+    values, lengths = zip(*runs, strict=True)
+    return np.repeat(np.asarray(values, dtype=np.float64), np.asarray(lengths, dtype=np.intp))

@@ -1,3 +1,1 @@
 """What travels, when, and how it is applied: one file per training method."""
-
-NOT_PLUGINS = ("strategy",)

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from paceline import codecs
-from paceline.codecs import ledger
-from paceline.codecs.reducer import Layout, StagedWork, finish
+from paceline.codecs.kernel import ledger
+from paceline.codecs.reducers.reducer import Layout, StagedWork, finish
 from paceline.errors import ConfigError
 from paceline.spec import Spec
-from paceline.strategies.strategy import TrainingStrategy
+from paceline.strategies.base.strategy import TrainingStrategy
 from paceline.types import Bucket, Work
 
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from paceline.codecs import ledger
-from paceline.codecs.payload import HEADER_BYTES
+from paceline.codecs.kernel import ledger
+from paceline.codecs.kernel.payload import HEADER_BYTES
 from paceline.codecs.threshold import Threshold
 from paceline.errors import ConfigError
+from paceline.strategies.base.staleness_policy import whole
+from paceline.strategies.base.strategy import TrainingStrategy
 from paceline.strategies.peers.agreement import mean_with_residuals
 from paceline.strategies.peers.spread import Spread
-from paceline.strategies.staleness.policy import whole
-from paceline.strategies.strategy import TrainingStrategy
 from paceline.types import Communicator
 
 _DIRECT = 16  # workers up to which everybody sends to everybody

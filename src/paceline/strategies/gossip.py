@@ -16,7 +16,7 @@ import torch
 
 from paceline.errors import ConfigError, PeerLost
 from paceline.spec import Spec
-from paceline.strategies.strategy import TrainingStrategy
+from paceline.strategies.base.strategy import TrainingStrategy
 from paceline.types import Communicator, Message, Rank
 
 _CHANNEL = "gossip"

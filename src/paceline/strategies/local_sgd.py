@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from paceline.codecs.flat_sums import FlatSums
+from paceline.codecs.reducers.flat_sums import FlatSums
 from paceline.errors import ConfigError
 from paceline.spec import Spec
+from paceline.strategies.base.strategy import TrainingStrategy
 from paceline.strategies.outer import optimizer_state
-from paceline.strategies.strategy import TrainingStrategy
 from paceline.types import Communicator
 
 

@@ -18,6 +18,8 @@ import torch
 from paceline import codecs
 from paceline.errors import ConfigError
 from paceline.spec import Spec
+from paceline.strategies.base import staleness_policy
+from paceline.strategies.base.strategy import TrainingStrategy
 from paceline.strategies.server import encoding
 from paceline.strategies.server.host import ShardHost
 from paceline.strategies.server.script import Script
@@ -25,8 +27,6 @@ from paceline.strategies.server.shard import Optimizer, Shard
 from paceline.strategies.server.slices import Slices, default_shards
 from paceline.strategies.server.tally import summarize
 from paceline.strategies.server.worker import Sender
-from paceline.strategies.staleness import policy
-from paceline.strategies.strategy import TrainingStrategy
 from paceline.types import Communicator
 
 
@@ -54,13 +54,16 @@ class ParameterServer(TrainingStrategy):
         record: str = "",
         replay: str = "",
     ) -> None:
-        self.num_shards = None if shards is None else policy.whole("shards", shards, least=1)
-        self.push, self.pull = policy.whole("push", push, least=1), policy.whole("pull", pull, least=1)
-        self.backup = None if backup is None else policy.whole("backup", backup, least=0)
+        self.num_shards = None if shards is None else staleness_policy.whole("shards", shards, least=1)
+        self.push, self.pull = (
+            staleness_policy.whole("push", push, least=1),
+            staleness_policy.whole("pull", pull, least=1),
+        )
+        self.backup = None if backup is None else staleness_policy.whole("backup", backup, least=0)
         self.needs_gradients = str(sends) == "gradients"
         if str(sends) not in ("updates", "gradients") or not rate > 0:
             raise ConfigError(f"sends={sends}, rate={rate}: updates or gradients, and rate > 0 expected")
-        policy.make(staleness)  # a wrong policy is refused here, before any work
+        staleness_policy.make(staleness)  # a wrong policy is refused here, before any work
         self.staleness, self.prefetch, self._optimizer = staleness, prefetch, (rate, lr, momentum)
         self._codec = None if codec is None else codecs.make(codec)
         self._script = Script(replay=replay, record=record)
@@ -79,7 +82,7 @@ class ParameterServer(TrainingStrategy):
 
         def make_shard(j: int, weights: list[torch.Tensor]) -> Shard:
             optimizer = Optimizer(self.needs_gradients, *self._optimizer)
-            stale = policy.make(self.staleness)
+            stale = staleness_policy.make(self.staleness)
             return Shard(weights, stale, optimizer, comm.size, comm.deferred, self._codec)
 
         every = comm.size if self.backup is None else self.backup
@@ -141,7 +144,11 @@ class ParameterServer(TrainingStrategy):
     def traffic(self, model_bytes: int, size: int) -> float:
         """Δ up and W down at their intervals, W to the backup every so many updates."""
         backup = size if self.backup is None else self.backup
-        copies = 1 / (self.push * policy.make(self.staleness).group * backup) if backup and size > 1 else 0.0
+        copies = (
+            1 / (self.push * staleness_policy.make(self.staleness).group * backup)
+            if backup and size > 1
+            else 0.0
+        )
         shards = self.num_shards or default_shards(model_bytes, size)
         progress, once = 16 * size * shards, encoding.encoded_bytes(self._codec, model_bytes, shards, self)
         rounds = 1 / self.push + 1 / self.pull

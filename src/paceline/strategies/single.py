@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paceline.strategies.strategy import TrainingStrategy
+from paceline.strategies.base.strategy import TrainingStrategy
 
 
 class Single(TrainingStrategy):

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from paceline import codecs
-from paceline.codecs import ledger
-from paceline.codecs.reducer import StagedWork
+from paceline.codecs.kernel import ledger
+from paceline.codecs.reducers.reducer import StagedWork
 from paceline.errors import ConfigError
 from paceline.spec import Spec
+from paceline.strategies.base.staleness_policy import whole
+from paceline.strategies.base.strategy import TrainingStrategy
 from paceline.strategies.outer.optimizer import OuterSGD
 from paceline.strategies.server.slices import Slices
-from paceline.strategies.staleness.policy import whole
-from paceline.strategies.strategy import TrainingStrategy
 from paceline.types import Communicator, Work
 
 _PAYLOADS = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -41,11 +41,11 @@ def load(name: str, *, data: Path | None = None) -> Task:
 
 def _find(name: str) -> Callable[..., Any]:
     if not name.endswith(".py"):
-        known = registry.names("paceline.tasks")
+        known = registry.names("paceline.tasks.builtin")
         if name not in known:
             unknown = registry.unknown("task", name, known)
             raise ConfigError(f"{unknown}; or the path of a file.py that defines build() -> paceline.Task")
-        build: Callable[..., Any] = registry.load("paceline.tasks", name, kind="task").build
+        build: Callable[..., Any] = registry.load("paceline.tasks.builtin", name, kind="task").build
         return build
     path = Path(name).resolve()
     if not path.is_file():

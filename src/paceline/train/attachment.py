@@ -19,7 +19,7 @@ from torch.autograd import Variable
 from paceline import _core
 from paceline.comm.communicator import FabricCommunicator
 from paceline.errors import ConfigError
-from paceline.strategies.strategy import TrainingStrategy
+from paceline.strategies.base.strategy import TrainingStrategy
 from paceline.train.replica import FlatReplica, GradientBucket
 
 _LARGE_NUMEL = 1 << 18  # a megabyte: the copy would only push out of the caches what backward needs next

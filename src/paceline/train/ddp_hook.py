@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from paceline import codecs
-from paceline.codecs import ledger
-from paceline.codecs.reducer import Reducer, StagedWork, finish
-from paceline.comm.torch import TorchCommunicator
+from paceline.codecs.kernel import ledger
+from paceline.codecs.reducers.reducer import Reducer, StagedWork, finish
+from paceline.comm.torch_fabric import TorchCommunicator
 from paceline.errors import ConfigError
 
 

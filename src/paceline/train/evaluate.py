@@ -18,8 +18,8 @@ from paceline.comm.communicator import FabricCommunicator
 from paceline.errors import ConfigError
 from paceline.train import plain, preparation, random_state
 from paceline.train.attachment import Attachment
-from paceline.train.data import ShardedLoader
-from paceline.train.sharding import share
+from paceline.train.data.loader import ShardedLoader
+from paceline.train.data.sharding import share
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 _DEFAULT_BATCH = 256

@@ -14,17 +14,17 @@ from torch import nn
 
 from paceline.comm.communicator import FabricCommunicator
 from paceline.comm.fabric import for_device
-from paceline.comm.rendezvous import Meeting
+from paceline.comm.rendezvous.meeting import Meeting
 from paceline.errors import ConfigError
 from paceline.options import JobOptions
-from paceline.strategies.strategy import TrainingStrategy, make
+from paceline.strategies.base.strategy import TrainingStrategy, make
 from paceline.train import checkpoint as checkpoints
 from paceline.train import exchange, persistence, preparation, statistics
 from paceline.train.attachment import Attachment
 from paceline.train.clock import TrainingClock
-from paceline.train.data import ShardedLoader, shard
+from paceline.train.data.loader import ShardedLoader, shard
 from paceline.train.evaluate import Forward, evaluate
-from paceline.train.logbook import Logbook
+from paceline.train.logs.logbook import Logbook
 from paceline.train.precision import MixedPrecision
 from paceline.train.precision import check as check_precision
 from paceline.train.preemption import Preempted, StopAgreement

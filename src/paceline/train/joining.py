@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from paceline.comm import current
 from paceline.comm.fabric import connect
-from paceline.comm.rendezvous import meet
+from paceline.comm.rendezvous.meeting import meet
 from paceline.options import JobOptions
 from paceline.train import random_state
 from paceline.train.job import Job

@@ -12,7 +12,7 @@ from torch import nn
 
 from paceline.comm.communicator import FabricCommunicator
 from paceline.errors import ConfigError, Mismatch
-from paceline.strategies.strategy import TrainingStrategy
+from paceline.strategies.base.strategy import TrainingStrategy
 from paceline.train import plain
 from paceline.train.attachment import Attachment
 from paceline.train.heap import keep_freed_memory

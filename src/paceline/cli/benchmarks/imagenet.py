@@ -45,7 +45,7 @@ def imagenet(
     from paceline.bench import imagenet as w
     from paceline.errors import ConfigError
     from paceline.spec import split_list
-    from paceline.strategies.strategy import make
+    from paceline.strategies.base.strategy import make
 
     if (data is None) == (not synthetic):
         raise ConfigError("give a folder of pictures or --synthetic, one of them")

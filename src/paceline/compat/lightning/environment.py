@@ -6,7 +6,7 @@ import os
 
 from lightning.fabric.plugins.environments import ClusterEnvironment
 
-from paceline.comm.placement import who_am_i
+from paceline.comm.rendezvous.environment import who_am_i
 
 
 class PacelineEnvironment(ClusterEnvironment):  # type: ignore[misc]

@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import PrefixStore
 from paceline.compat import embedding
 from paceline.compat.lightning.environment import PacelineEnvironment
 from paceline.errors import ConfigError
-from paceline.strategies.strategy import TrainingStrategy, make
+from paceline.strategies.base.strategy import TrainingStrategy, make
 from paceline.train.job import DEFAULT_STRATEGY, Job
 
 

@@ -22,7 +22,7 @@ import torch
 from paceline.compat.spark.rows import Columns, tensors
 from paceline.compat.spark.worker import NO_ROWS, Order
 from paceline.errors import ConfigError, WorkerFailed
-from paceline.launchers.spark_session import explain
+from paceline.launchers.spark.session import explain
 
 Sums = tuple[Any, Any, float, float, float]
 """Σ weight · state [numel] float64, counters [n] (largest), Σ weight, Σ loss, minibatches."""

@@ -15,13 +15,13 @@ from paceline.compat.spark import averaging as by_driver
 from paceline.compat.spark import rows, worker
 from paceline.errors import ConfigError
 from paceline.launchers.call import Call
-from paceline.launchers.console import Console
+from paceline.launchers.engines.spark import Spark, run_stage
 from paceline.launchers.job import JobSpec, Resources
 from paceline.launchers.launch import results_of
-from paceline.launchers.spark import Spark, run_stage
-from paceline.launchers.spark_session import use_own_python
+from paceline.launchers.processes.console import Console
+from paceline.launchers.spark.session import use_own_python
 from paceline.options import JobOptions
-from paceline.strategies.strategy import make
+from paceline.strategies.base.strategy import make
 from paceline.tasks.load import load
 from paceline.tasks.task import Task
 

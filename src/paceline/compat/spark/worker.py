@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from paceline.compat.spark.rows import Columns, tensors
 from paceline.errors import ConfigError
 from paceline.launchers.call import keep_progress, progress
-from paceline.launchers.spark_tasks import PARTITION
+from paceline.launchers.spark.tasks import PARTITION
 
 NO_ROWS = (
     "fit: a worker got no rows: fewer partitions of the DataFrame have rows than there are workers;"

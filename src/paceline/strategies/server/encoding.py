@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from paceline.codecs import ledger
-from paceline.codecs.codec import Codec
+from paceline.codecs.kernel import ledger
+from paceline.codecs.kernel.codec import Codec
 from paceline.errors import ConfigError
 from paceline.types import Rank
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from paceline.codecs.codec import Codec
+from paceline.codecs.kernel.codec import Codec
+from paceline.strategies.base.staleness_policy import StalenessPolicy
 from paceline.strategies.server.encoding import Pulls
 from paceline.strategies.server.tally import Tally
-from paceline.strategies.staleness.policy import StalenessPolicy
 from paceline.types import Message, Rank, Reply
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from paceline.codecs.codec import Codec
+from paceline.codecs.kernel.codec import Codec
 from paceline.errors import PeerLost
 from paceline.strategies.server.encoding import Pushes
 from paceline.strategies.server.host import CHANNEL, Copy, ShardHost

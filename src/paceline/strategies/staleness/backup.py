@@ -5,7 +5,7 @@ Source: Chen et al., Revisiting Distributed Synchronous SGD, 2016; Dutta et al.,
 
 from __future__ import annotations
 
-from paceline.strategies.staleness.policy import StalenessPolicy, whole
+from paceline.strategies.base.staleness_policy import StalenessPolicy, whole
 
 
 class Backup(StalenessPolicy):

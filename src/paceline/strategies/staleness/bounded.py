@@ -7,7 +7,7 @@ do not count. s = 0 is bulk synchronous.
 
 from __future__ import annotations
 
-from paceline.strategies.staleness.policy import StalenessPolicy, whole
+from paceline.strategies.base.staleness_policy import StalenessPolicy, whole
 
 
 class Bounded(StalenessPolicy):

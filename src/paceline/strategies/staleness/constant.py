@@ -6,7 +6,7 @@ W ← W + λ0·Δ
 
 from __future__ import annotations
 
-from paceline.strategies.staleness.policy import StalenessPolicy
+from paceline.strategies.base.staleness_policy import StalenessPolicy
 
 
 class Constant(StalenessPolicy):

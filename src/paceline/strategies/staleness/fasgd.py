@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from paceline.errors import ConfigError
-from paceline.strategies.staleness.policy import StalenessPolicy
+from paceline.strategies.base.staleness_policy import StalenessPolicy
 
 _LEAST = 0.1  # a coordinate that hardly varies is sped up tenfold at most
 

@@ -5,7 +5,7 @@ Source: Zhang et al., Staleness-aware Async-SGD, IJCAI 2016.
 
 from __future__ import annotations
 
-from paceline.strategies.staleness.policy import StalenessPolicy
+from paceline.strategies.base.staleness_policy import StalenessPolicy
 
 
 class Inverse(StalenessPolicy):

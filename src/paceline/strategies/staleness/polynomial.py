@@ -6,7 +6,7 @@ Source: Xie et al., Asynchronous Federated Optimization (FedAsync), 2019.
 from __future__ import annotations
 
 from paceline.errors import ConfigError
-from paceline.strategies.staleness.policy import StalenessPolicy
+from paceline.strategies.base.staleness_policy import StalenessPolicy
 
 
 class Polynomial(StalenessPolicy):

@@ -5,7 +5,7 @@ Source: the cut-off of FedAsync (Xie et al. 2019) and of most production paramet
 
 from __future__ import annotations
 
-from paceline.strategies.staleness.policy import StalenessPolicy, whole
+from paceline.strategies.base.staleness_policy import StalenessPolicy, whole
 
 
 class Reject(StalenessPolicy):

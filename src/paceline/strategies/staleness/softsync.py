@@ -6,7 +6,7 @@ Mean staleness in server updates is (N − 1)/c when workers pull right after th
 
 from __future__ import annotations
 
-from paceline.strategies.staleness.policy import StalenessPolicy, whole
+from paceline.strategies.base.staleness_policy import StalenessPolicy, whole
 
 
 class Softsync(StalenessPolicy):

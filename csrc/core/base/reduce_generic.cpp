@@ -1,0 +1,2 @@
+#define PACELINE_ISA generic
+#include "core/base/reduce_kernels.h"

@@ -1,0 +1,2 @@
+#define PACELINE_ISA v3
+#include "core/base/reduce_kernels.h"

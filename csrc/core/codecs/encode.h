@@ -1,0 +1,53 @@
+// Encoders. Each makes one pass over x (and over the residual, where there is one) and writes a payload.
+//
+// `residual` may be null. Otherwise the encoder sends x + residual and leaves in `residual` what was not
+// sent: error feedback in the same pass. `out` needs the bytes that the matching max_* function names.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "core/codecs/payload.h"
+
+namespace paceline::codec {
+
+struct Input {
+  const float* x;
+  float* residual;
+  std::size_t numel;
+  Source source;
+  bool has_checksum;
+};
+
+struct Output {
+  std::uint8_t* bytes;
+  std::size_t capacity;
+};
+
+// Stochastic rounding draws from a counter-based generator: 16 bits for each element, decided by key and index.
+struct Rounding {
+  bool is_stochastic = false;
+  std::uint64_t key = 0;
+};
+
+std::size_t max_fp16(std::size_t numel, std::size_t block);
+std::size_t max_bf16(std::size_t numel);
+std::size_t max_int8(std::size_t numel, std::size_t block);
+std::size_t max_int4(std::size_t numel, std::size_t block);
+std::size_t max_onebit(std::size_t numel, std::size_t block);
+std::size_t max_threshold(std::size_t numel);
+std::size_t max_topk(std::size_t count);
+
+std::size_t encode_fp16(const Input&, std::size_t block, Output);
+std::size_t encode_bf16(const Input&, Output);
+std::size_t encode_int8(const Input&, std::size_t block, Rounding, Output);
+std::size_t encode_int4(const Input&, std::size_t block, Rounding, Output);
+std::size_t encode_onebit(const Input&, std::size_t block, Output);
+
+// Strom 2015. The residual is required. `num_skipped` counts elements that were not finite: they are
+// neither sent nor kept.
+std::size_t encode_threshold(const Input&, float tau, bool entropy, Output, std::uint64_t* num_skipped);
+
+// The `count` largest |x|, ties to the lowest index.
+std::size_t encode_topk(const Input&, std::size_t count, bool entropy, Output);
+
+}  // namespace paceline::codec

@@ -1,2 +1,0 @@
-#define PACELINE_ISA generic
-#include "core/reduce_kernels.h"

@@ -1,2 +1,0 @@
-#define PACELINE_ISA v4
-#include "core/reduce_kernels.h"

@@ -1,0 +1,1 @@
+"""What users write on the command line, turned into values."""

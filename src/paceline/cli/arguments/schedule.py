@@ -1,0 +1,165 @@
+"""What the user of `paceline schedule` writes, turned into values: algorithms, ranges, sizes, conditions."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from paceline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from paceline.schedule.program import Program
+    from paceline.schedule.simulation.simulate import Conditions
+    from paceline.schedule.topology import Topology
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
+_MAX_TRANSFERS_PER_STEP = 1 << 22
+_SAMPLE_RANKS = 128
+
+
+def algorithm(text: str, *, channels: int = 1) -> tuple[str, dict[str, Any]]:
+    """`ring_chunked(segments=4)` → its name and options, checked against what its `build` takes."""
+    from paceline import collectives, spec
+
+    wanted = spec.parse(text)
+    module = collectives.find(wanted.name)
+    options = dict(wanted.arguments)
+    if channels != 1:
+        options["channels"] = channels
+    known = [
+        p for p in inspect.signature(module.build).parameters if p not in ("operation", "num_ranks", "root")
+    ]
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"{wanted.name} has no option {key!r}; it takes {', '.join(known)}")
+    return module.__name__.rpartition(".")[2], options
+
+
+def with_hosts(name: str, options: dict[str, Any], topology: Topology) -> dict[str, Any]:
+    """Tell an algorithm that knows hosts about those of the topology, unless the user did."""
+    from paceline import collectives
+
+    takes = inspect.signature(collectives.find(name).build).parameters
+    is_grouped = 1 < len(topology.host_names) < topology.num_ranks
+    if "hosts" in takes and "hosts" not in options and is_grouped:
+        return {**options, "hosts": topology.hosts}
+    return options
+
+
+def build(name: str, operation: str, num_ranks: int, *, root: int = 0, **options: Any) -> Program:
+    """`collectives.build`, refusing what would not fit in memory."""
+    from paceline import collectives
+    from paceline.schedule import contract
+
+    contract.base_operation(operation)
+    too_large = oversized(name, operation, num_ranks, root=root, **options)
+    if too_large:
+        raise ConfigError(too_large)
+    try:
+        return collectives.build(name, operation, num_ranks, root=root, **options)
+    except TypeError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def oversized(name: str, operation: str, num_ranks: int, **options: Any) -> str:
+    """Why this program would be too large to hold, or an empty string."""
+    from paceline import collectives
+
+    plain = {k: v for k, v in options.items() if k not in ("channels", "instances", "root")}
+    if num_ranks < 1 or not collectives.supports(name, operation, num_ranks, **plain):
+        return ""  # `build` says it better
+    transfers = _largest_step(name, operation, num_ranks, options)
+    if transfers <= _MAX_TRANSFERS_PER_STEP:
+        return ""
+    return f"{name} {operation} on {num_ranks} ranks has steps of {transfers:.1g} transfers: too many to hold"
+
+
+def _largest_step(name: str, operation: str, num_ranks: int, options: Mapping[str, Any]) -> float:
+    """How many transfers the largest step has; for many ranks as it grows from 128 to 256 ranks."""
+    from paceline import collectives
+
+    few = {k: v for k, v in options.items() if k not in ("hosts", "root")}
+
+    def largest(p: int) -> int:
+        program = collectives.build(name, operation, p, **few)
+        return max((len(step) for step in program.steps()), default=1)
+
+    if num_ranks <= 2 * _SAMPLE_RANKS:
+        return 0
+    try:
+        small, large = largest(_SAMPLE_RANKS), largest(2 * _SAMPLE_RANKS)
+    except ConfigError:  # it does not do these numbers of ranks
+        cost = collectives.cost(name, operation, num_ranks, **options)
+        return num_ranks * cost.messages / max(cost.steps, 1)
+    return float(large * (num_ranks / (2 * _SAMPLE_RANKS)) ** math.log2(large / small))
+
+
+def ranks(text: str) -> list[int]:
+    """`1..17`, `2,4,8`, `1..4,24`: the numbers, ascending, each once."""
+    found: set[int] = set()
+    for part in text.split(","):
+        ends = re.fullmatch(r"\s*(\d+)\s*(?:\.\.\s*(\d+)\s*)?", part)
+        if ends is None:
+            raise ConfigError(f"--ranks {text!r}: expected numbers and ranges such as 8, 2,4,8 or 1..17")
+        low, high = int(ends[1]), int(ends[2] or ends[1])
+        if not 1 <= low <= high:
+            raise ConfigError(f"--ranks {text!r}: {part.strip()!r} is not a range of at least one rank")
+        if high - low >= 1 << 16:
+            raise ConfigError(f"--ranks {text!r}: at most {1 << 16} numbers")
+        found.update(range(low, high + 1))
+    return sorted(found)
+
+
+def size(text: str) -> int:
+    """`100000000`, `100MB`, `64MiB`, `1e8`: bytes."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"{text!r} is not a number of bytes; write 100000000, 100MB or 64MiB")
+    return round(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+def conditions(late: Sequence[str], stragglers: Sequence[str], slow_links: Sequence[str]) -> Conditions:
+    """`3:0.01`, `3:2.5` and `0-1:10` to Conditions."""
+    from paceline.schedule.simulation.simulate import Conditions
+
+    number = r"(\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+)"
+
+    def read(texts: Sequence[str], pattern: str, example: str, key: Callable[[re.Match[str]], Any]) -> Any:
+        values = {}
+        for text in texts:
+            match = re.fullmatch(pattern + ":" + number, text)
+            if match is None:
+                raise ConfigError(f"cannot read {text!r}; an example: {example}")
+            values[key(match)] = float(match[match.lastindex or 1])
+        return values
+
+    return Conditions(
+        late_s=read(late, r"(\d+)", "--late 3:0.01 (rank 3 enters 10 ms late)", lambda m: int(m[1])),
+        slowdown=read(stragglers, r"(\d+)", "--straggler 3:2.5 (2.5 times slower)", lambda m: int(m[1])),
+        slow_links=read(
+            slow_links,
+            r"(\d+)-(\d+)",
+            "--slow-link 0-1:10 (from rank 0 to rank 1, 10 times slower)",
+            lambda m: (int(m[1]), int(m[2])),
+        ),
+    )
+
+
+def human_bytes(count: float) -> str:
+    """`1.5 MB`."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} GB"
+
+
+def human_s(seconds: float) -> str:
+    """`1.5 ms`."""
+    if seconds >= 1:
+        return f"{seconds:.4g} s"
+    return f"{seconds * 1e3:.4g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.4g} µs"

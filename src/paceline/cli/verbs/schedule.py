@@ -1,0 +1,181 @@
+"""`paceline schedule`: collective algorithms list, show, verify, simulate, compare. Never imports torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from paceline.cli import schedule_reports as reports
+from paceline.cli.arguments import schedule as arguments
+
+app = typer.Typer(
+    name="schedule",
+    help="Collective algorithms as programs: list, show, verify, simulate, compare.",
+    no_args_is_help=True,
+)
+
+Name = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="Algorithm, with options if any: ring, 'ring_chunked(segments=4)'."),
+]
+Operation = Annotated[str, typer.Option(help="all_reduce, broadcast, all_to_all …")]
+Network = Annotated[
+    str,
+    typer.Option(
+        "--topology",
+        "--network",
+        "-t",
+        help="ethernet(gbit=1), cluster(hosts=4, local=2), torus(rows=4, columns=4), dgx1 …, FILE.json.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Root = Annotated[int, typer.Option(help="Root of broadcast, reduce, gather, scatter.")]
+Channels = Annotated[int, typer.Option(min=1, help="Copies side by side, each on a part of every chunk.")]
+Late = Annotated[list[str] | None, typer.Option(metavar="RANK:SECONDS", help="Rank enters late.")]
+Straggler = Annotated[list[str] | None, typer.Option(metavar="RANK:FACTOR", help="Rank is slower.")]
+SlowLink = Annotated[list[str] | None, typer.Option(metavar="SRC-DST:FACTOR", help="Link is slower.")]
+
+_DEFAULT_NETWORK = "ethernet(gbit=10)"
+
+
+def register(root: typer.Typer) -> None:
+    """Add the verb."""
+    root.add_typer(app)
+
+
+@app.command("list")
+def list_algorithms(
+    operation: Annotated[str | None, typer.Option(help="Only algorithms for this operation.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Every algorithm: operations, supported ranks, paper, cost claim."""
+    reports.print_list(operation, as_json=as_json)
+
+
+@app.command()
+def show(
+    name: Name,
+    operation: Operation = "all_reduce",
+    ranks: Annotated[int, typer.Option(min=1, help="Number of ranks P.")] = 8,
+    root: Root = 0,
+    channels: Channels = 1,
+    topology: Network = _DEFAULT_NETWORK,
+    size: Annotated[str, typer.Option("--bytes", help="Size for the trace: 64MiB, 1000000 …")] = "1MB",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the picture, page and trace.")
+    ] = Path(),
+    svg: Annotated[Path | None, typer.Option(help="File for the picture instead.")] = None,
+    html: Annotated[Path | None, typer.Option(help="File for the page instead.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="File for the trace instead.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the steps; write a space-time picture (SVG, HTML) and a trace for ui.perfetto.dev."""
+    files = {"svg": svg, "html": html, "trace": trace}
+    chosen, options = arguments.algorithm(name, channels=channels)
+    report = reports.show(
+        chosen,
+        options,
+        operation=operation,
+        num_ranks=ranks,
+        root=root,
+        topology=topology,
+        num_bytes=arguments.size(size),
+        folder=output,
+        files=files,
+    )
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    for line in report["text"]:
+        typer.echo(line)
+    for kind, path in report["files"].items():
+        typer.echo(f"{kind}: {path}", err=True)
+
+
+@app.command()
+def verify(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Algorithm; or give --all.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every algorithm.")] = False,
+    operation: Annotated[str | None, typer.Option(help="Only this operation (default: all).")] = None,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks: 1..17, or 2,4,8.")] = "1..17",
+    as_json: Json = False,
+) -> None:
+    """Prove that programs are correct as they will be executed, with every root; exit code 1 if not."""
+    from paceline.cli import schedule_verify
+
+    schedule_verify.run(name, every=every, operation=operation, ranks=arguments.ranks(ranks), as_json=as_json)
+
+
+@app.command()
+def simulate(
+    name: Name,
+    operation: Operation = "all_reduce",
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Number of ranks P; default: the topology's.")
+    ] = None,
+    size: Annotated[
+        str, typer.Option("--bytes", help="Bytes of the full buffer: 100000000, 64MiB …")
+    ] = "1MB",
+    topology: Network = _DEFAULT_NETWORK,
+    root: Root = 0,
+    channels: Channels = 1,
+    late: Late = None,
+    straggler: Straggler = None,
+    slow_link: SlowLink = None,
+    trace: Annotated[Path | None, typer.Option(help="Write a trace for ui.perfetto.dev.")] = None,
+    per_rank: Annotated[bool, typer.Option(help="Also every rank's finish time and bytes (JSON).")] = False,
+    as_json: Json = False,
+) -> None:
+    """Simulated time of one algorithm on a topology, with stragglers and slow links if you like."""
+    chosen, options = arguments.algorithm(name, channels=channels)
+    report = reports.simulate(
+        chosen,
+        options,
+        operation=operation,
+        num_ranks=ranks,
+        num_bytes=arguments.size(size),
+        topology=topology,
+        root=root,
+        conditions=arguments.conditions(late or [], straggler or [], slow_link or []),
+        trace=trace,
+        per_rank=per_rank,
+    )
+    typer.echo(json.dumps(report) if as_json else reports.describe(report))
+
+
+@app.command()
+def compare(
+    operation: Operation = "all_reduce",
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Number of ranks P; default: the topology's.")
+    ] = None,
+    topology: Network = _DEFAULT_NETWORK,
+    sizes: Annotated[str, typer.Option(help="Sizes in bytes, separated by commas.")] = (
+        "64,1kB,8kB,64kB,512kB,4MB,32MB,256MB"
+    ),
+    algorithms: Annotated[
+        str | None, typer.Option(help="Only these, separated by commas, with options if any.")
+    ] = None,
+    root: Root = 0,
+    late: Late = None,
+    straggler: Straggler = None,
+    slow_link: SlowLink = None,
+    as_json: Json = False,
+) -> None:
+    """The fastest algorithm for each size on a topology, and where the crossovers are."""
+    report: dict[str, Any] = reports.compare(
+        operation=operation,
+        num_ranks=ranks,
+        topology=topology,
+        sizes=[arguments.size(s) for s in sizes.split(",")],
+        algorithms=algorithms,
+        root=root,
+        conditions=arguments.conditions(late or [], straggler or [], slow_link or []),
+    )
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        reports.print_comparison(report)

@@ -1,0 +1,64 @@
+"""Sums of a model's flat buffers with one codec: what periodic methods need for their pseudo-gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from paceline import codecs
+from paceline.codecs.kernel import ledger
+from paceline.codecs.reducers.reducer import Layout, finish
+from paceline.spec import Spec
+from paceline.types import Communicator
+
+
+class FlatSums:
+    """One reducer, and one state per buffer. `parameters` are the views that lie in the flat buffers."""
+
+    def __init__(self, codec: str | Spec) -> None:
+        self._reducer = codecs.make_reducer(codec)
+        self._states: list[dict[str, Any]] = []
+        self._layouts: list[Layout] = []
+
+    def attach(self, flats: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
+        """Learn where each parameter lies, for codecs that need shapes."""
+        self._states = [{} for _ in flats]
+        self._layouts = [
+            [
+                (int(p.storage_offset()) - int(flat.storage_offset()), p.shape)
+                for p in parameters
+                if p.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+            ]
+            for flat in flats
+        ]
+
+    def sum(self, tensors: Sequence[torch.Tensor], comm: Communicator) -> None:
+        """Replace each tensor (shaped like its flat buffer) by its sum over ranks; equal bits everywhere."""
+        whole = [tensor.to(torch.float32) for tensor in tensors]
+        works = [
+            self._reducer.start(flat, layout, comm, state)
+            for flat, layout, state in zip(whole, self._layouts, self._states, strict=True)
+        ]
+        finish(works)
+        for tensor, flat in zip(tensors, whole, strict=True):
+            if tensor.data_ptr() != flat.data_ptr():
+                tensor.copy_(flat)
+
+    def stats(self) -> dict[str, float]:
+        """Bytes by cause, encode seconds and extra memory of all buffers."""
+        return ledger.total(self._reducer.stats(state) for state in self._states)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Residuals and factors, per buffer."""
+        return self._states
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Continue from `state_dict()`; an empty list starts anew."""
+        self._states = list(states) or self._states
+
+    def traffic(self, numels: Sequence[int], size: int) -> float:
+        """Claimed bytes that a rank hands over for one sum of all buffers."""
+        pairs = zip(numels, self._layouts, strict=True)
+        return sum(self._reducer.traffic(numel, layout, size) for numel, layout in pairs)

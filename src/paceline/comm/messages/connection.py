@@ -1,0 +1,155 @@
+"""One authenticated socket of the mailbox: bytes in and out, without blocking and without threads.
+
+Only the mailbox's service thread calls `receive` and `transmit`; any thread may `append` to the outbox while
+holding the mailbox's lock.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+
+from paceline.comm.messages import framing
+from paceline.comm.messages.authentication import Acceptor, Initiator
+from paceline.comm.messages.shared_blocks import Borrower
+from paceline.errors import ProtocolError
+from paceline.types import Message
+
+_BUFFERS_PER_CALL = 64
+_BURST_FRAMES = 64
+
+Frame = tuple[int, int, str, Message]
+"""kind, id, channel, message"""
+
+
+class Connection:
+    """A non-blocking socket that authenticates itself, then carries frames both ways."""
+
+    def __init__(
+        self, sock: socket.socket, guard: Initiator | Acceptor, *, max_payload_bytes: int, deadline: float
+    ) -> None:
+        sock.setblocking(False)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock = sock
+        self.deadline = deadline
+        """When (monotonic seconds) an unauthenticated connection is given up."""
+        self.said_goodbye = False
+        self.is_watched_for_writing = False
+        self._guard = guard
+        self._max_payload_bytes = max_payload_bytes
+        self._shake: deque[memoryview] = deque(memoryview(b) for b in [guard.start()] if b)
+        self._outbox: deque[memoryview] = deque()
+        self.outbox_bytes = 0
+        self._prefix: framing.Prefix | None = None
+        self._heading: tuple[str, dict, list[torch.Tensor]] | None = None
+        self._borrower = Borrower()
+        self.returns: list[int] = []
+        """The peer's blocks that have been read and are to be returned to it."""
+        self._expect(guard.needs)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether both sides have proved that they know the secret."""
+        return self._guard.is_done
+
+    @property
+    def peer(self) -> int:
+        """Rank at the other end; believed only when `is_ready`."""
+        return self._guard.peer
+
+    def append(self, frame: list[memoryview]) -> int:
+        """Queue a frame; returns its bytes. The caller holds the mailbox's lock."""
+        size = sum(len(b) for b in frame)
+        self._outbox.extend(frame)
+        self.outbox_bytes += size
+        return size
+
+    def wants_to_write(self) -> bool:
+        """Whether there are bytes that may be sent now."""
+        return bool(self._shake) or (self.is_ready and bool(self._outbox))
+
+    def transmit(self) -> int:
+        """Send what the socket takes; returns the number of outbox bytes that left. Raises OSError."""
+        sent_total = 0
+        while self.wants_to_write():
+            queue = self._shake or self._outbox
+            is_outbox = queue is self._outbox
+            views = [queue[i] for i in range(min(len(queue), _BUFFERS_PER_CALL))]
+            try:
+                sent = self.sock.sendmsg(views)
+            except BlockingIOError:
+                break
+            if is_outbox:
+                sent_total += sent
+            while sent:
+                if sent < len(queue[0]):
+                    queue[0] = queue[0][sent:]
+                    break
+                sent -= len(queue.popleft())
+        return sent_total
+
+    def receive(self) -> Iterator[Frame]:
+        """Yield the frames that have arrived. Raises ProtocolError, or ConnectionError when the peer left."""
+        frames = 0
+        while frames < _BURST_FRAMES:
+            while self._targets and not len(self._targets[0]):
+                self._targets.popleft()
+            if self._targets:
+                try:
+                    count = self.sock.recv_into(self._targets[0])
+                except BlockingIOError:
+                    return
+                if count == 0:
+                    raise ConnectionResetError("the connection was closed")
+                self._targets[0] = self._targets[0][count:]
+                continue
+            frame = self._advance()
+            if frame is not None:
+                frames += 1
+                yield frame
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.sock.close()
+
+    def _expect(self, num_bytes: int) -> None:
+        self._buffer = bytearray(num_bytes)
+        self._targets = deque([memoryview(self._buffer)])
+
+    def _advance(self) -> Frame | None:
+        """All expected bytes are here: take the next step of the protocol."""
+        if not self._guard.is_done:
+            answer = self._guard.feed(bytes(self._buffer))
+            if answer:
+                self._shake.append(memoryview(answer))
+            self._expect(self._guard.needs or framing.PREFIX.size)
+            return None
+        if self._prefix is None:
+            self._prefix = framing.parse_prefix(self._buffer, max_payload_bytes=self._max_payload_bytes)
+            if self._prefix.header_bytes == 0:
+                if self._prefix.payload_bytes:
+                    raise ProtocolError("a payload without a header")
+                return self._finish("", {}, [])
+            self._expect(self._prefix.header_bytes)
+            return None
+        if self._heading is None:
+            channel, header, tensors, block = framing.parse_header(self._buffer, self._prefix.payload_bytes)
+            self._heading = (channel, header, tensors)
+            targets = [framing.raw(t) for t in tensors if t.numel()]
+            if block is not None:
+                self.returns.append(self._borrower.read(block, targets))
+            elif targets:
+                self._targets = deque(targets)
+                return None
+        return self._finish(*self._heading)
+
+    def _finish(self, channel: str, header: dict, tensors: list[torch.Tensor]) -> Frame:
+        assert self._prefix is not None
+        frame = (self._prefix.kind, self._prefix.id, channel, Message(header, tensors))
+        self._prefix = self._heading = None
+        self._expect(framing.PREFIX.size)
+        return frame

@@ -1,0 +1,1 @@
+"""The native fabric: shared memory within a host, TCP between hosts, both driven by the C++ core."""

@@ -1,0 +1,287 @@
+"""What a process group is besides its collectives: names, sequence numbers, timeouts, coalescing, its end.
+
+torch.distributed asks a registered C++ backend for these; a Python group without one has to answer itself.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+
+from paceline.comm.native.communicator import CoreCommunicator
+from paceline.comm.native.work import DONE
+from paceline.comm.process_group.arguments import Finish
+from paceline.comm.process_group.register import BACKEND
+from paceline.comm.process_group.self_messages import OwnMessages
+from paceline.comm.process_group.work import FINISHED, C10dWork
+from paceline.errors import CommError, ConfigError
+from paceline.types import Work
+
+_CPU = torch.device("cpu")
+_UNSET = datetime.timedelta(milliseconds=-1)
+
+
+class GroupIdentity(dist.ProcessGroup):
+    """A member's view of a group: `_comm` moves the bytes, `_group_store` is its part of the store."""
+
+    supports_splitting = False
+    supports_coalescing = False
+    supports_time_estimate = False
+
+    def __init__(self, comm: CoreCommunicator, store: Store, *, timeout_s: float) -> None:
+        dist.ProcessGroup.__init__(self, comm.rank, comm.size)  # type: ignore[call-arg]
+        self._comm = comm
+        self._group_store = store
+        self._timeout_s = timeout_s
+        self._sequence = 0
+        self._monitored = 0
+        self._name = ""
+        self._description = "undefined"
+        self._coalesced: list[dist.Work] | None = None
+        self._own = OwnMessages()
+        self.other_backends: dict[str, Any] = {}
+        """By device type: backends for tensors that are not on the CPU."""
+
+    # Names
+
+    def getBackendName(self) -> str:
+        """Name by which init_process_group knows this backend."""
+        return BACKEND
+
+    _get_backend_name = name = getBackendName
+
+    def getGroupName(self) -> str:
+        """Name that torch gave this group."""
+        return self._name
+
+    def setGroupName(self, name: str) -> None:
+        """Keep the name that torch gives."""
+        self._name = name
+
+    _set_group_name = setGroupName
+    group_name = property(getGroupName)
+
+    def getGroupDesc(self) -> str:
+        """Purpose of this group, for logs."""
+        return self._description
+
+    def setGroupDesc(self, description: str) -> None:
+        """Keep the purpose of this group."""
+        self._description = description
+
+    _set_group_desc = setGroupDesc  # type: ignore[assignment]
+    group_desc = property(getGroupDesc)
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return [_CPU, *(torch.device(kind) for kind in self.other_backends)]
+
+    def _get_backend(self, device: torch.device) -> Any:
+        kind = torch.device(device).type
+        if kind != "cpu" and kind not in self.other_backends:
+            raise RuntimeError(f"No backend type associated with device type {kind}")
+        return self.other_backends.get(kind, self)
+
+    def get_group_store(self) -> Store:
+        """Return the part of the store that belongs to this group."""
+        return self._group_store
+
+    def _has_hooks(self) -> bool:
+        return False
+
+    def _wait_for_pending_works(self) -> None:
+        pass
+
+    # Sequence numbers and timeouts
+
+    def _set_sequence_number_for_group(self) -> None:
+        pass
+
+    def _get_sequence_number_for_group(self) -> int:
+        """Collectives called so far: equal on all members unless they are out of step."""
+        return self._sequence
+
+    setSequenceNumberForGroup = _set_sequence_number_for_group
+    getSequenceNumberForGroup = _get_sequence_number_for_group
+
+    def set_timeout(self, timeout: datetime.timedelta) -> None:
+        """Deadline of operations that name none."""
+        self._timeout_s = timeout.total_seconds()
+
+    _set_default_timeout = setTimeout = set_timeout
+
+    def _begin(self, opts: Any, timeout: Any = None, op: Any = None) -> Any:
+        """Set the deadline of the operation about to start; return torch's operator, if the call has one."""
+        seconds = self._timeout_s
+        given = timeout if timeout is not None else getattr(opts, "timeout", None)
+        if given is not None and given != _UNSET and given.total_seconds() > 0:
+            seconds = given.total_seconds()
+        self._comm.timeout_s = seconds
+        if isinstance(opts, (dist.ReduceOp, dist.ReduceOp.RedOpType)):
+            return opts
+        return op if op is not None else getattr(opts, "reduceOp", dist.ReduceOp.SUM)
+
+    def _root(self, opts: Any, rest: Sequence[Any], named: dict[str, Any]) -> int:
+        root = named.get("root", getattr(opts, "rootRank", opts))
+        if not isinstance(root, int):
+            root = 0
+        if not 0 <= root < self._comm.size:
+            raise ConfigError(f"invalid root rank: {root} in a group of {self._comm.size}")
+        return root
+
+    # Works
+
+    def _over(
+        self,
+        native: Work,
+        result: Sequence[Any],
+        finish: Finish | None = None,
+        opts: Any = None,
+        is_collective: bool = True,
+    ) -> Any:
+        """Return the work of a started operation; synchronous `opts` promise that it is waited for."""
+        if is_collective:
+            self._sequence += 1
+        is_waited_for = opts is not None and not getattr(opts, "asyncOp", True)
+        if native is DONE and finish is None and is_waited_for and self._coalesced is None:
+            return FINISHED
+        work = C10dWork(native, result, finish)
+        if finish is not None and not is_waited_for:
+            work._watch()
+        if self._coalesced is not None:
+            self._coalesced.append(work)
+        return work
+
+    def _together(self, works: list[Any], result: Sequence[Any]) -> dist.Work:
+        """Return one work for several operations: they run in order, so they are over when the last is."""
+        if not works:
+            return C10dWork(DONE, result)
+        *others, last = [w for w in works if isinstance(w, C10dWork)] or [C10dWork(DONE, result)]
+        if all(w._finish is None for w in others):
+            return C10dWork(last._native, result, last._finish)
+
+        def finish() -> None:
+            for w in (*others, last):
+                w.wait()
+
+        return C10dWork(last._native, result, finish)
+
+    def _start_coalescing(self, device: torch.device) -> None:
+        self._coalesced = []
+
+    def _end_coalescing(self, device: torch.device) -> dist.Work:
+        works, self._coalesced = self._coalesced or [], None
+
+        def finish() -> None:
+            for w in works:
+                w.wait()
+
+        return C10dWork(works[-1]._native if works else DONE, [], finish)  # type: ignore[attr-defined]
+
+    # Checks
+
+    def _check_list(self, name: str, tensors: Sequence[torch.Tensor], numel: int | None = None) -> None:
+        if len(tensors) != self._comm.size:
+            raise ConfigError(
+                f"paceline backend: {name}: invalid tensor list: {self._comm.size} tensors expected, one for"
+                f" each rank, got {len(tensors)}"
+            )
+        wrong = [t.numel() for t in tensors if numel is not None and t.numel() != numel]
+        if wrong:
+            raise ConfigError(
+                f"paceline backend: {name}: every tensor of the list must have {numel} elements,"
+                f" got {wrong[0]}"
+            )
+
+    def _check_share(self, name: str, which: str, whole: int, share: int) -> None:
+        if whole != share * self._comm.size:
+            raise ConfigError(
+                f"paceline backend: {name}: {which} tensor size must be equal to world_size times the other's"
+                f" size: {self._comm.size} x {share} elements expected, got {whole}"
+            )
+
+    def _split_counts(self, name: str, tensor: torch.Tensor, splits: Sequence[int]) -> list[int]:
+        size = self._comm.size
+        if not splits:
+            return [tensor.numel() // size] * size
+        rows = tensor.shape[0] if tensor.dim() else 1
+        if len(splits) != size or sum(splits) != rows:
+            raise ConfigError(
+                f"paceline backend: {name}: Split sizes doesn't match total dim 0 size: {list(splits)} for"
+                f" {rows} rows and {size} ranks"
+            )
+        row = tensor.numel() // rows if rows else 0
+        return [n * row for n in splits]
+
+    # Barrier with names
+
+    def monitored_barrier(
+        self, timeout: datetime.timedelta | None = None, wait_all_ranks: bool = False
+    ) -> None:
+        """As barrier, but rank 0 names who did not come; the group stays usable. Goes through the store.
+
+        Raises CommError on rank 0 for the first missing rank, or for all with `wait_all_ranks`; on the others
+        when rank 0 does not answer.
+        """
+        limit = timeout if timeout is not None else datetime.timedelta(seconds=self._timeout_s)
+        self._monitored += 1
+        mine, store, rank = f"monitored/{self._monitored}", self._group_store, self._comm.rank
+        if rank == 0:
+            self._await_everybody(mine, limit, wait_all_ranks)
+            store.set(f"{mine}/0", "passed")
+            return
+        store.set(f"{mine}/{rank}", "here")
+        try:
+            store.wait([f"{mine}/0"], max(limit, datetime.timedelta(milliseconds=1)))
+            answer = store.get(f"{mine}/0").decode()
+        except RuntimeError:
+            answer = f"nothing within {limit}"
+        if answer != "passed":
+            raise CommError(
+                f"Rank {rank} successfully reached monitoredBarrier, but received errors while waiting for"
+                f" send/recv from rank 0. Please check rank 0 logs for faulty rank. ({answer})"
+            )
+
+    def _await_everybody(self, mine: str, limit: datetime.timedelta, wait_all_ranks: bool) -> None:
+        missing: list[int] = []
+        deadline = datetime.datetime.now() + limit
+        for r in range(1, self._comm.size):
+            left = deadline - datetime.datetime.now()
+            if left <= datetime.timedelta() and not missing:
+                ms = limit.total_seconds() * 1000
+                raise CommError(f"[Rank 0]: Rank 0 timed out in monitoredBarrier after {ms:.0f} ms")
+            left = max(left, datetime.timedelta(milliseconds=1))
+            try:
+                self._group_store.wait([f"{mine}/{r}"], left)
+            except RuntimeError:
+                missing.append(r)
+                if not wait_all_ranks:
+                    break
+        if missing:
+            who = f"Ranks {', '.join(map(str, missing))}" if wait_all_ranks else f"Rank {missing[0]}"
+            error = (
+                f"[Rank 0]: {who} failed to pass monitoredBarrier in {limit.total_seconds() * 1000:.0f} ms"
+            )
+            self._group_store.set(f"{mine}/0", error)
+            raise CommError(error)
+
+    # The end
+
+    def abort(self) -> None:
+        """Fail what is in flight, here and on the other members; the group cannot be used any more."""
+        for other in self.other_backends.values():
+            other.abort()
+        self._comm._core_group.abort("the process group was aborted")
+        self._comm.unusable = "it was aborted"
+
+    def shutdown(self) -> None:
+        """Leave the group; idempotent."""
+        for other in self.other_backends.values():
+            other.shutdown()
+        self.other_backends = {}
+        self._comm.close()

@@ -1,0 +1,1 @@
+"""Who this process is, and where its peers are."""

@@ -1,0 +1,1 @@
+"""The simulated fabric: a deterministic virtual cluster with its own clock, network and faults."""

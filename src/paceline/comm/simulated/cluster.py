@@ -1,0 +1,353 @@
+"""The shared state of one simulation: clock, network, faults, compute times, messages, log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from paceline.comm.ledger import Ledger
+from paceline.comm.messages import framing
+from paceline.comm.messages.channels import Answer, Channels
+from paceline.comm.simulated.clock import Signal, What, Worker, World
+from paceline.comm.simulated.compute_time import Draw
+from paceline.comm.simulated.event_log import EventLog
+from paceline.comm.simulated.faults import FOREVER, Faults
+from paceline.comm.simulated.network import Network
+from paceline.errors import CommError, PeerLost
+from paceline.types import Handler, Message
+
+OUTBOX_BYTES = 64 << 20
+
+Outcome = Message | BaseException
+
+
+def wait(signal: Signal, what: What, timeout_s: float | None, ledger: Ledger | None) -> None:
+    """Block in virtual time and count it. Raises Timeout."""
+    start_s = signal.world.now
+    try:
+        signal.wait(what, timeout_s)
+    finally:
+        if ledger is not None:
+            ledger.wait_s += signal.world.now - start_s
+
+
+class SimulatedReply:
+    """A promise of a Message in virtual time."""
+
+    def __init__(self, world: World, what: str = "a deferred reply") -> None:
+        self._signal = Signal(world)
+        self._what = what
+        self.ledger: Ledger | None = None
+        """Where the time spent in `wait` is counted."""
+        self._outcome: Outcome | None = None
+        self._callbacks: list[Callable[[Outcome], None]] = []
+
+    def wait(self, timeout_s: float | None = None) -> Message:
+        """Block in virtual time until answered. Raises Timeout, PeerLost, or the handler's error."""
+        wait(self._signal, self._what, timeout_s, self.ledger)
+        if isinstance(self._outcome, Message):
+            return self._outcome
+        assert self._outcome is not None
+        raise self._outcome
+
+    def is_done(self) -> bool:
+        """Whether `wait` would return (or raise) at once."""
+        return self._outcome is not None
+
+    def set(self, message: Message) -> None:
+        """Answer. A second answer is ignored."""
+        self._finish(message)
+
+    def fail(self, error: BaseException) -> None:
+        """Answer with an error."""
+        self._finish(error)
+
+    def then(self, callback: Callable[[Outcome], None]) -> None:
+        """Call `callback(outcome)` once set; at once if it is."""
+        if self._outcome is None:
+            self._callbacks.append(callback)
+        else:
+            callback(self._outcome)
+
+    def _finish(self, outcome: Outcome) -> None:
+        if self._outcome is None:
+            self._outcome = outcome
+            self._signal.set()
+            callbacks, self._callbacks = self._callbacks, []
+            for callback in callbacks:
+                callback(outcome)
+
+
+class VirtualCluster:
+    """N workers, each on its own host, that exchange messages over a simulated network."""
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        num_workers: int,
+        network: Network,
+        compute: Draw,
+        speeds: list[float],
+        faults: Faults,
+        log: EventLog,
+        seed: int,
+        detect_s: float,
+    ) -> None:
+        self.world, self.network, self.faults, self.log = world, network, faults, log
+        self.num_workers = num_workers
+        self.lost: set[int] = set()
+        """Ranks whose death the others have noticed."""
+        self.on_kill: list[Callable[[int], None]] = []
+        self._compute, self._speeds, self._detect_s = compute, speeds, detect_s
+        self._draws = [np.random.default_rng([seed, r, 0xC0]) for r in range(num_workers)]
+        self._drawn_s = [0.0] * num_workers
+        self._used = [0.0] * num_workers
+        self._ledgers: list[Ledger | None] = [None] * num_workers
+        self.off_clock: set[int] = set()
+        """Ranks that evaluate: what they send takes no virtual time."""
+        self._channels = [Channels(r) for r in range(num_workers)]
+        self._calls: dict[int, tuple[int, int, SimulatedReply]] = {}
+        self._num_calls = 0
+        self._in_flight = [0] * num_workers
+        self._quiet: list[list[Signal]] = [[] for _ in range(num_workers)]
+        self._watchers: list[list[Callable[[int], None]]] = [[] for _ in range(num_workers)]
+        self._lost_messages: dict[tuple[int, int], str] = {}
+        world.explain = self._lost_for_ever
+        for name, phases in faults.phases().items():
+            for phase in phases:
+                for rank in phase.ranks:
+                    log.add("fault", name, rank, phase.start_s, phase.end_s)
+        for rank, at_s in faults.kills:
+            world.at(at_s, rank, partial(self._kill, rank))
+        for pause in faults.pauses:
+            for rank in pause.ranks:
+                world.at(pause.start_s, rank, partial(self._pause, rank, pause.end_s))
+
+    # -- compute -------------------------------------------------------------------------------------------
+
+    def compute(self, rank: int, share: float) -> None:
+        """Let `share` of one minibatch's compute time pass for the running worker."""
+        world = self.world
+        if not self._drawn_s[rank]:
+            self._drawn_s[rank] = self._compute(self._draws[rank]) / self._speeds[rank]
+            self._used[rank] = 0.0
+        seconds = share * self._drawn_s[rank] * self.faults.slowdown(rank, world.now)
+        self._used[rank] += share
+        if self._used[rank] >= 1.0 - 1e-9:  # the minibatch is over: the next one draws anew
+            self._drawn_s[rank] = 0.0
+        self.log.add("compute", "minibatch", rank, world.now, world.now + seconds)
+        world.sleep(seconds, "its own computation")
+
+    # -- messages ------------------------------------------------------------------------------------------
+
+    def host(self, rank: int) -> str:
+        """Name of the rank's host."""
+        return self.network.topology.hosts[rank]
+
+    def serve(self, rank: int, channel: str, handler: Handler, ledger: Ledger) -> None:
+        """Install a handler; runs in virtual time, instantaneously, on behalf of `rank`."""
+        self._ledgers[rank] = ledger
+        with self._as_handler(rank):
+            self._channels[rank].serve(channel, handler)
+
+    def call(self, src: int, dst: int, channel: str, message: Message) -> SimulatedReply:
+        """Send a request; its answer arrives later."""
+        framing.check(message)
+        reply = SimulatedReply(self.world, f"the answer of rank {dst} on channel {channel!r}")
+        if dst in self.lost:
+            reply.fail(self._lost_error(src, dst))
+            return reply
+        self._num_calls += 1
+        id = self._num_calls
+        self._calls[id] = (src, dst, reply)
+
+        def answer(outcome: Outcome) -> None:
+            if id not in self._calls:
+                return
+            if isinstance(outcome, Message):
+                try:
+                    framing.check(outcome)
+                    outcome = framing.owned(outcome)
+                except Exception as error:
+                    outcome = error
+            size = framing.num_bytes(outcome) if isinstance(outcome, Message) else 0
+            ledger = self._ledgers[dst]
+            if ledger is not None:
+                ledger.operations["answer"].calls += 1
+                ledger.operations["answer"].payload_bytes += size
+                if dst != src and ledger.wire_bytes is not None:
+                    ledger.wire_bytes += size + self.network.header_bytes
+            result: Outcome = outcome
+            if not isinstance(outcome, Message):
+                text = f"{type(outcome).__name__}: {outcome}"
+                result = CommError(f"rank {dst}: handler of channel {channel!r} failed: {text}")
+            self._transfer(dst, src, f"{channel} answer", size, partial(self._answered, id, result))
+
+        self._send(src, dst, channel, framing.owned(message), answer)
+        return reply
+
+    def post(self, src: int, dst: int, channel: str, message: Message) -> None:
+        """Send a message without an answer; waits while the sender's port is far behind."""
+        framing.check(message)
+        if dst in self.lost:
+            raise self._lost_error(src, dst)
+        self._send(src, dst, channel, framing.owned(message), None)
+
+    def drain(self, rank: int) -> None:
+        """Return when all that `rank` sent has been handled."""
+        while self._in_flight[rank]:
+            signal = Signal(self.world)
+            self._quiet[rank].append(signal)
+            signal.wait("its own messages to be handled")
+
+    def raise_stored(self, rank: int) -> None:
+        """Raise the error of a posted message's handler, once."""
+        self._channels[rank].raise_stored()
+
+    def on_lost(self, rank: int, callback: Callable[[int], None]) -> None:
+        """Tell `rank` when a peer dies."""
+        self._watchers[rank].append(callback)
+        for peer in sorted(self.lost):
+            callback(peer)
+
+    def _send(self, src: int, dst: int, channel: str, message: Message, answer: Answer | None) -> None:
+        if self.world.in_handler < 0:
+            self._channels[src].raise_stored()
+            backlog, seconds_per_byte = self.network.backlog_bytes(src, dst, self.world.now)
+            if backlog > OUTBOX_BYTES:
+                self.world.sleep(
+                    (backlog - OUTBOX_BYTES) * seconds_per_byte, f"room in its outbox to rank {dst}"
+                )
+        deliver = partial(self._deliver, src, dst, channel, message, answer)
+        self._transfer(src, dst, channel, framing.num_bytes(message), deliver)
+
+    def _transfer(self, src: int, dst: int, name: str, size: int, action: Callable[[], None]) -> None:
+        """Move bytes from src to dst, then run `action` on behalf of dst (unless it is dead)."""
+        self._in_flight[src] += 1
+
+        def arrive() -> None:
+            worker = self.world.workers[dst]
+            if worker.paused_until > self.world.now and not worker.is_killed:
+                self.world.at(worker.paused_until, dst, arrive)
+                return
+            if not worker.is_killed:
+                with self._as_handler(dst):
+                    action()
+            self._in_flight[src] -= 1
+            if not self._in_flight[src]:
+                waiting, self._quiet[src] = self._quiet[src], []
+                for signal in waiting:
+                    signal.set()
+
+        is_free = src in self.off_clock or dst in self.off_clock
+        if not self.carry(src, dst, name, size, arrive, is_free=is_free):
+            self._in_flight[src] -= 1
+
+    def carry(
+        self, src: int, dst: int, name: str, size: int, arrive: Callable[[], None], *, is_free: bool = False
+    ) -> bool:
+        """Let bytes pass the links from src to dst, each when its turn comes; then `arrive` happens.
+
+        Returns whether it ever will. The log gets the message once its arrival is certain.
+        """
+        world, network, sent_s = self.world, self.network, self.world.now
+        path = [] if is_free else network.path(src, dst)
+        leaves_s = sent_s if is_free else network.leaves_s(src, dst, sent_s)
+        if leaves_s == FOREVER:
+            self.log.add("lost", name, src, sent_s, sent_s, peer=dst, num_bytes=size)
+            why = self.faults.closed_for_ever(src, dst, sent_s)
+            told = f"rank {src}'s message {name!r} to rank {dst} at {sent_s:.6f} s was lost: {why}"
+            self._lost_messages.setdefault((src, dst), told)
+            return False
+
+        def hop(index: int, first_byte_s: float, arrived_s: float) -> None:
+            if index < len(path):
+                first_byte_s, arrived_s = network.pass_link(path[index], size, first_byte_s, arrived_s)
+            if index + 1 < len(path):
+                world.at(first_byte_s, dst, partial(hop, index + 1, first_byte_s, arrived_s))
+                return
+            self.log.add("message", name, src, sent_s, arrived_s, peer=dst, num_bytes=size)
+            world.at(arrived_s, dst, arrive)
+
+        if leaves_s > sent_s:
+            world.at(leaves_s, src, partial(hop, 0, leaves_s, leaves_s))
+        else:
+            hop(0, sent_s, sent_s)
+        return True
+
+    def _deliver(self, src: int, dst: int, channel: str, message: Message, answer: Answer | None) -> None:
+        self._channels[dst].deliver(src, channel, message, answer)
+
+    def _answered(self, id: int, outcome: Outcome) -> None:
+        _, _, reply = self._calls.pop(id, (0, 0, None))
+        if reply is None:
+            return
+        if isinstance(outcome, Message):
+            reply.set(outcome)
+        else:
+            reply.fail(outcome)
+
+    def _as_handler(self, rank: int) -> _HandlerScope:
+        return _HandlerScope(self.world, rank)
+
+    def _lost_for_ever(self) -> str:
+        """The first message that a fault swallowed for ever, and which other links swallowed some."""
+        if not self._lost_messages:
+            return ""
+        first, *others = self._lost_messages
+        links = ", ".join(f"{src}→{dst}" for src, dst in others[:8]) + (" …" if len(others) > 8 else "")
+        also = f"; also lost on {links}" if others else ""
+        return f"; {self._lost_messages[first]}{also}"
+
+    # -- faults --------------------------------------------------------------------------------------------
+
+    def _pause(self, rank: int, until_s: float) -> None:
+        world = self.world
+        world.workers[rank].paused_until = max(world.workers[rank].paused_until, until_s)
+        self.log.add("fault", "pause", rank, world.now, until_s)
+
+    def _kill(self, rank: int) -> Worker | None:
+        world = self.world
+        worker = world.workers[rank]
+        if worker.is_killed or worker.is_over:
+            return None
+        self.log.add("fault", "kill", rank, world.now, world.now)
+        noticed_s = world.now + self._detect_s + self.network.latency_s
+        world.at(noticed_s, rank, partial(self._noticed, rank))
+        return world.kill(rank)
+
+    def _noticed(self, rank: int) -> None:
+        """The others learn of a death: broken connections."""
+        self.lost.add(rank)
+        for id, (src, dst, reply) in sorted(self._calls.items()):
+            if dst == rank:
+                del self._calls[id]
+                reply.fail(self._lost_error(src, dst))
+            elif src == rank:
+                del self._calls[id]
+        for callback in list(self.on_kill):
+            callback(rank)
+        for worker in self.world.workers:
+            if not worker.is_killed:
+                for callback in list(self._watchers[worker.rank]):
+                    with self._as_handler(worker.rank):
+                        callback(rank)
+
+    def _lost_error(self, src: int, dst: int) -> PeerLost:
+        return PeerLost(f"rank {src}: rank {dst} is lost: its process ended")
+
+
+class _HandlerScope:
+    """While a handler runs, waiting is refused."""
+
+    def __init__(self, world: World, rank: int) -> None:
+        self._world, self._rank, self._before = world, rank, -1
+
+    def __enter__(self) -> None:
+        self._before, self._world.in_handler = self._world.in_handler, self._rank
+
+    def __exit__(self, *_: object) -> None:
+        self._world.in_handler = self._before

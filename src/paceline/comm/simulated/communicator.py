@@ -1,0 +1,200 @@
+"""The simulated fabric: one virtual worker's Communicator; `paceline.comm.simulated.simulate` runs them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from paceline import collectives
+from paceline.comm import reference
+from paceline.comm.communicator import FabricCommunicator
+from paceline.comm.simulated.cluster import SimulatedReply
+from paceline.comm.simulated.group import Apply, SimulatedGroup, SimulatedWork
+from paceline.types import Handler, Message, Rank, ReduceOp
+
+
+class SimulatedCommunicator(FabricCommunicator):
+    """One virtual worker's view of a group of virtual workers."""
+
+    fabric = "simulated"
+
+    def __init__(self, group: SimulatedGroup, rank: Rank, name: str = "") -> None:
+        super().__init__(rank, len(group.members), [group.cluster.host(r) for r in group.members])
+        self._group, self._cluster, self._name = group, group.cluster, name
+        self._own = group.members[rank]
+        self._num_splits = 0
+        self._algorithm = ""
+        self.ledger.wire_bytes = 0
+
+    # -- collectives ---------------------------------------------------------------------------------------
+
+    def start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> SimulatedWork:
+        apply = partial(reference.all_reduce, op)
+        return self._submit("all_reduce", (*_kind(tensor), op.value), tensor, tensor, apply)
+
+    def start_reduce(self, tensor: torch.Tensor, root: Rank, op: ReduceOp) -> SimulatedWork:
+        apply = partial(reference.reduce, op, root)
+        return self._submit("reduce", (*_kind(tensor), root, op.value), tensor, tensor, apply)
+
+    def start_broadcast(self, tensor: torch.Tensor, root: Rank) -> SimulatedWork:
+        apply = partial(reference.broadcast, root)
+        return self._submit("broadcast", (*_kind(tensor), root), tensor, tensor, apply)
+
+    def start_all_gather(self, output: torch.Tensor, source: torch.Tensor) -> SimulatedWork:
+        return self.start_all_gather_v(output, source, [source.numel()] * self.size)
+
+    def start_all_gather_v(
+        self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int]
+    ) -> SimulatedWork:
+        apply = partial(reference.gather, list(counts))
+        signature = (str(source.dtype), *counts)
+        return self._submit("all_gather", signature, output, (output, source), apply)
+
+    def start_gather(self, output: torch.Tensor | None, source: torch.Tensor, root: Rank) -> SimulatedWork:
+        apply = partial(reference.gather, [source.numel()] * self.size)
+        return self._submit("gather", (*_kind(source), root), source, (output, source), apply, self.size)
+
+    def start_reduce_scatter(self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp) -> SimulatedWork:
+        return self.start_reduce_scatter_v(output, source, [output.numel()] * self.size, op)
+
+    def start_reduce_scatter_v(
+        self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int], op: ReduceOp
+    ) -> SimulatedWork:
+        apply = partial(reference.reduce_scatter, op, list(counts))
+        signature = (str(source.dtype), *counts, op.value)
+        return self._submit("reduce_scatter", signature, source, (output, source), apply)
+
+    def start_scatter(self, output: torch.Tensor, source: torch.Tensor | None, root: Rank) -> SimulatedWork:
+        apply = partial(reference.scatter, root)
+        return self._submit("scatter", (*_kind(output), root), output, (output, source), apply, self.size)
+
+    def start_all_to_all(self, output: torch.Tensor, source: torch.Tensor) -> SimulatedWork:
+        counts = [source.numel() // self.size] * self.size
+        return self.start_all_to_all_v(output, source, counts, counts)
+
+    def start_all_to_all_v(
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor,
+        output_counts: Sequence[int],
+        source_counts: Sequence[int],
+    ) -> SimulatedWork:
+        argument = (output, source, list(output_counts), list(source_counts))
+        return self._submit("all_to_all", (str(source.dtype),), source, argument, reference.all_to_all)
+
+    def start_barrier(self) -> SimulatedWork:
+        return self._submit("barrier", (), torch.empty(0), None, lambda arguments: None)
+
+    def start_send(self, tensor: torch.Tensor, dst: Rank, tag: int) -> SimulatedWork:
+        self._count_wire(dst, tensor.nbytes)
+        return self._group.send(self.rank, dst, tag, tensor, self.ledger)
+
+    def start_recv(self, tensor: torch.Tensor, src: Rank | None, tag: int) -> SimulatedWork:
+        return self._group.recv(self.rank, src, tag, tensor, self.ledger)
+
+    # -- messages ------------------------------------------------------------------------------------------
+
+    def _serve(self, channel: str, handler: Handler) -> None:
+        members, ledger = self._group.members, self.ledger
+        self._cluster.serve(
+            self._own, self._name + channel, lambda src, m: handler(members.index(src), m), ledger
+        )
+
+    def _call(self, peer: Rank, channel: str, message: Message) -> SimulatedReply:
+        self._count_wire(peer, sum(t.nbytes for t in message.tensors))
+        reply = self._cluster.call(self._own, self._group.members[peer], self._name + channel, message)
+        reply.ledger = self.ledger
+        return reply
+
+    def _post(self, peer: Rank, channel: str, message: Message) -> None:
+        self._count_wire(peer, sum(t.nbytes for t in message.tensors))
+        self._cluster.post(self._own, self._group.members[peer], self._name + channel, message)
+
+    def deferred(self) -> SimulatedReply:
+        """Return a promise that a handler returns now and sets later."""
+        return SimulatedReply(self._cluster.world)
+
+    def on_lost(self, callback: Callable[[Rank], None]) -> None:
+        """Call `callback(rank)`, as a handler, when a peer's death is noticed."""
+        members = self._group.members
+        self._cluster.on_lost(self._own, lambda r: callback(members.index(r)) if r in members else None)
+
+    def drain(self) -> None:
+        """Collective: return when every message posted before, and by its handlers, has been handled."""
+        for _ in range(2):
+            self._cluster.drain(self._own)
+            self.barrier().wait()
+        self._cluster.raise_stored(self._own)
+
+    # -- the rest ------------------------------------------------------------------------------------------
+
+    def charge_compute(self, share: float = 1.0) -> None:
+        """Let `share` of one minibatch's compute time pass."""
+        self._cluster.compute(self._own, share)
+
+    def tolerate_loss(self) -> None:
+        """From now on collectives go on among the living (reductions over those who came)."""
+        self._group.tolerates_loss = True
+
+    @contextlib.contextmanager
+    def using(self, algorithm: str) -> Iterator[None]:
+        """Collectives that start inside cost what `algorithm` costs; the same on all ranks. ConfigError."""
+        collectives.find(algorithm)
+        before, self._algorithm = self._algorithm, algorithm
+        try:
+            yield
+        finally:
+            self._algorithm = before
+
+    @contextlib.contextmanager
+    def off_clock(self) -> Iterator[None]:
+        """Operations that start inside take no virtual time: evaluation."""
+        self._cluster.off_clock.add(self._own)
+        try:
+            yield
+        finally:
+            self._cluster.off_clock.discard(self._own)
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Zeroed 1-D tensor."""
+        return torch.zeros(numel, dtype=dtype)
+
+    def now(self) -> float:
+        """Virtual seconds."""
+        return self._cluster.world.now
+
+    def _split(self, ranks: list[Rank]) -> SimulatedCommunicator | None:
+        self._num_splits += 1
+        self.barrier().wait()
+        if self.rank not in ranks:
+            return None
+        group = self._group.subgroup(tuple(ranks), self._num_splits)
+        name = f"{self._name}{self._num_splits}:{'-'.join(map(str, ranks))}/"
+        return SimulatedCommunicator(group, ranks.index(self.rank), name)
+
+    def _close(self) -> None:
+        pass
+
+    def _submit(
+        self,
+        name: str,
+        signature: tuple[Any, ...],
+        buffer: torch.Tensor,
+        argument: Any,
+        apply: Apply,
+        times: int = 1,
+    ) -> SimulatedWork:
+        wanted = (buffer.nbytes * times, argument, apply, self.ledger, self._algorithm)
+        return self._group.submit(self.rank, name, (*signature, self._algorithm), *wanted)
+
+    def _count_wire(self, peer: Rank, num_bytes: int) -> None:
+        if peer != self.rank and self.ledger.wire_bytes is not None:
+            self.ledger.wire_bytes += num_bytes + self._cluster.network.header_bytes
+
+
+def _kind(tensor: torch.Tensor) -> tuple[int, str]:
+    return tensor.numel(), str(tensor.dtype)

@@ -1,0 +1,310 @@
+"""The torch fabric: any c10d process group (Gloo on CPUs, NCCL on GPUs, MPI, …).
+
+c10d chooses the algorithms; wire bytes are not visible here. Object collectives, which
+pickle, are never used.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Its functions take the default group as it is when they are imported. Imported after the group exists (as
+# optimizers do, by way of the compiler), they would hold it until the interpreter ends, with Gloo's threads
+# running: about one exit in twenty then aborts ("terminate called without an active exception").
+import torch.distributed.nn
+from torch._C._distributed_c10d import PrefixStore
+
+from paceline.comm import reference
+from paceline.comm.communicator import FabricCommunicator
+from paceline.comm.rendezvous.meeting import Meeting
+from paceline.errors import CommError, ConfigError, PeerLost, Timeout
+from paceline.types import Rank, ReduceOp, Work
+
+_OPS = {
+    ReduceOp.SUM: dist.ReduceOp.SUM,
+    ReduceOp.MEAN: dist.ReduceOp.SUM,  # divided on arrival: Gloo has no average
+    ReduceOp.PRODUCT: dist.ReduceOp.PRODUCT,
+    ReduceOp.MIN: dist.ReduceOp.MIN,
+    ReduceOp.MAX: dist.ReduceOp.MAX,
+    ReduceOp.BAND: dist.ReduceOp.BAND,
+    ReduceOp.BOR: dist.ReduceOp.BOR,
+    ReduceOp.BXOR: dist.ReduceOp.BXOR,
+}
+
+
+def connect(meeting: Meeting, *, timeout_s: float, device: torch.device | None = None) -> TorchCommunicator:
+    """Join the job's ranks in a c10d group; uses the default group if the script already made one."""
+    device = device or torch.device("cpu")
+    if dist.is_initialized():
+        if dist.get_world_size() != meeting.size:
+            raise ConfigError(
+                f"torch.distributed has {dist.get_world_size()} ranks, the job {meeting.size};"
+                " call paceline.init() before init_process_group, or leave that call out"
+            )
+        return TorchCommunicator(meeting.hosts, device=device, meeting=meeting)
+    # Counts and sums for the log are CPU tensors on GPU jobs too.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if meeting.address and "GLOO_SOCKET_IFNAME" not in os.environ:
+        # Gloo would bind to whatever the host's name resolves to, which other hosts often cannot reach.
+        interface = _interface_of(meeting.address)
+        if interface:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+    try:
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("c10d", meeting.store),
+            rank=meeting.rank,
+            world_size=meeting.size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+    except RuntimeError as error:
+        raise CommError(f"rank {meeting.rank}: cannot connect the {backend} group: {error}") from error
+    return TorchCommunicator(meeting.hosts, device=device, owns_group=True, meeting=meeting)
+
+
+class TorchCommunicator(FabricCommunicator):
+    """A communicator over one c10d process group (None: the default group)."""
+
+    fabric = "torch"
+
+    def __init__(
+        self,
+        hosts: Sequence[str],
+        *,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
+        owns_group: bool = False,
+        meeting: Meeting | None = None,
+        name: str = "paceline",
+    ) -> None:
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), hosts)
+        self.meeting = meeting
+        self.group = group
+        self.device = device or torch.device("cpu")
+        self._owns_group = owns_group
+        self._name = name
+        self._num_splits = 0
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Zeroed 1-D tensor in ordinary memory of this communicator's device."""
+        return torch.zeros(numel, dtype=dtype, device=self.device)
+
+    def now(self) -> float:
+        """Seconds of a monotonic clock."""
+        return time.perf_counter()
+
+    def start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> Work:
+        finish = self._divide(tensor) if op is ReduceOp.MEAN else None
+        return self._start("all_reduce", dist.all_reduce, tensor, _OPS[op], finish=finish)
+
+    def start_reduce(self, tensor: torch.Tensor, root: Rank, op: ReduceOp) -> Work:
+        finish = self._divide(tensor) if op is ReduceOp.MEAN and self.rank == root else None
+        return self._start("reduce", dist.reduce, tensor, op=_OPS[op], group_dst=root, finish=finish)
+
+    def start_broadcast(self, tensor: torch.Tensor, root: Rank) -> Work:
+        return self._start("broadcast", dist.broadcast, tensor, group_src=root)
+
+    def start_all_gather(self, output: torch.Tensor, source: torch.Tensor) -> Work:
+        return self._start("all_gather", dist.all_gather_single, output.view(-1), source.view(-1))
+
+    def start_all_gather_v(self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int]) -> Work:
+        # c10d's Gloo wants equal shares: pad to the longest, and cut on arrival.
+        longest = max(counts)
+        padded = source.new_zeros(longest)
+        padded[: source.numel()] = source.view(-1)
+        gathered = source.new_empty(longest * self.size)
+
+        def finish() -> None:
+            parts = [gathered[r * longest : r * longest + n] for r, n in enumerate(counts)]
+            torch.cat(parts, out=output.view(-1))
+
+        return self._start("all_gather_v", dist.all_gather_single, gathered, padded, finish=finish)
+
+    def start_reduce_scatter(self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp) -> Work:
+        return self.start_reduce_scatter_v(output, source, [output.numel()] * self.size, op)
+
+    def start_reduce_scatter_v(
+        self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int], op: ReduceOp
+    ) -> Work:
+        # As c10d does it for Gloo: reduce everything, keep our share.
+        whole = source.reshape(-1).clone()
+        start = sum(counts[: self.rank])
+        divide = self._divide(output) if op is ReduceOp.MEAN else None
+
+        def finish() -> None:
+            output.view(-1).copy_(whole[start : start + counts[self.rank]])
+            if divide is not None:
+                divide()
+
+        return self._start("reduce_scatter", dist.all_reduce, whole, _OPS[op], finish=finish)
+
+    def start_gather(self, output: torch.Tensor | None, source: torch.Tensor, root: Rank) -> Work:
+        parts = None if output is None else list(output.view(-1).chunk(self.size))
+        return self._start("gather", dist.gather, source.view(-1), parts, group_dst=root)
+
+    def start_scatter(self, output: torch.Tensor, source: torch.Tensor | None, root: Rank) -> Work:
+        parts = None if source is None else list(source.view(-1).chunk(self.size))
+        return self._start("scatter", dist.scatter, output.view(-1), parts, group_src=root)
+
+    def start_all_to_all(self, output: torch.Tensor, source: torch.Tensor) -> Work:
+        return self._start("all_to_all", dist.all_to_all_single, output.view(-1), source.view(-1))
+
+    def start_all_to_all_v(
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor,
+        output_counts: Sequence[int],
+        source_counts: Sequence[int],
+    ) -> Work:
+        counts = (list(output_counts), list(source_counts))
+        return self._start("all_to_all_v", dist.all_to_all_single, output.view(-1), source.view(-1), *counts)
+
+    def start_barrier(self) -> Work:
+        return self._start("barrier", dist.barrier)
+
+    def start_send(self, tensor: torch.Tensor, dst: Rank, tag: int) -> Work:
+        work = dist.isend(tensor, group=self.group, tag=tag, group_dst=dst)
+        return _TorchWork(self, work, None, "send")
+
+    def start_recv(self, tensor: torch.Tensor, src: Rank | None, tag: int) -> Work:
+        work = dist.irecv(tensor, group=self.group, tag=tag, group_src=src)
+        return _TorchWork(self, work, None, "recv")
+
+    def _split(self, ranks: list[Rank]) -> FabricCommunicator | None:
+        self._num_splits += 1
+        if self.rank not in ranks:
+            return None
+        name = f"{self._name}.{self._num_splits}[{','.join(map(str, ranks))}]"
+        members = ranks
+        if self.group is not None:
+            members = [dist.get_global_rank(self.group, r) for r in ranks]
+        # dist.new_group(use_local_synchronization=True) names groups by how many this process has made
+        # before, which members of different groups disagree about: then they wait for each other for ever.
+        c10d: Any = dist.distributed_c10d
+        backend = dist.get_backend(self.group)
+        group, _ = c10d._new_process_group_helper(
+            len(ranks),
+            ranks.index(self.rank),
+            members,
+            dist.Backend(backend),
+            c10d._get_default_store(),
+            name,
+            timeout=c10d._get_default_timeout(backend),
+        )
+        c10d._world.pg_group_ranks[group] = {member: r for r, member in enumerate(members)}
+        hosts = [self.hosts[r] for r in ranks]
+        return TorchCommunicator(hosts, group=group, device=self.device, owns_group=True, name=name)
+
+    def _close(self) -> None:
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group(self.group)
+
+    def _divide(self, tensor: torch.Tensor) -> Callable[[], None]:
+        def divide() -> None:
+            mean = reference.divided(tensor, self.size)
+            if mean is not tensor:
+                tensor.copy_(mean)
+
+        return divide
+
+    def _start(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        *arguments: Any,
+        finish: Callable[[], None] | None = None,
+        **keywords: Any,
+    ) -> Work:
+        try:
+            work = function(*arguments, group=self.group, async_op=True, **keywords)
+        except RuntimeError as error:
+            raise self.translate(name, error) from error
+        return _TorchWork(self, work, finish, name)
+
+    def translate(self, name: str, error: BaseException) -> CommError:
+        """c10d's RuntimeError as ours; the communicator is unusable from now on."""
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        number = self.ledger.operations[name].calls if name in self.ledger.operations else 0
+        head = f"{self._who()}: {name} #{number} over {dist.get_backend(self.group)}"
+        self.unusable = f"{name} #{number} failed: {text}"
+        if "imed out" in text or "imeout" in text:
+            return Timeout(
+                f"{head}: a rank did not arrive in time ({text}). Is every rank alive and calling it?"
+            )
+        if any(
+            sign in text for sign in ("onnection closed", "onnection reset", "roken pipe", "onnection ref")
+        ):
+            return PeerLost(f"{head}: a peer is gone ({text}). Look at the rank that failed first.")
+        return CommError(f"{head}: {text}")
+
+
+class _TorchWork:
+    """A c10d Work, what remains to be done on arrival, and the time spent waiting for it."""
+
+    __slots__ = ("_comm", "_error", "_finish", "_name", "_work")
+
+    def __init__(
+        self, comm: TorchCommunicator, work: Any, finish: Callable[[], None] | None, name: str
+    ) -> None:
+        self._comm = comm
+        self._work = work
+        self._finish = finish
+        self._name = name
+        self._error: BaseException | None = None
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._work is None:
+            return
+        start = time.perf_counter()
+        try:
+            if timeout_s is None:
+                self._work.wait()
+            else:
+                self._work.wait(datetime.timedelta(seconds=timeout_s))
+        except RuntimeError as error:
+            self._error = self._comm.translate(self._name, error)
+            raise self._error from error
+        finally:
+            self._comm.ledger.wait_s += time.perf_counter() - start
+        self._work = None
+        if self._finish is not None:
+            self._finish()
+            self._finish = None
+
+    def is_done(self) -> bool:
+        return self._error is not None or self._work is None or bool(self._work.is_completed())
+
+    def exception(self) -> BaseException | None:
+        if self._error is None and self._work is not None and self._work.is_completed():
+            try:
+                self.wait()
+            except CommError as error:
+                return error
+        return self._error
+
+
+def _interface_of(address: str) -> str | None:
+    """Name of the network interface that has the IPv4 `address`."""
+    siocgifaddr = 0x8915
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                answer = fcntl.ioctl(probe.fileno(), siocgifaddr, request)
+            except OSError:
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None

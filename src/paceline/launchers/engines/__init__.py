@@ -1,0 +1,1 @@
+"""One file per engine that runs workers: each defines one concrete Runner."""

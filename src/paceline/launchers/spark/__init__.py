@@ -1,0 +1,1 @@
+"""What the Spark engine and `paceline.compat.spark` share."""

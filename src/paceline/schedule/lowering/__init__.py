@@ -1,0 +1,1 @@
+"""From a program's steps to the instruction lists that ranks execute."""

@@ -1,0 +1,1 @@
+"""Proof that a lowered program does what its operation promises."""

@@ -1,0 +1,1 @@
+"""The abstract bases of training methods and of staleness policies."""

@@ -1,0 +1,1 @@
+"""Which samples a rank trains on, in which order, and where it resumes."""
