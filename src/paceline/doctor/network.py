@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import ipaddress
 import socket
-import struct
 import time
 from pathlib import Path
 from typing import Any
 
+from paceline.comm.rendezvous.interfaces import address_of, interface_of, local_address_towards
 from paceline.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
 
-_SIOCGIFADDR = 0x8915
 _SLOW_MBIT = 1000
 
 
@@ -45,16 +43,6 @@ def interfaces() -> Finding:
     return Finding("interfaces", OK, text, values=values)
 
 
-def address_of(interface: str) -> str | None:
-    """The interface's IPv4 address."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-        except OSError:
-            return None
-    return socket.inet_ntoa(reply[20:24])
-
-
 def resolve(name: str) -> tuple[str | None, Finding]:
     """The address of `name`, and what to say about it."""
     try:
@@ -82,15 +70,12 @@ def resolve(name: str) -> tuple[str | None, Finding]:
 
 def route(address: str) -> Finding:
     """Which of this host's addresses and interfaces lead to `address`."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address, 9))  # a datagram socket: nothing is sent
-            own = str(probe.getsockname()[0])
-        except OSError as error:
-            fix = "see `ip route`: this host has no way to that network"
-            return Finding("route", PROBLEM, f"no route to {address}: {error.strerror or error}", fix)
-    name = next((n for _, n in socket.if_nameindex() if address_of(n) == own), "?")
+    try:
+        own = local_address_towards(address, 9)
+    except OSError as error:
+        fix = "see `ip route`: this host has no way to that network"
+        return Finding("route", PROBLEM, f"no route to {address}: {error.strerror or error}", fix)
+    name = interface_of(own) or "?"
     mtu, speed = (_read(Path("/sys/class/net") / name / f) for f in ("mtu", "speed"))
     values = {"own_address": own, "interface": name, "mtu_bytes": int(mtu) if mtu.isdigit() else None}
     text = f"{address} is reached from {own} through {name}" + (f", MTU {mtu}" if mtu else "")

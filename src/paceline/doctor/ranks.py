@@ -10,7 +10,7 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from paceline.comm.rendezvous.environment import Placement, who_am_i
+from paceline.comm.rendezvous.environment import ProcessIdentity, who_am_i
 from paceline.comm.rendezvous.meeting import Meeting, meet
 from paceline.doctor import host, link, network
 from paceline.doctor.finding import OK, PROBLEM, Finding
@@ -40,7 +40,7 @@ def examine(timeout_s: float = 30.0) -> list[dict[str, Any]]:
     return _together(meeting, [*mine, met] if place.rank == 0 else mine, timeout_s)
 
 
-def _own(place: Placement, environment: Mapping[str, str]) -> list[Finding]:
+def _own(place: ProcessIdentity, environment: Mapping[str, str]) -> list[Finding]:
     if place.local_rank > 0:
         return []
     found = [network.interfaces(), *host.examine(local_ranks=place.local_size, environment=environment)]

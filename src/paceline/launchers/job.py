@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from paceline.comm.rendezvous.interfaces import local_address_towards
 from paceline.errors import ConfigError
 from paceline.options import JobOptions
 
@@ -185,15 +186,12 @@ def is_local(address: str) -> bool:
 
 def address_towards(peer: str, port: int) -> str:
     """The address of this host's interface that leads to `peer`; nothing is sent."""
-    family = socket.AF_INET6 if ":" in peer else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((peer, port))
-        except OSError as error:
-            raise ConfigError(
-                f"no route from this host to the rendezvous at {peer}: {error.strerror or error}"
-            ) from None
-        return str(probe.getsockname()[0])
+    try:
+        return local_address_towards(peer, port)
+    except OSError as error:
+        raise ConfigError(
+            f"no route from this host to the rendezvous at {peer}: {error.strerror or error}"
+        ) from None
 
 
 def read_secret(path: Path) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from paceline.comm.rendezvous import meeting
-from paceline.comm.rendezvous.environment import Placement, who_am_i
+from paceline.comm.rendezvous.environment import ProcessIdentity, who_am_i
 from paceline.comm.rendezvous.meeting import host_identity, meet
 from paceline.errors import ConfigError
 
@@ -42,24 +42,24 @@ SLURM = {
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, Placement(0, 1, 0, 1, "alone")),
-        (TORCHRUN, Placement(3, 4, 1, 2, "torchrun", "a", 29500)),
-        (OPENMPI, Placement(1, 2, 1, 2, "openmpi")),
-        (HYDRA, Placement(2, 3, 0, 1, "mpich")),
-        ({**HYDRA, "MASTER_ADDR": "b", "MASTER_PORT": "5"}, Placement(2, 3, 0, 1, "mpich", "b", 5)),
-        (SLURM, Placement(5, 6, 2, 3, "slurm", "node07", 20279)),
+        ({}, ProcessIdentity(0, 1, 0, 1, "alone")),
+        (TORCHRUN, ProcessIdentity(3, 4, 1, 2, "torchrun", "a", 29500)),
+        (OPENMPI, ProcessIdentity(1, 2, 1, 2, "openmpi")),
+        (HYDRA, ProcessIdentity(2, 3, 0, 1, "mpich")),
+        ({**HYDRA, "MASTER_ADDR": "b", "MASTER_PORT": "5"}, ProcessIdentity(2, 3, 0, 1, "mpich", "b", 5)),
+        (SLURM, ProcessIdentity(5, 6, 2, 3, "slurm", "node07", 20279)),
         # The second host has fewer tasks than the first.
         (
             {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "5,1", "SLURM_NODEID": "1", "SLURM_LOCALID": "0"},
-            Placement(5, 6, 0, 1, "slurm", "node07", 20279),
+            ProcessIdentity(5, 6, 0, 1, "slurm", "node07", 20279),
         ),
-        ({**SLURM, **TORCHRUN}, Placement(3, 4, 1, 2, "torchrun", "a", 29500)),
-        ({**SLURM, **OPENMPI}, Placement(1, 2, 1, 2, "openmpi")),
+        ({**SLURM, **TORCHRUN}, ProcessIdentity(3, 4, 1, 2, "torchrun", "a", 29500)),
+        ({**SLURM, **OPENMPI}, ProcessIdentity(1, 2, 1, 2, "openmpi")),
         # A batch script sees the whole job's task count but is one process.
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "6"}, Placement(0, 1, 0, 1, "alone")),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "6"}, ProcessIdentity(0, 1, 0, 1, "alone")),
     ],
 )
-def test_who_am_i(environment: dict[str, str], expected: Placement) -> None:
+def test_who_am_i(environment: dict[str, str], expected: ProcessIdentity) -> None:
     assert who_am_i(environment) == expected
 
 

@@ -1,1 +1,1 @@
-"""Who this process is, and where its peers are."""
+"""Which rank this process is, and how the ranks of a job find each other."""

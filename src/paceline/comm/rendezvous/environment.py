@@ -1,7 +1,8 @@
-"""Who am I? Rank and size from whatever started this process: a pure function of its environment.
+"""Which rank is this process? The answer comes from the environment variables of its launcher.
 
-Asked in this order, because an outer launcher's variables are inherited by inner ones: torchrun and
-`paceline run`, Open MPI, MPICH and Intel MPI (Hydra), Slurm's srun; otherwise this process is alone.
+Launchers are tried in this order: torchrun and `paceline run`, Open MPI, MPICH and Intel MPI (Hydra), Slurm's
+srun. Inner launchers come first, because their processes inherit the variables of outer ones. Without any of
+them the process is a job of its own.
 """
 
 from __future__ import annotations
@@ -14,58 +15,69 @@ from paceline.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
-    """One process's place in a job."""
+class ProcessIdentity:
+    """Which process of a job this one is, and where the job meets."""
 
     rank: int
     size: int
     local_rank: int
+    """Rank among the processes of this host."""
     local_size: int
+    """Number of processes on this host."""
     launcher: str
-    """"torchrun", "openmpi", "mpich", "slurm" or "alone"."""
+    """"torchrun", "openmpi", "mpich", "slurm", "torch.distributed" or "alone"."""
     master_address: str | None = None
+    """Name or address of rank 0's host, if the launcher says it."""
     master_port: int | None = None
 
 
-def who_am_i(environment: Mapping[str, str]) -> Placement:
-    """Read the place of this process; ConfigError names the variable that is missing or not a number."""
+def who_am_i(environment: Mapping[str, str]) -> ProcessIdentity:
+    """Read the identity of this process; ConfigError names the variable that is missing or not a number."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        place = _read(environment, "torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        identity = _read(environment, "torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     elif "OMPI_COMM_WORLD_RANK" in environment:
-        names = [f"OMPI_COMM_WORLD_{n}" for n in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
-        place = _read(environment, "openmpi", *names)
+        identity = _read(
+            environment,
+            "openmpi",
+            "OMPI_COMM_WORLD_RANK",
+            "OMPI_COMM_WORLD_SIZE",
+            "OMPI_COMM_WORLD_LOCAL_RANK",
+            "OMPI_COMM_WORLD_LOCAL_SIZE",
+        )
     elif "PMI_RANK" in environment and "PMI_SIZE" in environment:
-        place = _read(environment, "mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+        identity = _read(environment, "mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
     elif "SLURM_PROCID" in environment and _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
-        # Inside a batch script SLURM_NTASKS is the whole job's although one process runs: ask for the step's.
-        place = _read(
+        # Inside a batch script SLURM_NTASKS counts the whole job although one process runs: read the step's.
+        identity = _read(
             environment, "slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS"
         )
-        place = _slurm_master(environment, place)
+        identity = _slurm_master(environment, identity)
     else:
-        return Placement(0, 1, 0, 1, "alone")
+        return ProcessIdentity(0, 1, 0, 1, "alone")
     if "MASTER_ADDR" in environment:
-        place = dataclasses.replace(place, master_address=environment["MASTER_ADDR"])
+        identity = dataclasses.replace(identity, master_address=environment["MASTER_ADDR"])
     if "MASTER_PORT" in environment:
-        place = dataclasses.replace(place, master_port=_number(environment, "MASTER_PORT", 0))
-    return place
+        identity = dataclasses.replace(identity, master_port=_number(environment, "MASTER_PORT", 0))
+    return identity
 
 
 def _read(
     environment: Mapping[str, str], launcher: str, rank: str, size: str, local_rank: str, local_size: str
-) -> Placement:
-    place = Placement(
+) -> ProcessIdentity:
+    """The identity from the four variables with these names."""
+    identity = ProcessIdentity(
         _number(environment, rank, None),
         _number(environment, size, None),
         _number(environment, local_rank, 0),
         _number(environment, local_size, 1),
         launcher,
     )
-    if not 0 <= place.rank < place.size:
+    if not 0 <= identity.rank < identity.size:
         raise ConfigError(
-            f"{launcher} says {rank}={place.rank} and {size}={place.size}: a rank below the size expected"
+            f"{launcher} says {rank}={identity.rank} and {size}={identity.size}:"
+            " a rank below the size expected"
         )
-    return place
+    return identity
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None) -> int:
@@ -78,8 +90,8 @@ def _number(environment: Mapping[str, str], name: str, default: int | None) -> i
         raise ConfigError(f"environment variable {name}: a whole number expected, got {text!r}") from None
 
 
-def _slurm_master(environment: Mapping[str, str], place: Placement) -> Placement:
-    """Rank 0 is a task of the first host; the port is the same for all tasks of a step, and only for them."""
+def _slurm_master(environment: Mapping[str, str], identity: ProcessIdentity) -> ProcessIdentity:
+    """Add where to meet: the step's first host, and a port computed from the job's and the step's id."""
     nodes = hostlist.expand(
         environment.get("SLURM_STEP_NODELIST")
         or environment.get("SLURM_JOB_NODELIST")
@@ -88,9 +100,9 @@ def _slurm_master(environment: Mapping[str, str], place: Placement) -> Placement
     )
     counts = hostlist.expand_counts(environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     node = _number(environment, "SLURM_NODEID", 0)
-    local = counts[min(node, len(counts) - 1)]
+    local_size = counts[min(node, len(counts) - 1)]
     step = environment.get("SLURM_STEP_ID", "0")
     job = _number(environment, "SLURM_JOB_ID", 0) * 31 + (int(step) if step.isdigit() else 0)
     return dataclasses.replace(
-        place, master_address=nodes[0], master_port=20000 + job % 20000, local_size=local
+        identity, master_address=nodes[0], master_port=20000 + job % 20000, local_size=local_size
     )

@@ -1,4 +1,4 @@
-"""Slurm's short form of host names: `node[07-09,12],gpu[1-2]-ib` means six hosts."""
+"""Slurm's compressed host lists: `node[07-09,12],gpu[1-2]-ib` means six hosts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MAX_HOSTS = 1 << 16
 
 
 def expand(text: str) -> list[str]:
-    """Every host in Slurm's order. Zeros in front are kept; one name may have several ranges.
+    """Every host in Slurm's order. Leading zeros are kept; one name may have several ranges.
 
     Raises ConfigError for unbalanced brackets, ranges that run backwards, and more than 65,536 hosts.
     """
@@ -39,7 +39,7 @@ def expand_counts(text: str) -> list[int]:
 
 
 def _split(term: str, text: str) -> list[str]:
-    """Cut at commas outside brackets."""
+    """Split at commas outside brackets."""
     found, depth, begin = [], 0, 0
     for i, c in enumerate(term):
         depth += (c == "[") - (c == "]")

@@ -1,7 +1,7 @@
-"""A few words to the process manager of MPICH and Intel MPI (Hydra), in its own line protocol, PMI version 1.
+"""A client of Hydra, the process manager of MPICH and Intel MPI: its line protocol, PMI version 1.
 
-Two things that MPI would do and a script without MPI lacks: ranks on several hosts learn where rank 0 is, and
-the other ranks are ended when one fails (Hydra does that only if it is told).
+It does two things for scripts that do not use MPI: ranks on several hosts learn where rank 0 is, and when one
+rank fails, Hydra is asked to end the others.
 Source: Balaji et al., PMI: a scalable parallel process-management interface for extreme-scale systems, 2010.
 """
 
@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import fcntl
 import os
 import re
 import socket
 import stat
-import struct
 import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
 
-from paceline.comm.rendezvous.environment import Placement
+from paceline.comm.rendezvous.environment import ProcessIdentity
+from paceline.comm.rendezvous.interfaces import own_addresses
 from paceline.errors import CommError
 
-_SIOCGIFADDR = 0x8915
-_TRY_S = 1.0
+_CONNECT_S = 1.0
 _FORWARD_S = 0.5
+"""Time for Hydra to forward this rank's last output before the job ends."""
 _hook_is_set = False
 _manager: ProcessManager | None = None
 
@@ -41,7 +40,7 @@ class ProcessManager:
         atexit.register(self._finish)
 
     def publish(self, value: str | None) -> str:
-        """What the one rank that gives a value gave. All ranks call it; values have no blanks."""
+        """Return the value of the one rank that gives one. Collective; values have no blanks."""
         self._count += 1
         key = f"paceline-{self._count}"
         if value is not None:
@@ -49,21 +48,24 @@ class ProcessManager:
         self._ask("barrier_in")
         return self._ask(f"get kvsname={self._name} key={key}")["value"]
 
-    def _ask(self, words: str) -> dict[str, str]:
-        os.write(self._descriptor, f"cmd={words}\n".encode())
+    def _ask(self, command: str) -> dict[str, str]:
+        verb = command.split()[0]
+        os.write(self._descriptor, f"cmd={command}\n".encode())
         answer = b""
         while not answer.endswith(b"\n"):
             byte = os.read(self._descriptor, 1)
             if not byte:
-                raise CommError(f"the process manager closed its connection when asked to {words.split()[0]}")
+                raise CommError(
+                    f"the process manager closed its connection when asked to {verb}"
+                )
             answer += byte
         found = dict(re.findall(r"(\w+)=(\S+)", answer.decode()))
         if found.get("rc", "0") != "0":
-            raise CommError(f"the process manager refused to {words.split()[0]}: {answer.decode().strip()}")
+            raise CommError(f"the process manager refused to {verb}: {answer.decode().strip()}")
         return found
 
     def _finish(self) -> None:
-        # Intel's manager takes a process that leaves without this word for one that crashed.
+        # Intel's manager takes a process that ends without `finalize` for one that crashed.
         if getattr(sys, "last_value", None) is None:
             try:
                 self._ask("finalize")
@@ -71,27 +73,30 @@ class ProcessManager:
                 pass
 
 
-def agree_where(place: Placement, environment: Mapping[str, str], timeout_s: float) -> Placement:
-    """The place with rank 0's address and a free port of its host; unchanged without a process manager.
+def agree_on_master(
+    identity: ProcessIdentity, environment: Mapping[str, str], timeout_s: float
+) -> ProcessIdentity:
+    """Add rank 0's address and a free port of its host to `identity`; collective.
 
-    Raises CommError when rank 0 cannot be reached at any of its addresses.
+    Without a process manager it stays as it is. Raises CommError when rank 0 cannot be reached at any of its
+    addresses.
     """
     global _manager  # noqa: PLW0603  one conversation per process
     descriptor = _descriptor(environment)
     if descriptor is None:
-        return place
+        return identity
     _manager = _manager or ProcessManager(descriptor)
-    if place.rank == 0:
-        addresses, port = _own_addresses(), _free_port()
+    if identity.rank == 0:
+        addresses, port = own_addresses(), _free_port()
         _manager.publish(f"{','.join(addresses)}:{port}")
-        return dataclasses.replace(place, master_address=addresses[0], master_port=port)
+        return dataclasses.replace(identity, master_address=addresses[0], master_port=port)
     text, _, number = _manager.publish(None).rpartition(":")
     address = _reachable(text.split(","), int(number), timeout_s)
-    return dataclasses.replace(place, master_address=address, master_port=int(number))
+    return dataclasses.replace(identity, master_address=address, master_port=int(number))
 
 
 def abort_on_exception(environment: Mapping[str, str]) -> None:
-    """After an exception that nobody catches, ask Hydra to end the whole job with exit code 1."""
+    """After an uncaught exception, ask Hydra to end the whole job with exit code 1."""
     global _hook_is_set  # noqa: PLW0603
     if _descriptor(environment) is None or _hook_is_set:
         return
@@ -111,11 +116,11 @@ def abort(environment: Mapping[str, str]) -> None:
     if descriptor is None:
         return
     sys.stderr.flush()
-    time.sleep(_FORWARD_S)  # it forwards our output, and forgets the rest once the job is over
+    time.sleep(_FORWARD_S)  # Hydra drops output that it has not forwarded when the job ends
     try:
         os.write(descriptor, b"cmd=abort exitcode=1\n")
     except OSError:
-        pass  # the process manager has gone: so will we
+        pass  # the process manager has ended, and will take this process with it
 
 
 def _descriptor(environment: Mapping[str, str]) -> int | None:
@@ -130,20 +135,6 @@ def _descriptor(environment: Mapping[str, str]) -> int | None:
     return int(text) if is_socket else None
 
 
-def _own_addresses() -> list[str]:
-    """IPv4 addresses of this host, loopback last."""
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                request = struct.pack("256s", name.encode()[:15])
-                reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
-            except OSError:
-                continue  # the interface has no IPv4 address
-            found.append(socket.inet_ntoa(reply[20:24]))
-    return sorted(found, key=lambda a: a.startswith("127.")) or ["127.0.0.1"]
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -151,12 +142,12 @@ def _free_port() -> int:
 
 
 def _reachable(addresses: list[str], port: int, timeout_s: float) -> str:
-    """The first address at which somebody listens; rank 0 may need a moment to begin."""
+    """The first address that accepts connections; rank 0 may need a moment before it listens."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         for address in addresses:
             try:
-                socket.create_connection((address, port), timeout=_TRY_S).close()
+                socket.create_connection((address, port), timeout=_CONNECT_S).close()
                 return address
             except OSError:
                 continue

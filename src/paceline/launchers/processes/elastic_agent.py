@@ -7,14 +7,11 @@ how workers are started and ended, and what the user gets to see of them.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import hmac
 import math
 import os
 import signal
-import socket
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +24,7 @@ from torch.distributed.elastic.agent.server.api import (
 )
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from paceline.comm.rendezvous.interfaces import interface_of
 from paceline.launchers.job import JobSpec, read_secret
 from paceline.launchers.processes.console import Console
 from paceline.launchers.processes.failure import Failure, first_failure
@@ -35,7 +33,6 @@ from paceline.options import new_secret
 
 _FAILURE_GRACE_S = 3.0
 _EXIT_BARRIER_S = 60.0
-_SIOCGIFADDR = 0x8915
 
 
 class Agent(SimpleElasticAgent):
@@ -185,17 +182,3 @@ class Agent(SimpleElasticAgent):
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         self._workers.stop(timeout)
-
-
-def interface_of(address: str) -> str | None:
-    """The name of the network interface that has the IPv4 `address`."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24]
-            except OSError:
-                continue  # the interface has no IPv4 address
-            if socket.inet_ntoa(found) == address:
-                return name
-    return None
