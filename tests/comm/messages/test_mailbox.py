@@ -111,7 +111,7 @@ def test_authenticated_peer_with_a_monstrous_frame_is_cut_off(pair: tuple[Mailbo
     initiator = Initiator(SECRET, rank=0, peer=1)
     s.sendall(initiator.start())
     s.sendall(initiator.feed(s.recv(64, socket.MSG_WAITALL)))
-    s.sendall(framing.PREFIX.pack(framing.POST, 20, 0, 1 << 60) + b" " * 20)
+    s.sendall(framing.PREFIX.pack(framing.FrameKind.POST, 20, 0, 1 << 60) + b" " * 20)
     with contextlib.suppress(ConnectionError):
         assert s.recv(1) == b""
     s.close()
@@ -127,7 +127,8 @@ def test_peer_that_vanishes_fails_waiting_calls_and_is_named(pair: tuple[Mailbox
     pair[0].call(1, "never", Message())
     with pytest.raises(Timeout, match="rank 1"):
         reply.wait(0.3)
-    pair[1]._service.run(lambda: [c.sock.shutdown(socket.SHUT_RDWR) for c in pair[1]._service._in.values()])
+    incoming = pair[1]._outboxes._incoming
+    pair[1]._service.run(lambda: [c.sock.shutdown(socket.SHUT_RDWR) for c in incoming.values()])
     with pytest.raises(PeerLost, match="rank 1"):
         reply.wait(5)
     with pytest.raises(PeerLost, match="rank 1"):
@@ -143,7 +144,7 @@ def pair_deferred() -> object:
 def test_full_outbox_makes_the_poster_wait_then_time_out(pair: tuple[Mailbox, Mailbox]) -> None:
     gate = threading.Event()
     pair[1].serve("slow", lambda src, m: (gate.wait(30), None)[1])
-    pair[0]._timeout_s = 0.5
+    pair[0]._outboxes.timeout_s = 0.5
     payload = torch.zeros(1 << 20, dtype=torch.uint8)
     with pytest.raises(Timeout, match="outbox to rank 1 stayed full"):
         for _ in range(200):
@@ -211,13 +212,13 @@ def test_large_tensors_within_a_host_stay_off_the_socket(pair: tuple[Mailbox, Ma
     frames: list[int] = []
     pair[1].serve("echo", lambda src, m: m)
     pair[0].call(1, "echo", Message()).wait(5)  # now they know that they are near
-    append = pair[0]._service.append
+    add_request = pair[0]._outboxes.add_request
 
-    def spy(peer: int, frame: list[memoryview]) -> None:
+    def spy(peer: int, frame: list[memoryview], block: int | None, *, may_wait: bool) -> bool:
         frames.append(sum(len(b) for b in frame))
-        append(peer, frame)
+        return add_request(peer, frame, block, may_wait=may_wait)
 
-    pair[0]._service.append = spy  # type: ignore[method-assign]
+    pair[0]._outboxes.add_request = spy  # type: ignore[method-assign]
     sent = [torch.arange(300_000, dtype=torch.float32), torch.ones(3, dtype=torch.bool), torch.tensor(2.5)]
     for _ in range(20):  # blocks are used again
         answer = pair[0].call(1, "echo", Message({"n": 1}, sent)).wait(5)

@@ -1,10 +1,10 @@
-"""Who is at the other end: mutual challenge-response with the per-job secret, before any byte is parsed.
+"""Mutual challenge-response with the job's secret, before any other byte is parsed.
 
     initiator → acceptor   HELLO      magic · rank a · rank b · nonce_a                   (48 bytes)
     acceptor  → initiator  CHALLENGE  nonce_b · MAC("acceptor", a, b, nonce_a, nonce_b)   (64 bytes)
     initiator → acceptor   PROOF      MAC("initiator", a, b, nonce_a, nonce_b)            (32 bytes)
 
-MAC is HMAC-SHA256. The role and both ranks are inside it, so an answer cannot be reflected, nor used between
+MAC is HMAC-SHA256. It covers the role and both ranks, so an answer cannot be reflected, nor used between
 other ranks; nonces are fresh on both sides, so it cannot be replayed. All messages have a fixed size: nothing
 that an unknown peer sends decides how much is read. It authenticates; it does not encrypt (use a VPN or
 WireGuard between sites).
@@ -53,15 +53,15 @@ class Initiator:
         expected = _mac(self._secret, b"acceptor", self._rank, self.peer, nonces)
         if not hmac.compare_digest(expected, data[_NONCE_BYTES:]):
             raise ProtocolError(
-                f"rank {self._rank}: whoever answered as rank {self.peer} does not know this job's secret; "
-                "do two jobs share an address?"
+                f"rank {self._rank}: the process that answered as rank {self.peer} does not know this job's"
+                " secret; do two jobs share an address?"
             )
         self.needs, self.is_done = 0, True
         return _mac(self._secret, b"initiator", self._rank, self.peer, nonces)
 
 
 class Acceptor:
-    """The side that listens. `peer` is known, and to be believed, once `is_done`."""
+    """The side that listens. `peer` can be trusted once `is_done`."""
 
     def __init__(self, secret: bytes, *, rank: int, size: int) -> None:
         self._secret, self._rank, self._size = secret, rank, size
@@ -79,13 +79,15 @@ class Acceptor:
         if not self._expected:
             magic, peer, target, nonce = _HELLO.unpack(data)
             if magic != MAGIC or target != self._rank or not 0 <= peer < self._size:
-                raise ProtocolError("not one of our connections")
+                raise ProtocolError("a connection that does not start with a valid HELLO to this rank")
             nonces = nonce + os.urandom(_NONCE_BYTES)
             self._expected = _mac(self._secret, b"initiator", peer, target, nonces)
             self.peer, self.needs = peer, _MAC_BYTES
             answer: bytes = nonces[_NONCE_BYTES:] + _mac(self._secret, b"acceptor", peer, target, nonces)
             return answer
         if not hmac.compare_digest(self._expected, data):
-            raise ProtocolError(f"whoever connected as rank {self.peer} does not know this job's secret")
+            raise ProtocolError(
+                f"the process that connected as rank {self.peer} does not know this job's secret"
+            )
         self.needs, self.is_done = 0, True
         return b""

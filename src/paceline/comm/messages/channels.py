@@ -1,4 +1,7 @@
-"""Handlers by channel, and what happens when one fails, defers, or is not there yet. No threads here."""
+"""Handlers by channel, and what happens when one fails, defers its answer, or is not installed yet.
+
+No threads here: the service of a rank calls it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ Answer = Callable[[Message | BaseException], None]
 
 
 class Channels:
-    """Dispatch of one rank; every method runs on that rank's service."""
+    """The handlers of one rank. All methods run on that rank's service thread, except `raise_stored`."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -52,7 +55,7 @@ class Channels:
             self._failed(src, channel, error, answer)
 
     def raise_stored(self) -> None:
-        """Raise the error of a posted message's handler, once: there was nobody else to tell."""
+        """Raise the error of a posted message's handler, once: its sender cannot be told."""
         stored, self._stored = self._stored, None
         if stored is not None:
             raise stored
@@ -62,7 +65,7 @@ class Channels:
             self._held[channel].append((src, message, answer))
             return
         error = CommError(
-            f"nobody serves channel {channel!r} and {_HELD_MESSAGES} messages wait; call serve() first"
+            f"no handler serves channel {channel!r} and {_HELD_MESSAGES} messages wait; call serve() first"
         )
         self._failed(src, channel, error, answer)
 

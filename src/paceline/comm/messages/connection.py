@@ -1,7 +1,7 @@
 """One authenticated socket of the mailbox: bytes in and out, without blocking and without threads.
 
-Only the mailbox's service thread calls `receive` and `transmit`; any thread may `append` to the outbox while
-holding the mailbox's lock.
+`receive` belongs to the service thread. `append` and `transmit` are called by `Outboxes` alone, under its
+lock.
 """
 
 from __future__ import annotations
@@ -10,22 +10,18 @@ import socket
 from collections import deque
 from collections.abc import Iterator
 
-import torch
-
 from paceline.comm.messages import framing
 from paceline.comm.messages.authentication import Acceptor, Initiator
+from paceline.comm.messages.framing import Buffers, Frame, FrameHeader, FramePrefix
 from paceline.comm.messages.shared_blocks import Borrower
 from paceline.errors import ProtocolError
 from paceline.types import Message
 
 _BUFFERS_PER_CALL = 64
-_BURST_FRAMES = 64
-
-Frame = tuple[int, int, str, Message]
-"""kind, id, channel, message"""
+_FRAMES_PER_TURN = 64
 
 
-class Connection:
+class PeerConnection:
     """A non-blocking socket that authenticates itself, then carries frames both ways."""
 
     def __init__(
@@ -36,19 +32,21 @@ class Connection:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
         self.deadline = deadline
-        """When (monotonic seconds) an unauthenticated connection is given up."""
+        """When (monotonic seconds) the handshake must be over."""
+        self.is_outgoing = isinstance(guard, Initiator)
+        """Whether this rank opened it."""
         self.said_goodbye = False
         self.is_watched_for_writing = False
-        self._guard = guard
-        self._max_payload_bytes = max_payload_bytes
-        self._shake: deque[memoryview] = deque(memoryview(b) for b in [guard.start()] if b)
-        self._outbox: deque[memoryview] = deque()
-        self.outbox_bytes = 0
-        self._prefix: framing.Prefix | None = None
-        self._heading: tuple[str, dict, list[torch.Tensor]] | None = None
-        self._borrower = Borrower()
         self.returns: list[int] = []
         """The peer's blocks that have been read and are to be returned to it."""
+        self._guard = guard
+        self._max_payload_bytes = max_payload_bytes
+        self._handshake: deque[memoryview] = deque(memoryview(b) for b in [guard.start()] if b)
+        self._outbox: deque[memoryview] = deque()
+        self.outbox_bytes = 0
+        self._prefix: FramePrefix | None = None
+        self._header: FrameHeader | None = None
+        self._borrower = Borrower()
         self._expect(guard.needs)
 
     @property
@@ -61,41 +59,38 @@ class Connection:
         """Rank at the other end; believed only when `is_ready`."""
         return self._guard.peer
 
-    def append(self, frame: list[memoryview]) -> int:
-        """Queue a frame; returns its bytes. The caller holds the mailbox's lock."""
-        size = sum(len(b) for b in frame)
+    def append(self, frame: Buffers) -> None:
+        """Queue a frame behind those that wait already."""
         self._outbox.extend(frame)
-        self.outbox_bytes += size
-        return size
+        self.outbox_bytes += framing.length(frame)
 
     def wants_to_write(self) -> bool:
         """Whether there are bytes that may be sent now."""
-        return bool(self._shake) or (self.is_ready and bool(self._outbox))
+        return bool(self._handshake) or (self.is_ready and bool(self._outbox))
 
-    def transmit(self) -> int:
-        """Send what the socket takes; returns the number of outbox bytes that left. Raises OSError."""
-        sent_total = 0
+    def transmit(self) -> bool:
+        """Send what the socket takes; returns whether the outbox has become shorter. Raises OSError."""
+        before = self.outbox_bytes
         while self.wants_to_write():
-            queue = self._shake or self._outbox
-            is_outbox = queue is self._outbox
+            queue = self._handshake or self._outbox
             views = [queue[i] for i in range(min(len(queue), _BUFFERS_PER_CALL))]
             try:
                 sent = self.sock.sendmsg(views)
             except BlockingIOError:
                 break
-            if is_outbox:
-                sent_total += sent
+            if queue is self._outbox:
+                self.outbox_bytes -= sent
             while sent:
                 if sent < len(queue[0]):
                     queue[0] = queue[0][sent:]
                     break
                 sent -= len(queue.popleft())
-        return sent_total
+        return self.outbox_bytes < before
 
     def receive(self) -> Iterator[Frame]:
         """Yield the frames that have arrived. Raises ProtocolError, or ConnectionError when the peer left."""
         frames = 0
-        while frames < _BURST_FRAMES:
+        while frames < _FRAMES_PER_TURN:
             while self._targets and not len(self._targets[0]):
                 self._targets.popleft()
             if self._targets:
@@ -113,7 +108,7 @@ class Connection:
                 yield frame
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the socket; nothing is sent any more."""
         self.sock.close()
 
     def _expect(self, num_bytes: int) -> None:
@@ -125,7 +120,7 @@ class Connection:
         if not self._guard.is_done:
             answer = self._guard.feed(bytes(self._buffer))
             if answer:
-                self._shake.append(memoryview(answer))
+                self._handshake.append(memoryview(answer))
             self._expect(self._guard.needs or framing.PREFIX.size)
             return None
         if self._prefix is None:
@@ -133,23 +128,20 @@ class Connection:
             if self._prefix.header_bytes == 0:
                 if self._prefix.payload_bytes:
                     raise ProtocolError("a payload without a header")
-                return self._finish("", {}, [])
+                return self._finish(self._prefix, FrameHeader("", {}, []))
             self._expect(self._prefix.header_bytes)
             return None
-        if self._heading is None:
-            channel, header, tensors, block = framing.parse_header(self._buffer, self._prefix.payload_bytes)
-            self._heading = (channel, header, tensors)
-            targets = [framing.raw(t) for t in tensors if t.numel()]
-            if block is not None:
-                self.returns.append(self._borrower.read(block, targets))
+        if self._header is None:
+            self._header = framing.parse_header(self._buffer, self._prefix.payload_bytes)
+            targets = [framing.raw(t) for t in self._header.tensors if t.numel()]
+            if self._header.block is not None:
+                self.returns.append(self._borrower.read(self._header.block, targets))
             elif targets:
                 self._targets = deque(targets)
                 return None
-        return self._finish(*self._heading)
+        return self._finish(self._prefix, self._header)
 
-    def _finish(self, channel: str, header: dict, tensors: list[torch.Tensor]) -> Frame:
-        assert self._prefix is not None
-        frame = (self._prefix.kind, self._prefix.id, channel, Message(header, tensors))
-        self._prefix = self._heading = None
+    def _finish(self, prefix: FramePrefix, header: FrameHeader) -> Frame:
+        self._prefix = self._header = None
         self._expect(framing.PREFIX.size)
-        return frame
+        return Frame(prefix.kind, prefix.id, header.channel, Message(header.values, header.tensors))

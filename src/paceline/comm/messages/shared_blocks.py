@@ -1,9 +1,9 @@
-"""Large messages within a host: tensors through shared memory, only the head through the socket.
+"""Large messages within a host: tensors through shared memory, only the header through the socket.
 
-The sender copies tensors into a block of its own (sealed anonymous memory, so that it cannot shrink under a
-reader and vanishes with its last user), and names it in the frame's head. The receiver opens it as
-/proc/PID/fd/FD, copies the tensors out, and says so; then the block is used again. Blocks are reused because
-fresh pages cost more than the socket does.
+The sender copies the tensors into a block of anonymous memory and names the block in the frame's header. The
+block is sealed, so that it cannot shrink while a reader has it mapped, and vanishes with its last user. The
+receiver opens it as /proc/PID/fd/FD, copies the tensors out and returns it; then the sender uses it again.
+Blocks are reused because fresh pages cost more than the socket does.
 """
 
 from __future__ import annotations
@@ -15,32 +15,31 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from paceline.errors import ProtocolError
 
 LEAST_BYTES = 256 << 10
-"""Smaller messages travel on the socket, which is as fast for them."""
+"""Smaller messages use the socket, which is as fast for them."""
 POOL_BYTES = 256 << 20
-"""What one process lends at most; further messages travel on the socket."""
+"""What one process lends at most; further messages use the socket."""
 _ALIGNMENT = 64
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
-def place() -> str:
-    """Equal for processes that can open each other's descriptors, and are on one host to the network, too."""
+def memory_domain() -> str:
+    """Equal for processes that can open each other's descriptors and share a network namespace."""
     try:
         spaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "net", "user")]
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        return f"unknown:{os.getpid()}:{os.urandom(4).hex()}"  # nobody else's
+        return f"unknown:{os.getpid()}:{os.urandom(4).hex()}"  # equal to no other
     return ":".join([boot, str(os.getuid()), *spaces]).replace(" ", "")
 
 
 def offsets(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Where tensors of so many bytes lie in a block, and how much it must hold."""
+    """Offsets in a block of tensors of these `sizes` in bytes, and the bytes that the block must have."""
     found, at = [], 0
     for size in sizes:
         found.append(at)
@@ -55,7 +54,7 @@ class _Block:
     """uint8, shape (bytes,)"""
     lent_to: int | None = None
     num_bytes: int = 0
-    """What was lent, without the rest of the block."""
+    """What was lent of it."""
 
 
 class Lender:
@@ -81,30 +80,30 @@ class Lender:
         return block.fd
 
     def take_back(self, peer: int, fd: int) -> None:
-        """`peer` has copied what was in the block."""
+        """Use a block again: `peer` has copied what was in it."""
         with self._lock:
             block = self._blocks.get(fd)
             if block is not None and block.lent_to == peer:
                 block.lent_to = None
 
     def lent_bytes(self, peer: int, *, but: int | None = None) -> int:
-        """What `peer` has still to read, not counting the block `but`."""
+        """Bytes that `peer` has still to read, not counting the block `but`."""
         with self._lock:
             return sum(b.num_bytes for b in self._blocks.values() if b.lent_to == peer and b.fd != but)
 
     def is_lending(self) -> bool:
-        """Whether somebody has still to read something."""
+        """Whether some peer has still to read a block."""
         with self._lock:
             return any(b.lent_to is not None for b in self._blocks.values())
 
     def forget(self, peer: int) -> None:
-        """`peer` is gone. What it might still read is not written again."""
+        """Drop the blocks lent to `peer`, which is gone: it might still read them, so they are not reused."""
         with self._lock:
             for block in [b for b in self._blocks.values() if b.lent_to == peer]:
                 os.close(self._blocks.pop(block.fd).fd)
 
     def close(self) -> None:
-        """Give all memory back; readers keep what they have mapped."""
+        """Free all memory; readers keep what they have mapped."""
         with self._lock:
             self._is_closed = True
             for fd in self._blocks:
@@ -138,10 +137,9 @@ class Borrower:
 
     _views: dict[tuple[int, int], memoryview] = field(default_factory=dict)
 
-    def read(self, where: Any, targets: Sequence[memoryview]) -> int:
+    def read(self, where: object, targets: Sequence[memoryview]) -> int:
         """Copy the block `[pid, fd]` into `targets`; returns its descriptor. Raises ProtocolError."""
-        is_pair = isinstance(where, list) and len(where) == 2
-        if not is_pair or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in where):
+        if not isinstance(where, list) or len(where) != 2 or not all(_is_natural(n) for n in where):
             raise ProtocolError(f"shared block {where!r:.80} is not [pid, descriptor]")
         pid, fd = where
         view = self._views.get((pid, fd))
@@ -164,6 +162,10 @@ class Borrower:
                 raise ProtocolError(f"shared block {pid}/{fd} could change its size")
             return memoryview(mmap.mmap(own, os.fstat(own).st_size, prot=mmap.PROT_READ))
         except (OSError, ValueError) as error:
-            raise ProtocolError(f"shared block {pid}/{fd} is none of ours: {error}") from None
+            raise ProtocolError(f"shared block {pid}/{fd} cannot be mapped: {error}") from None
         finally:
             os.close(own)
+
+
+def _is_natural(n: object) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool) and n >= 0

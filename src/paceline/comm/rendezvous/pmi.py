@@ -55,9 +55,7 @@ class ProcessManager:
         while not answer.endswith(b"\n"):
             byte = os.read(self._descriptor, 1)
             if not byte:
-                raise CommError(
-                    f"the process manager closed its connection when asked to {verb}"
-                )
+                raise CommError(f"the process manager closed its connection when asked to {verb}")
             answer += byte
         found = dict(re.findall(r"(\w+)=(\S+)", answer.decode()))
         if found.get("rc", "0") != "0":
