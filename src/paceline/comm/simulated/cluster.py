@@ -1,4 +1,4 @@
-"""The shared state of one simulation: clock, network, faults, compute times, messages, log."""
+"""The state that all workers of a simulation share: compute times, messages, faults and the log."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from paceline.comm.ledger import Ledger
 from paceline.comm.messages import framing
 from paceline.comm.messages.channels import Answer, Channels
-from paceline.comm.simulated.clock import Signal, What, Worker, World
+from paceline.comm.simulated.clock import AwaitedThing, Signal, VirtualClock, VirtualWorker
 from paceline.comm.simulated.compute_time import Draw
 from paceline.comm.simulated.event_log import EventLog
 from paceline.comm.simulated.faults import FOREVER, Faults
-from paceline.comm.simulated.network import Network
+from paceline.comm.simulated.network import SimulatedNetwork
 from paceline.errors import CommError, PeerLost
 from paceline.types import Handler, Message
 
@@ -23,22 +23,22 @@ OUTBOX_BYTES = 64 << 20
 Outcome = Message | BaseException
 
 
-def wait(signal: Signal, what: What, timeout_s: float | None, ledger: Ledger | None) -> None:
-    """Block in virtual time and count it. Raises Timeout."""
-    start_s = signal.world.now
+def wait(signal: Signal, awaited: AwaitedThing, timeout_s: float | None, ledger: Ledger | None) -> None:
+    """Block in virtual time and count the time in `ledger`. Raises Timeout."""
+    start_s = signal.clock.now
     try:
-        signal.wait(what, timeout_s)
+        signal.wait(awaited, timeout_s)
     finally:
         if ledger is not None:
-            ledger.wait_s += signal.world.now - start_s
+            ledger.wait_s += signal.clock.now - start_s
 
 
 class SimulatedReply:
     """A promise of a Message in virtual time."""
 
-    def __init__(self, world: World, what: str = "a deferred reply") -> None:
-        self._signal = Signal(world)
-        self._what = what
+    def __init__(self, clock: VirtualClock, awaited: str = "a deferred reply") -> None:
+        self._signal = Signal(clock)
+        self._awaited = awaited
         self.ledger: Ledger | None = None
         """Where the time spent in `wait` is counted."""
         self._outcome: Outcome | None = None
@@ -46,7 +46,7 @@ class SimulatedReply:
 
     def wait(self, timeout_s: float | None = None) -> Message:
         """Block in virtual time until answered. Raises Timeout, PeerLost, or the handler's error."""
-        wait(self._signal, self._what, timeout_s, self.ledger)
+        wait(self._signal, self._awaited, timeout_s, self.ledger)
         if isinstance(self._outcome, Message):
             return self._outcome
         assert self._outcome is not None
@@ -80,15 +80,15 @@ class SimulatedReply:
                 callback(outcome)
 
 
-class VirtualCluster:
-    """N workers, each on its own host, that exchange messages over a simulated network."""
+class SimulatedCluster:
+    """The workers of a simulation, which exchange messages over a simulated network."""
 
     def __init__(
         self,
-        world: World,
+        clock: VirtualClock,
         *,
         num_workers: int,
-        network: Network,
+        network: SimulatedNetwork,
         compute: Draw,
         speeds: list[float],
         faults: Faults,
@@ -96,15 +96,18 @@ class VirtualCluster:
         seed: int,
         detect_s: float,
     ) -> None:
-        self.world, self.network, self.faults, self.log = world, network, faults, log
+        self.clock, self.network, self.faults, self.log = clock, network, faults, log
         self.num_workers = num_workers
         self.lost: set[int] = set()
         """Ranks whose death the others have noticed."""
         self.on_kill: list[Callable[[int], None]] = []
+        """Called with a rank when its death is noticed, before the message handlers are."""
         self._compute, self._speeds, self._detect_s = compute, speeds, detect_s
         self._draws = [np.random.default_rng([seed, r, 0xC0]) for r in range(num_workers)]
         self._drawn_s = [0.0] * num_workers
+        """Compute time of the current minibatch of each rank; 0 before it is drawn."""
         self._used = [0.0] * num_workers
+        """Share of that time that has passed."""
         self._ledgers: list[Ledger | None] = [None] * num_workers
         self.off_clock: set[int] = set()
         """Ranks that evaluate: what they send takes no virtual time."""
@@ -112,43 +115,44 @@ class VirtualCluster:
         self._calls: dict[int, tuple[int, int, SimulatedReply]] = {}
         self._num_calls = 0
         self._in_flight = [0] * num_workers
-        self._quiet: list[list[Signal]] = [[] for _ in range(num_workers)]
-        self._watchers: list[list[Callable[[int], None]]] = [[] for _ in range(num_workers)]
+        """Messages and answers of each rank that have not been handled."""
+        self._drained: list[list[Signal]] = [[] for _ in range(num_workers)]
+        self._loss_callbacks: list[list[Callable[[int], None]]] = [[] for _ in range(num_workers)]
         self._lost_messages: dict[tuple[int, int], str] = {}
-        world.explain = self._lost_for_ever
+        clock.explain_wait = self._describe_lost_messages
         for name, phases in faults.phases().items():
             for phase in phases:
                 for rank in phase.ranks:
                     log.add("fault", name, rank, phase.start_s, phase.end_s)
         for rank, at_s in faults.kills:
-            world.at(at_s, rank, partial(self._kill, rank))
+            clock.at(at_s, rank, partial(self._kill, rank))
         for pause in faults.pauses:
             for rank in pause.ranks:
-                world.at(pause.start_s, rank, partial(self._pause, rank, pause.end_s))
+                clock.at(pause.start_s, rank, partial(self._pause, rank, pause.end_s))
 
-    # -- compute -------------------------------------------------------------------------------------------
+    # Compute
 
     def compute(self, rank: int, share: float) -> None:
-        """Let `share` of one minibatch's compute time pass for the running worker."""
-        world = self.world
+        """Let `share` of one minibatch's compute time pass for `rank`, the running worker."""
+        clock = self.clock
         if not self._drawn_s[rank]:
             self._drawn_s[rank] = self._compute(self._draws[rank]) / self._speeds[rank]
             self._used[rank] = 0.0
-        seconds = share * self._drawn_s[rank] * self.faults.slowdown(rank, world.now)
+        seconds = share * self._drawn_s[rank] * self.faults.slowdown(rank, clock.now)
         self._used[rank] += share
-        if self._used[rank] >= 1.0 - 1e-9:  # the minibatch is over: the next one draws anew
+        if self._used[rank] >= 1.0 - 1e-9:  # the minibatch is over: draw again for the next
             self._drawn_s[rank] = 0.0
-        self.log.add("compute", "minibatch", rank, world.now, world.now + seconds)
-        world.sleep(seconds, "its own computation")
+        self.log.add("compute", "minibatch", rank, clock.now, clock.now + seconds)
+        clock.sleep(seconds, "its own computation")
 
-    # -- messages ------------------------------------------------------------------------------------------
+    # Messages
 
     def host(self, rank: int) -> str:
         """Name of the rank's host."""
         return self.network.topology.hosts[rank]
 
     def serve(self, rank: int, channel: str, handler: Handler, ledger: Ledger) -> None:
-        """Install a handler; runs in virtual time, instantaneously, on behalf of `rank`."""
+        """Install a handler of `rank`; handlers take no virtual time."""
         self._ledgers[rank] = ledger
         with self._as_handler(rank):
             self._channels[rank].serve(channel, handler)
@@ -156,7 +160,7 @@ class VirtualCluster:
     def call(self, src: int, dst: int, channel: str, message: Message) -> SimulatedReply:
         """Send a request; its answer arrives later."""
         framing.check(message)
-        reply = SimulatedReply(self.world, f"the answer of rank {dst} on channel {channel!r}")
+        reply = SimulatedReply(self.clock, f"the answer of rank {dst} on channel {channel!r}")
         if dst in self.lost:
             reply.fail(self._lost_error(src, dst))
             return reply
@@ -197,10 +201,10 @@ class VirtualCluster:
         self._send(src, dst, channel, framing.owned(message), None)
 
     def drain(self, rank: int) -> None:
-        """Return when all that `rank` sent has been handled."""
+        """Wait until all messages that `rank` has sent are handled."""
         while self._in_flight[rank]:
-            signal = Signal(self.world)
-            self._quiet[rank].append(signal)
+            signal = Signal(self.clock)
+            self._drained[rank].append(signal)
             signal.wait("its own messages to be handled")
 
     def raise_stored(self, rank: int) -> None:
@@ -208,17 +212,17 @@ class VirtualCluster:
         self._channels[rank].raise_stored()
 
     def on_lost(self, rank: int, callback: Callable[[int], None]) -> None:
-        """Tell `rank` when a peer dies."""
-        self._watchers[rank].append(callback)
+        """Call `callback(peer)` as a handler of `rank` when the death of a peer is noticed, or has been."""
+        self._loss_callbacks[rank].append(callback)
         for peer in sorted(self.lost):
             callback(peer)
 
     def _send(self, src: int, dst: int, channel: str, message: Message, answer: Answer | None) -> None:
-        if self.world.in_handler < 0:
+        if self.clock.in_handler < 0:
             self._channels[src].raise_stored()
-            backlog, seconds_per_byte = self.network.backlog_bytes(src, dst, self.world.now)
+            backlog, seconds_per_byte = self.network.backlog_bytes(src, dst, self.clock.now)
             if backlog > OUTBOX_BYTES:
-                self.world.sleep(
+                self.clock.sleep(
                     (backlog - OUTBOX_BYTES) * seconds_per_byte, f"room in its outbox to rank {dst}"
                 )
         deliver = partial(self._deliver, src, dst, channel, message, answer)
@@ -229,16 +233,16 @@ class VirtualCluster:
         self._in_flight[src] += 1
 
         def arrive() -> None:
-            worker = self.world.workers[dst]
-            if worker.paused_until > self.world.now and not worker.is_killed:
-                self.world.at(worker.paused_until, dst, arrive)
+            worker = self.clock.workers[dst]
+            if worker.paused_until > self.clock.now and not worker.is_killed:
+                self.clock.at(worker.paused_until, dst, arrive)
                 return
             if not worker.is_killed:
                 with self._as_handler(dst):
                     action()
             self._in_flight[src] -= 1
             if not self._in_flight[src]:
-                waiting, self._quiet[src] = self._quiet[src], []
+                waiting, self._drained[src] = self._drained[src], []
                 for signal in waiting:
                     signal.set()
 
@@ -249,31 +253,39 @@ class VirtualCluster:
     def carry(
         self, src: int, dst: int, name: str, size: int, arrive: Callable[[], None], *, is_free: bool = False
     ) -> bool:
-        """Let bytes pass the links from src to dst, each when its turn comes; then `arrive` happens.
+        """Move bytes over the links from src to dst, then call `arrive`; returns whether they will arrive.
 
-        Returns whether it ever will. The log gets the message once its arrival is certain.
+        The message is logged once its time of arrival is known.
+
+        Args:
+            src: Sending rank.
+            dst: Receiving rank.
+            name: Name of the message in the log.
+            size: Bytes of its tensors.
+            arrive: What happens on arrival.
+            is_free: Whether it takes no virtual time.
         """
-        world, network, sent_s = self.world, self.network, self.world.now
+        clock, network, sent_s = self.clock, self.network, self.clock.now
         path = [] if is_free else network.path(src, dst)
         leaves_s = sent_s if is_free else network.leaves_s(src, dst, sent_s)
         if leaves_s == FOREVER:
             self.log.add("lost", name, src, sent_s, sent_s, peer=dst, num_bytes=size)
             why = self.faults.closed_for_ever(src, dst, sent_s)
-            told = f"rank {src}'s message {name!r} to rank {dst} at {sent_s:.6f} s was lost: {why}"
-            self._lost_messages.setdefault((src, dst), told)
+            text = f"rank {src}'s message {name!r} to rank {dst} at {sent_s:.6f} s was lost: {why}"
+            self._lost_messages.setdefault((src, dst), text)
             return False
 
         def hop(index: int, first_byte_s: float, arrived_s: float) -> None:
             if index < len(path):
                 first_byte_s, arrived_s = network.pass_link(path[index], size, first_byte_s, arrived_s)
             if index + 1 < len(path):
-                world.at(first_byte_s, dst, partial(hop, index + 1, first_byte_s, arrived_s))
+                clock.at(first_byte_s, dst, partial(hop, index + 1, first_byte_s, arrived_s))
                 return
             self.log.add("message", name, src, sent_s, arrived_s, peer=dst, num_bytes=size)
-            world.at(arrived_s, dst, arrive)
+            clock.at(arrived_s, dst, arrive)
 
         if leaves_s > sent_s:
-            world.at(leaves_s, src, partial(hop, 0, leaves_s, leaves_s))
+            clock.at(leaves_s, src, partial(hop, 0, leaves_s, leaves_s))
         else:
             hop(0, sent_s, sent_s)
         return True
@@ -291,10 +303,10 @@ class VirtualCluster:
             reply.fail(outcome)
 
     def _as_handler(self, rank: int) -> _HandlerScope:
-        return _HandlerScope(self.world, rank)
+        return _HandlerScope(self.clock, rank)
 
-    def _lost_for_ever(self) -> str:
-        """The first message that a fault swallowed for ever, and which other links swallowed some."""
+    def _describe_lost_messages(self) -> str:
+        """The first message that a fault lost, and the other links on which messages were lost."""
         if not self._lost_messages:
             return ""
         first, *others = self._lost_messages
@@ -302,25 +314,25 @@ class VirtualCluster:
         also = f"; also lost on {links}" if others else ""
         return f"; {self._lost_messages[first]}{also}"
 
-    # -- faults --------------------------------------------------------------------------------------------
+    # Faults
 
     def _pause(self, rank: int, until_s: float) -> None:
-        world = self.world
-        world.workers[rank].paused_until = max(world.workers[rank].paused_until, until_s)
-        self.log.add("fault", "pause", rank, world.now, until_s)
+        clock = self.clock
+        clock.workers[rank].paused_until = max(clock.workers[rank].paused_until, until_s)
+        self.log.add("fault", "pause", rank, clock.now, until_s)
 
-    def _kill(self, rank: int) -> Worker | None:
-        world = self.world
-        worker = world.workers[rank]
+    def _kill(self, rank: int) -> VirtualWorker | None:
+        clock = self.clock
+        worker = clock.workers[rank]
         if worker.is_killed or worker.is_over:
             return None
-        self.log.add("fault", "kill", rank, world.now, world.now)
-        noticed_s = world.now + self._detect_s + self.network.latency_s
-        world.at(noticed_s, rank, partial(self._noticed, rank))
-        return world.kill(rank)
+        self.log.add("fault", "kill", rank, clock.now, clock.now)
+        noticed_s = clock.now + self._detect_s + self.network.latency_s
+        clock.at(noticed_s, rank, partial(self._noticed, rank))
+        return clock.kill(rank)
 
     def _noticed(self, rank: int) -> None:
-        """The others learn of a death: broken connections."""
+        """The others notice a death by its broken connections."""
         self.lost.add(rank)
         for id, (src, dst, reply) in sorted(self._calls.items()):
             if dst == rank:
@@ -330,9 +342,9 @@ class VirtualCluster:
                 del self._calls[id]
         for callback in list(self.on_kill):
             callback(rank)
-        for worker in self.world.workers:
+        for worker in self.clock.workers:
             if not worker.is_killed:
-                for callback in list(self._watchers[worker.rank]):
+                for callback in list(self._loss_callbacks[worker.rank]):
                     with self._as_handler(worker.rank):
                         callback(rank)
 
@@ -341,13 +353,13 @@ class VirtualCluster:
 
 
 class _HandlerScope:
-    """While a handler runs, waiting is refused."""
+    """Marks that a handler runs, which must not wait."""
 
-    def __init__(self, world: World, rank: int) -> None:
-        self._world, self._rank, self._before = world, rank, -1
+    def __init__(self, clock: VirtualClock, rank: int) -> None:
+        self._clock, self._rank, self._before = clock, rank, -1
 
     def __enter__(self) -> None:
-        self._before, self._world.in_handler = self._world.in_handler, self._rank
+        self._before, self._clock.in_handler = self._clock.in_handler, self._rank
 
     def __exit__(self, *_: object) -> None:
-        self._world.in_handler = self._before
+        self._clock.in_handler = self._before

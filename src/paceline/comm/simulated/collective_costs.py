@@ -1,10 +1,10 @@
 """What a collective costs on a topology: the schedule simulator's time of the fastest algorithm.
 
 All of `paceline.collectives` are candidates, as in `paceline schedule compare`, among the ranks that take
-part and over the links that they have. Each is simulated at no bytes and at powers of 16 bytes; between two
-of these sizes its time is nearly a straight line, which says who is fastest. That one is simulated at the
-very size, for the first `EXACT_SIZES` sizes of an operation; then the line has to do, so that a run with
-ever-changing sizes stays quick. All is kept: a lookup takes microseconds.
+part and over the links between them. Each is simulated at 0 bytes and at powers of 16 bytes. Between two of
+these sizes its time is nearly linear, which is enough to choose the fastest. The fastest is then simulated at
+the exact size, for the first `EXACT_SIZES` sizes of an operation; for further sizes the linear estimate is
+used, so that a run with ever-changing sizes stays quick. All results are kept: a lookup takes microseconds.
 """
 
 from __future__ import annotations
@@ -27,21 +27,28 @@ _RATIO_BITS = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Members(Topology):
-    """Some ranks of a topology, numbered anew; all its links are there."""
+class SubTopology(Topology):
+    """Some ranks of a topology, numbered from 0; it keeps all links."""
 
     whole: Topology | None = None
     ranks: IntArray | None = None
 
     @classmethod
     def of(cls, whole: Topology, ranks: Sequence[int]) -> Topology:
-        """`whole` itself if it has no other ranks."""
+        """The topology of these `ranks` of `whole`; `whole` itself if these are all, in order."""
         if list(ranks) == list(range(whole.num_ranks)):
             return whole
         hosts = tuple(whole.hosts[r] for r in ranks)
-        costs = (whole.link_latency_s, whole.link_seconds_per_byte)
-        each = (whole.reduce_seconds_per_byte, whole.overhead_s)
-        return cls(whole.name, hosts, *costs, *each, whole, np.asarray(ranks, dtype=np.intp))
+        return cls(
+            whole.name,
+            hosts,
+            whole.link_latency_s,
+            whole.link_seconds_per_byte,
+            whole.reduce_seconds_per_byte,
+            whole.overhead_s,
+            whole,
+            np.asarray(ranks, dtype=np.intp),
+        )
 
     def path(self, src: IntArray, dst: IntArray, channel: IntArray | int = 0) -> IntArray:
         """Links that the same ranks take in the whole topology."""
@@ -49,12 +56,12 @@ class Members(Topology):
         return self.whole.path(self.ranks[src], self.ranks[dst], channel)
 
     def ends(self) -> tuple[IntArray, IntArray]:
-        """Of the whole topology's nodes."""
+        """Nodes at the ends of each link, numbered as in the whole topology."""
         assert self.whole is not None
         return self.whole.ends()
 
     def to_json(self) -> dict[str, Any]:
-        """The whole topology's."""
+        """Describe the whole topology."""
         assert self.whole is not None
         return self.whole.to_json()
 
@@ -63,15 +70,21 @@ class CollectiveCosts:
     """Seconds of collectives among `ranks` of a topology."""
 
     def __init__(self, topology: Topology, ranks: Sequence[int]) -> None:
-        self._topology = Members.of(topology, ranks)
+        self._topology = SubTopology.of(topology, ranks)
         self._seconds: dict[tuple[str, str], dict[int, float]] = {}
         self._times: dict[tuple[str, str, int], FloatArray] = {}
         self._programs: dict[tuple[str, str], list[Program]] = {}
 
     def seconds(self, operation: str, num_bytes: int, algorithm: str = "") -> float:
-        """Of one operation whose full buffer has `num_bytes`; without `algorithm`, by the fastest one.
+        """Seconds of one operation.
 
-        ConfigError if no algorithm, or not the named one, does the operation among so many ranks.
+        Args:
+            operation: "all_reduce", "broadcast", …
+            num_bytes: Size of the full buffer of one rank.
+            algorithm: Name of an algorithm; "" for the fastest.
+
+        Raises:
+            ConfigError: No algorithm, or not the named one, does the operation among these ranks.
         """
         if self._topology.num_ranks == 1:
             return 0.0
@@ -86,7 +99,7 @@ class CollectiveCosts:
         return seconds
 
     def _between(self, operation: str, algorithm: str, num_bytes: int) -> FloatArray:
-        """Seconds of every candidate, on the line between two simulated sizes."""
+        """Seconds of every candidate, interpolated between two simulated sizes."""
         steps = (max(num_bytes, 1).bit_length() - 1) // _RATIO_BITS
         low, high = (1 << _RATIO_BITS * (steps + i) for i in (0, 1))
         low = low if steps else 0
@@ -94,7 +107,7 @@ class CollectiveCosts:
         return at_low + (at_high - at_low) * ((num_bytes - low) / (high - low))
 
     def _at(self, operation: str, algorithm: str, num_bytes: int) -> FloatArray:
-        """Seconds of every candidate."""
+        """Seconds of every candidate, simulated."""
         key = (operation, algorithm, num_bytes)
         if key not in self._times:
             programs = self._candidates(operation, algorithm)
@@ -114,7 +127,7 @@ class CollectiveCosts:
         return self._programs[key]
 
     def _program(self, name: str, operation: str) -> Program | None:
-        """Told which ranks share a host, if some do and it wants to know; None if it cannot do it."""
+        """The algorithm's program, with hosts if it takes them and ranks share some; None if it cannot."""
         topology = self._topology
         options: dict[str, Any] = {}
         takes = inspect.signature(collectives.find(name).build).parameters

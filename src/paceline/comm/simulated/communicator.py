@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from paceline import collectives
 from paceline.comm import reference
 from paceline.comm.communicator import FabricCommunicator
 from paceline.comm.simulated.cluster import SimulatedReply
-from paceline.comm.simulated.group import Apply, SimulatedGroup, SimulatedWork
+from paceline.comm.simulated.group import Apply, CollectiveCall, SimulatedGroup, SimulatedWork
 from paceline.types import Handler, Message, Rank, ReduceOp
 
 
@@ -30,7 +29,7 @@ class SimulatedCommunicator(FabricCommunicator):
         self._algorithm = ""
         self.ledger.wire_bytes = 0
 
-    # -- collectives ---------------------------------------------------------------------------------------
+    # Collectives
 
     def start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> SimulatedWork:
         apply = partial(reference.all_reduce, op)
@@ -96,7 +95,7 @@ class SimulatedCommunicator(FabricCommunicator):
     def start_recv(self, tensor: torch.Tensor, src: Rank | None, tag: int) -> SimulatedWork:
         return self._group.recv(self.rank, src, tag, tensor, self.ledger)
 
-    # -- messages ------------------------------------------------------------------------------------------
+    # Messages
 
     def _serve(self, channel: str, handler: Handler) -> None:
         members, ledger = self._group.members, self.ledger
@@ -116,7 +115,7 @@ class SimulatedCommunicator(FabricCommunicator):
 
     def deferred(self) -> SimulatedReply:
         """Return a promise that a handler returns now and sets later."""
-        return SimulatedReply(self._cluster.world)
+        return SimulatedReply(self._cluster.clock)
 
     def on_lost(self, callback: Callable[[Rank], None]) -> None:
         """Call `callback(rank)`, as a handler, when a peer's death is noticed."""
@@ -130,14 +129,14 @@ class SimulatedCommunicator(FabricCommunicator):
             self.barrier().wait()
         self._cluster.raise_stored(self._own)
 
-    # -- the rest ------------------------------------------------------------------------------------------
+    # Time and groups
 
     def charge_compute(self, share: float = 1.0) -> None:
         """Let `share` of one minibatch's compute time pass."""
         self._cluster.compute(self._own, share)
 
     def tolerate_loss(self) -> None:
-        """From now on collectives go on among the living (reductions over those who came)."""
+        """From now on collectives continue among the living: reductions combine the ranks that take part."""
         self._group.tolerates_loss = True
 
     @contextlib.contextmanager
@@ -160,12 +159,12 @@ class SimulatedCommunicator(FabricCommunicator):
             self._cluster.off_clock.discard(self._own)
 
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """Zeroed 1-D tensor."""
+        """Zeroed 1-D tensor in ordinary memory."""
         return torch.zeros(numel, dtype=dtype)
 
     def now(self) -> float:
-        """Virtual seconds."""
-        return self._cluster.world.now
+        """Seconds of the virtual clock."""
+        return self._cluster.clock.now
 
     def _split(self, ranks: list[Rank]) -> SimulatedCommunicator | None:
         self._num_splits += 1
@@ -182,14 +181,22 @@ class SimulatedCommunicator(FabricCommunicator):
     def _submit(
         self,
         name: str,
-        signature: tuple[Any, ...],
+        signature: tuple[object, ...],
         buffer: torch.Tensor,
-        argument: Any,
+        argument: object,
         apply: Apply,
         times: int = 1,
     ) -> SimulatedWork:
-        wanted = (buffer.nbytes * times, argument, apply, self.ledger, self._algorithm)
-        return self._group.submit(self.rank, name, (*signature, self._algorithm), *wanted)
+        call = CollectiveCall(
+            name,
+            (*signature, self._algorithm),
+            buffer.nbytes * times,
+            argument,
+            apply,
+            self.ledger,
+            self._algorithm,
+        )
+        return self._group.submit(self.rank, call)
 
     def _count_wire(self, peer: Rank, num_bytes: int) -> None:
         if peer != self.rank and self.ledger.wire_bytes is not None:

@@ -1,4 +1,4 @@
-"""How long a simulated minibatch takes: distributions of compute time, drawn once per step and worker.
+"""Distributions of the compute time of a simulated minibatch; drawn once per step and worker.
 
 constant(mean_s=0.01)            always the same
 normal(mean_s=0.01, std_s=0.002) never below a tenth of the mean
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ Draw = Callable[[np.random.Generator], float]
 
 
 def parse(text: str) -> Draw:
-    """Return the distribution named by `text`: a function from a random generator to seconds."""
+    """Return the distribution that `text` names: a function from a random generator to seconds."""
     spec = specs.parse(text)
     if spec.name not in _DISTRIBUTIONS:
         raise ConfigError(unknown("compute-time distribution", spec.name, _DISTRIBUTIONS))
@@ -89,8 +88,7 @@ _DISTRIBUTIONS: dict[str, Callable[..., Draw]] = {
 }
 
 
-def _positive(**values: Any) -> None:
+def _positive(**values: object) -> None:
     for name, value in values.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 < value < float("inf"):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
             raise ConfigError(f"compute time: {name}={value}: a finite number above 0 expected")

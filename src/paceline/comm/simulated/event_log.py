@@ -1,4 +1,4 @@
-"""What happened in a simulation, in virtual time: a log to compare runs by, and a trace to look at."""
+"""The events of a simulation, in virtual time: a log for comparing runs, and a trace for viewing."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import hashlib
 import json
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Event(NamedTuple):
-    """One thing that took from `start_s` to `end_s` on `rank`."""
+    """Something that lasted from `start_s` to `end_s` on `rank`."""
 
     start_s: float
     end_s: float
@@ -40,7 +40,7 @@ class EventLog:
         peer: int = -1,
         num_bytes: int = 0,
     ) -> None:
-        """Append an event."""
+        """Append an event, unless the log does not record."""
         if self._is_recording:
             self.events.append(Event(start_s, end_s, rank, kind, name, peer, num_bytes))
 
@@ -49,7 +49,7 @@ class EventLog:
         return hashlib.sha256(repr(self.events).encode()).hexdigest()
 
     def write(self, path: str | Path) -> None:
-        """One JSON object per line; what lasts for ever has the end null."""
+        """Write one JSON object per line; an event that never ends has the end null."""
         with open(path, "w") as file:
             for event in self.events:
                 row = event._asdict()
@@ -57,13 +57,13 @@ class EventLog:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def write_trace(self, path: str | Path) -> None:
-        """Chrome/Perfetto trace: per worker its compute, collectives and messages.
+        """Write a Chrome/Perfetto trace: compute, collectives and messages of each worker.
 
-        What lasts for ever is drawn up to the end of everything else.
+        An event that never ends is drawn up to the end of all others.
         """
         over_s = max((e.end_s for e in self.events if isfinite(e.end_s)), default=0.0)
         ranks = sorted({e.rank for e in self.events})
-        rows: list[dict[str, Any]] = []
+        rows: list[dict[str, object]] = []
         for r in ranks:
             rows.append({"ph": "M", "name": "process_name", "pid": r, "args": {"name": f"worker {r}"}})
             for tid, name in enumerate(_ROWS):

@@ -1,21 +1,21 @@
-"""What goes wrong in a simulation, and when: a script, or drawn from a seed. Times are virtual seconds.
+"""The faults of a simulation: written as a script, or drawn from a seed. Times are virtual seconds.
 
-    kill(rank=3, at_s=1.5)                        the worker's process is gone; peers notice after `detect_s`
-    pause(rank=1, at_s=2, for_s=3)                stopped, then continued: neither computes nor answers
+    kill(rank=3, at_s=1.5)                        the worker's process ends; peers notice after `detect_s`
+    pause(rank=1, at_s=2, for_s=3)                the worker neither computes nor answers
     slow(rank=0, at_s=0, for_s=10, factor=4)      its compute times are multiplied
     drop_link(src=0, dst=1, at_s=1, for_s=2)      nothing passes between the two, either way
     partition(ranks="0 1 2", at_s=1, for_s=2)     nothing passes between these and the others
     join(rank=5, at_s=3)                          the worker starts late
     random(kills=1, pauses=2, until_s=10)         drawn from the simulation's seed; rank 0 is never killed
 
-Joined by `+`: "kill(rank=3, at_s=1.5)+pause(rank=1, at_s=2, for_s=3)". Without `for_s` it lasts for ever.
+Several are joined by `+`: "kill(rank=3, at_s=1.5)+pause(rank=1, at_s=2, for_s=3)". Without `for_s` a fault
+never ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class Faults:
     joins: dict[int, float] = field(default_factory=dict)
 
     def phases(self) -> dict[str, list[Interval]]:
-        """What holds for a known time, by name: slow phases, cuts, dropped links, late starts."""
+        """The faults that last for a known time, by name: slow phases, cuts, dropped links, late starts."""
         late = [Interval((rank,), 0.0, at_s) for rank, at_s in sorted(self.joins.items())]
         return {"slow": self.slow, "partition": self.cuts, "drop_link": self.links, "not joined": late}
 
@@ -71,7 +71,7 @@ class Faults:
         return self._opens(src, dst, time_s)[0]
 
     def closed_for_ever(self, src: int, dst: int, time_s: float) -> str:
-        """Which link never opens again from `time_s` on, since when, and what to do; empty if it opens."""
+        """Describe the fault that closes the link for ever at `time_s`, and what to do; "" if none does."""
         opens_s, cut = self._opens(src, dst, time_s)
         if cut is None or opens_s < FOREVER:
             return ""
@@ -79,13 +79,13 @@ class Faults:
         listed = " ".join(map(str, cut.ranks))
         what = f"drop_link(src={a}, dst={b}" if cut in self.links else f"partition(ranks='{listed}'"
         return (
-            f"nothing passes the link {src}→{dst} or back since {cut.start_s:g} s, for ever: "
+            f"nothing has passed the link {src}→{dst} (either way) since {cut.start_s:g} s, nor ever will: "
             f"{what}, at_s={cut.start_s:g}) has no for_s; "
-            "give it one, or end whoever is cut off with kill(rank=…, at_s=…)"
+            "give it one, or end the ranks that are cut off with kill(rank=…, at_s=…)"
         )
 
     def _opens(self, src: int, dst: int, time_s: float) -> tuple[float, Interval | None]:
-        """When src and dst can exchange bytes, and what kept them from it last."""
+        """When src and dst can exchange bytes, and the last fault that delays it."""
         last, changed = None, src != dst and bool(self.cuts or self.links)
         while changed:
             changed = False
@@ -178,7 +178,7 @@ _KINDS: dict[str, Callable[..., Add]] = {
 }
 
 
-def _rank(rank: Any, num_workers: int) -> int:
+def _rank(rank: object, num_workers: int) -> int:
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise ConfigError(f"a fault names rank {rank}: a whole number expected")
     if not 0 <= rank < num_workers:
@@ -188,16 +188,17 @@ def _rank(rank: Any, num_workers: int) -> int:
     return rank
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"a fault with {name}={value}: a number expected")
     return float(value)
 
 
-def _time(at_s: Any) -> float:
-    if not 0 <= _number("at_s", at_s) < FOREVER:
+def _time(at_s: object) -> float:
+    time_s = _number("at_s", at_s)
+    if not 0 <= time_s < FOREVER:
         raise ConfigError(f"a fault at {at_s} s: at_s >= 0 expected")
-    return float(at_s)
+    return time_s
 
 
 def _interval(

@@ -2,10 +2,10 @@
 
 Networks are named as in `paceline.schedule.topologies`: ethernet(gbit=1), cluster(hosts=8, local=4), …
 
-A message passes the links between its ends one after the other, cut through: it occupies each for the
-topology's overhead of a message and bytes × seconds_per_byte, and links serve in order of arrival. Messages
-of a worker to itself are free. A collective takes what the schedule simulator says (`collective_costs`); it
-does not compete with messages for links.
+A message passes the links between its ends one after the other (cut-through): it occupies each for the
+topology's overhead per message and bytes × seconds_per_byte, and a link serves messages in order of arrival.
+Messages of a worker to itself are free. A collective takes what the schedule simulator says
+(`collective_costs`); it does not compete with messages for links.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from paceline.comm.simulated.faults import FOREVER, Faults
 from paceline.schedule.topologies import Topology
 
 HEADER_BYTES = 128
-"""Wire bytes of a message beside its tensors: our frame and the packets' own headers, roughly."""
+"""Approximate wire bytes of a message in addition to its tensors: the frame and packet headers."""
 
 
-class Network:
-    """The links of a topology, and when each is free again."""
+class SimulatedNetwork:
+    """The links of a topology and the time at which each is free again."""
 
     header_bytes = HEADER_BYTES
 
@@ -43,15 +43,19 @@ class Network:
         return self._alpha_s
 
     def leaves_s(self, src: int, dst: int, now_s: float) -> float:
-        """When a message that is sent now can leave: when faults let it pass (infinite: never)."""
+        """Earliest time at which faults let a message leave that is sent now; infinite if never."""
         return now_s if src == dst else self._faults.open_at(src, dst, now_s)
 
     def pass_link(
         self, link: int, num_bytes: int, first_byte_s: float, arrived_s: float
     ) -> tuple[float, float]:
-        """Book `link` for a message whose first byte reaches it now, and which is whole at `arrived_s`.
+        """Reserve `link` for a message; returns when its first and last byte reach the link's other end.
 
-        Returns both times at the link's other end.
+        Args:
+            link: Index of the link.
+            num_bytes: Size of the message's tensors.
+            first_byte_s: When the first byte is at the link.
+            arrived_s: When the last byte is at the link.
         """
         latency_s = self._latency_s[link]
         start_s = max(first_byte_s, self._free_s[link])
@@ -68,7 +72,7 @@ class Network:
         return max(0.0, self._free_s[path[0]] - now_s) / cost, cost
 
     def collective_start(self, ranks: list[int], now_s: float) -> tuple[float, str]:
-        """Earliest time from now on at which all of `ranks` can reach each other; if never, why."""
+        """Earliest time from `now_s` on at which all `ranks` can reach each other; the reason if infinite."""
         if not (self._faults.cuts or self._faults.links):
             return now_s, ""
         start = now_s
@@ -100,5 +104,5 @@ class Network:
 
 
 def _in_order(links: list[int]) -> list[int]:
-    # A switched path lists both ports first, then the trunk: the receiving port is passed last.
+    # A switched path lists both ports first, then the trunk; a message passes the receiving port last.
     return links if len(links) < 3 else [links[0], *links[2:], links[1]]

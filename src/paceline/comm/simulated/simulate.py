@@ -5,8 +5,9 @@
     run.seconds         virtual seconds until the last worker was done
     run.log.digest()    the same for the same seed
 
-Gradients are real, the clock is not: a minibatch takes a drawn time, messages and collectives take what the
-network makes of them. One worker runs at a time, so one core is enough and nothing depends on thread timing.
+Gradients are real, the clock is not: a minibatch takes a drawn time, messages and collectives take the time
+that the simulated network needs. One worker runs at a time, so one core is enough and nothing depends on the
+timing of threads.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from typing import Any
 
 from paceline.comm import current
 from paceline.comm.simulated import compute_time
-from paceline.comm.simulated.clock import World
-from paceline.comm.simulated.cluster import VirtualCluster
+from paceline.comm.simulated.clock import VirtualClock
+from paceline.comm.simulated.cluster import SimulatedCluster
 from paceline.comm.simulated.communicator import SimulatedCommunicator
 from paceline.comm.simulated.event_log import EventLog
 from paceline.comm.simulated.faults import parse as parse_faults
 from paceline.comm.simulated.group import SimulatedGroup
-from paceline.comm.simulated.network import Network
+from paceline.comm.simulated.network import SimulatedNetwork
 from paceline.errors import ConfigError
 from paceline.schedule import topologies
 
 
 @dataclass(frozen=True)
 class SimulatedRun(Sequence[Any]):
-    """The workers' results in rank order (None where one was killed), and what happened."""
+    """The workers' results in rank order (None for a killed worker), the virtual time and the events."""
 
     results: list[Any]
     seconds: float
@@ -41,6 +42,7 @@ class SimulatedRun(Sequence[Any]):
     num_events: int
     log: EventLog
 
+    # An index or a slice; a result is whatever the user's function returned.
     def __getitem__(self, index: Any) -> Any:
         return self.results[index]
 
@@ -64,27 +66,49 @@ def simulate(
     record: bool = True,
     threads: int = 1,
 ) -> SimulatedRun:
-    """Run `fn(*args)` on `num_workers` virtual workers; inside, `paceline.init()` joins the virtual cluster.
+    """Run `fn(*args)` on virtual workers; inside it, `paceline.init()` joins the virtual cluster.
 
-    As with `paceline.launch`, a function that takes one argument more gets its rank first.
+    Args:
+        fn: What each worker runs. If it takes one argument more than `args` has, it gets its rank first, as
+            with `paceline.launch`.
+        num_workers: Number of workers, at least 1.
+        args: Arguments of `fn`.
+        compute: Distribution of the seconds of one minibatch; default 10 ms each. See
+            `paceline.comm.simulated.compute_time`.
+        network: Topology with latencies and bandwidths; see `paceline.schedule.topologies`.
+        seed: Seed of compute times, random faults and the workers' random numbers. Runs with the same seed
+            are equal, bit for bit.
+        faults: What goes wrong and when; default: nothing. See `paceline.comm.simulated.faults`.
+        speeds: speeds[r] divides the compute times of worker r; default 1 for all.
+        detect_s: Virtual seconds until the others notice a worker's death, in addition to the latency.
+        log: File for the event log, as JSON lines.
+        trace: File for a Chrome/Perfetto trace.
+        record: False keeps no events in memory, for long runs without `log` and `trace`.
+        threads: Number of torch's intra-op threads.
 
-    `compute`: seconds per minibatch, a distribution (see `paceline.comm.simulated.compute_time`);
-    `speeds[r]` divides them for worker r. `network`: see `paceline.schedule.topologies`. `faults`: see
-    `paceline.comm.simulated.faults`; a death is noticed `detect_s` later. `log`, `trace`: files for the event
-    log (JSON lines) and the Chrome/Perfetto trace; `record=False` keeps no events; `threads`: torch's
-    intra-op threads. Raises what a worker raised, or CommError with who waits for whom when nobody can go on.
+    Returns:
+        The workers' results in rank order, the virtual time and the event log.
+
+    Raises:
+        ConfigError: An argument is wrong.
+        CommError: No worker can continue; it says which rank waits for what.
+        BaseException: What a worker raised.
+
+    Example:
+        run = paceline.simulate(train, num_workers=32, network="ethernet(gbit=1)", faults="kill(rank=3,
+        at_s=2)")
     """
     if num_workers < 1:
         raise ConfigError(f"num_workers={num_workers}: at least 1 expected")
     if speeds is not None and (len(speeds) != num_workers or min(speeds) <= 0):
         raise ConfigError(f"speeds: {num_workers} numbers above 0 expected, got {list(speeds)}")
     script = parse_faults(faults, num_workers=num_workers, seed=seed)
-    world = World(seed)
+    clock = VirtualClock(seed)
     events = EventLog(is_recording=record or bool(log or trace))
-    cluster = VirtualCluster(
-        world,
+    cluster = SimulatedCluster(
+        clock,
         num_workers=num_workers,
-        network=Network(topologies.parse(network, num_ranks=num_workers), script),
+        network=SimulatedNetwork(topologies.parse(network, num_ranks=num_workers), script),
         compute=compute_time.parse(compute),
         speeds=list(speeds or [1.0] * num_workers),
         faults=script,
@@ -104,14 +128,14 @@ def simulate(
 
     start_s = [script.joins.get(r, 0.0) for r in range(num_workers)]
     try:
-        results = world.run([partial(body, r) for r in range(num_workers)], start_s, threads=threads)
+        results = clock.run([partial(body, r) for r in range(num_workers)], start_s, threads=threads)
     finally:
         if log:
             events.write(log)
         if trace:
             events.write_trace(trace)
-    killed = [w.rank for w in world.workers if w.is_killed]
-    return SimulatedRun(results, world.now, killed, world.num_events, events)
+    killed = [w.rank for w in clock.workers if w.is_killed]
+    return SimulatedRun(results, clock.now, killed, clock.num_events, events)
 
 
 def _passes_rank(fn: Callable[..., Any], args: Sequence[Any]) -> bool:
