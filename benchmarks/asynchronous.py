@@ -159,13 +159,13 @@ def servers(
     slowest_s = compute_s
     if distribution == "exponential":
         slowest_s *= sum(1 / n for n in range(1, workers + 1))  # E[max]
-    everybody = {}
+    all_workers = {}
     for shards in (1, 2, 4, 8):
         slice_s = (4 * numel / shards + HEADER_BYTES) * 8e-9 / gbit
         demand_s = slice_s * (workers + shards - 2) / workers
         bound = closed_queue(workers, compute_s + shards * slice_s + 2 * 50e-6, demand_s)
         at = float(shards)
-        pace, everybody[shards] = served(workers, compute, numel, gbit, shards)
+        pace, all_workers[shards] = served(workers, compute, numel, gbit, shards)
         series["parameter server"].append((at, pace))
         series["closed queue"].append((at, bound))
         series["fastest all-reduce"].append((at, workers / (slowest_s + fastest_s)))
@@ -173,7 +173,7 @@ def servers(
     if distribution == "exponential":
         title = f"{workers} workers, {4e-6 * numel:g} MB model, {gbit:g} Gbit/s"
         draw("asynchronous_servers", title, "shards", "minibatches per s", series)
-    return {**series, "parameter server, all workers": everybody}
+    return {**series, "parameter server, all workers": all_workers}
 
 
 def closed_queue(customers: int, think_s: float, demand_s: float) -> float:

@@ -67,7 +67,7 @@ def worker(options: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    from paceline.comm.native import select
+    from paceline.comm.native import tuning
     from paceline.comm.native.shared_memory import connect
     from paceline.comm.rendezvous.meeting import meet
 
@@ -82,7 +82,7 @@ def worker(options: argparse.Namespace) -> None:
     if rank == 0:
         print(json.dumps({"rates": rates.tolist()}), flush=True)
     if options.programs:  # what would be selected, beside named programs
-        comm.selection = select.tune(comm, ("all_reduce",), [int(s) for s in options.sizes.split(",")])
+        comm.selection = tuning.tune(comm, ("all_reduce",), [int(s) for s in options.sizes.split(",")])
     for num_bytes in (int(s) for s in options.sizes.split(",")):
         tensor = torch.zeros(num_bytes // 4)
         calls: dict[str, Callable[[], object]] = {

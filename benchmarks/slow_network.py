@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64, help="per worker")
     parser.add_argument("--target", type=float, default=0.97)
-    parser.add_argument("--most", type=int, default=1500, help="give up after so many steps")
+    parser.add_argument("--most", type=int, default=1500, help="give up after this many steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--limit-s", type=int, default=1800)
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "mnist.npz")

@@ -1,6 +1,6 @@
 """Pictures: an ImageFolder tree (train/CLASS/*.jpg, val/CLASS/*.jpg) or synthetic ones.
 
-Training pictures are split over the ranks anew each epoch; validation pictures are dealt out once, without
+Training pictures are split over the ranks again each epoch; validation pictures are dealt out once, without
 padding, so that sums over ranks are sums over the set.
 """
 

@@ -38,7 +38,7 @@ class JobOptions:
     """Width for a progress bar of lines that end in a carriage return, which the launcher draws on its
     terminal; 0: it has none."""
     min_workers: int = 0
-    """Strategies that survive losses go on while so many workers live; 0: any loss ends the job."""
+    """Strategies that survive losses continue while this many workers live; 0: any loss ends the job."""
     secret: str = ""
     """Hex; authenticates the workers' own connections. Empty: made by rank 0 and shared through the store."""
 

@@ -2,8 +2,9 @@
 
     local_sgd(period=16)
     parameter_server(shards=4, staleness=softsync(c=4)+inverse)
+    direct(shares=33/33/34/0)
 
-Grammar:  value := number | true | false | none | "text" | sum      sum := term ("+" term)*
+Grammar:  value := number ("/" number)* | true | false | none | "text" | sum      sum := term ("+" term)*
           term := name [ "(" key "=" value ("," key "=" value)* ")" ]
 
 Parsed by hand and never evaluated: a spec may come from a command line, a file or a peer.
@@ -21,7 +22,7 @@ from paceline.errors import ConfigError
 
 _TOKEN = re.compile(
     r"""\s*(?:(?P<number>[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?)(?![\w.]))
-    |(?P<name>[A-Za-z_][\w]*)|(?P<text>"[^"]*"|'[^']*')|(?P<mark>[()=,+]))""",
+    |(?P<name>[A-Za-z_][\w]*)|(?P<text>"[^"]*"|'[^']*')|(?P<mark>[()=,+/]))""",
     re.VERBOSE,
 )
 _CONSTANTS = {"true": True, "false": False, "none": None}
@@ -31,7 +32,10 @@ _MAX_DEPTH = 16
 
 @dataclass(frozen=True)
 class Spec:
-    """A name with keyword arguments; an argument may itself be a Spec, or a tuple of Specs joined by `+`."""
+    """A name with keyword arguments.
+
+    An argument may itself be a Spec, a tuple of Specs joined by `+`, or a tuple of numbers with `/` between.
+    """
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -129,10 +133,14 @@ def _show(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return "+".join(_show(v) for v in value)
+        return ("+" if isinstance(value[0], Spec) else "/").join(_show(v) for v in value)
     if isinstance(value, str):
         return f'"{value}"'
     return str(value)
+
+
+def _number(token: str) -> float:
+    return float(token) if any(c in token for c in ".eE") else int(token)
 
 
 class _Parser:
@@ -145,7 +153,7 @@ class _Parser:
             raise self._error(f"nested deeper than {_MAX_DEPTH}")
         kind, token = self._take("a name or a value")
         if kind == "number":
-            return float(token) if any(c in token for c in ".eE") else int(token)
+            return self._numbers(token)
         if kind == "text":
             return token[1:-1]
         if kind == "mark":
@@ -160,6 +168,17 @@ class _Parser:
                 raise self._error(f"a name expected after '+', got {token!r}")
             terms.append(self._term(token, depth))
         return terms[0] if len(terms) == 1 else tuple(terms)
+
+    def _numbers(self, token: str) -> float | tuple[float, ...]:
+        """A number, or several with '/' between them as a tuple."""
+        numbers = [_number(token)]
+        while self._peek("/"):
+            self._take("'/'")
+            kind, token = self._take("a number")
+            if kind != "number":
+                raise self._error(f"a number expected after '/', got {token!r}")
+            numbers.append(_number(token))
+        return numbers[0] if len(numbers) == 1 else tuple(numbers)
 
     def expect_end(self) -> None:
         if self._text[self._position :].strip():

@@ -75,7 +75,11 @@ def outcome(name: str | None, trouble: str = "") -> list[Any]:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(None, "NativeCommunicator"), ("native", "NativeCommunicator"), ("torch", "TorchCommunicator")],
+    [
+        (None, "SharedMemoryCommunicator"),
+        ("native", "SharedMemoryCommunicator"),
+        ("torch", "TorchCommunicator"),
+    ],
 )
 def test_native_unless_told_otherwise(name: str | None, kind: str) -> None:
     assert outcome(name) == [(kind, 6.0, [])] * 3

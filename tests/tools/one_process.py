@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from paceline import _core
-from paceline.comm.native.hierarchical import MixedCommunicator
+from paceline.comm.native.hierarchical import HierarchicalCommunicator
 from paceline.comm.native.network import NetworkCommunicator
-from paceline.comm.native.shared_memory import NativeCommunicator
+from paceline.comm.native.shared_memory import SharedMemoryCommunicator
 
 
 class World:
@@ -61,7 +61,7 @@ class World:
     def _shared(self) -> list[Any]:
         groups = self._groups(list(range(self.size)))
         hosts = ["h"] * self.size
-        return [NativeCommunicator(r, hosts, g, timeout_s=self.timeout_s) for r, g in enumerate(groups)]
+        return [SharedMemoryCommunicator(r, hosts, g, timeout_s=self.timeout_s) for r, g in enumerate(groups)]
 
     def _network(self) -> list[Any]:
         self._networks = [
@@ -89,5 +89,5 @@ class World:
         for r, world in enumerate(worlds):
             place = members[hosts[r]].index(r)
             stripe = world.stripe_group([m[place] for m in members]) if place < num_stripes else None
-            comms.append(MixedCommunicator(world, hosts, local[r], stripe))
+            comms.append(HierarchicalCommunicator(world, hosts, local[r], stripe))
         return comms

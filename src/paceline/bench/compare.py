@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from paceline import spec
 from paceline.bench.hardware import describe
@@ -19,6 +19,7 @@ from paceline.errors import CommError, ConfigError, PacelineError, WorkerFailed
 from paceline.launchers.launch import launch
 from paceline.strategies.base.strategy import class_of, make
 from paceline.tasks.load import load
+from paceline.tasks.task import Task
 from paceline.train.random_state import seed_worker
 
 _POINTS = 10
@@ -52,38 +53,53 @@ def compare(
     """Train `task` once per strategy, in the order given, and return what was measured.
 
     Equal for all: global batch, initial weights, order of the data, epochs, threads per worker. The workers
-    are new processes each time, or with `virtual` the workers of a simulated cluster; `single` runs in one.
-    `record` keeps the order in which a parameter server handled its messages, `replay` repeats it. Raises
-    ConfigError before any training if a strategy, the task or a number is wrong, and WorkerFailed naming the
-    strategy if a run fails.
+    are new processes for every strategy, or with `virtual` the workers of a simulated cluster.
+
+    Args:
+        task: Name of a built-in task, or the path of a file that defines `build() -> Task`.
+        strategies: Strategy strings, e.g. `["single", "local_sgd(period=8)"]`; `single` runs in one process.
+        workers: Workers of every strategy that allows several; default 2.
+        data: File or folder for a task that reads one.
+        epochs: Passes over the training set; default: the task's.
+        batch_size: Samples per step over all workers; default: the task's.
+        learning_rate: Replaces the task's in every parameter group.
+        seed: Of initial weights and data order; default 0.
+        seconds_budget: Training time of the third criterion, in seconds; default: the fastest strategy's.
+        epochs_budget: Passes of the fourth criterion; default: half of `epochs`.
+        fabric: `"native"` or `"torch"`; default: what `paceline.init` chooses.
+        threads: Intra-op threads per worker; default: the cores, divided by the workers.
+        progress: Whether the workers show progress bars.
+        virtual: The simulated cluster to train on; None: real processes.
+        record: File that keeps the order in which a parameter server handled its messages.
+        replay: File with such an order, to be repeated.
+        on_trial: Called before and after each strategy.
+
+    Raises:
+        ConfigError: A strategy, the task or a number is wrong; raised before any training.
+        WorkerFailed: A run failed; the message names the strategy.
     """
-    told = [scripted(strategy, record=record, replay=replay) for strategy in strategies]
-    sizes = _sizes(told, workers)
+    scripts = [scripted(strategy, record=record, replay=replay) for strategy in strategies]
+    sizes = _sizes(scripts, workers)
     _check_script(strategies, record, replay)
     _check_numbers(workers=workers, epochs=epochs, batch_size=batch_size, threads=threads)
     _check_positive(learning_rate=learning_rate, seconds_budget=seconds_budget, epochs_budget=epochs_budget)
-    if virtual is not None:
-        check_conditions(virtual, sizes, seed=seed)
+    _check_conditions(virtual, sizes, seed)
     seed_worker(seed, 0)  # virtual workers copy this model; processes build their own after the same seeding
     built = load(task, data=data)
     epochs = epochs or built.epochs
     batch_size = batch_size or built.batch_size
-    epochs_budget = epochs / 2 if epochs_budget is None else epochs_budget
-    if epochs_budget > epochs:
-        raise ConfigError(f"--epochs-budget {epochs_budget:g} is more than the {epochs} epochs of training")
+    epochs_budget = _epochs_budget(epochs_budget, epochs)
     if batch_size < workers:
         raise ConfigError(f"a global batch of {batch_size} samples is too small for {workers} workers")
     threads = threads or max(1, len(os.sched_getaffinity(0)) // workers)
+    shared = Setup(task, data, "", epochs, batch_size, learning_rate, seed, _per_epoch(epochs))
+    setups = [dataclasses.replace(shared, strategy=strategy) for strategy in strategies]
+    reports_of = partial(_reports, built, workers, virtual, threads=threads, fabric=fabric, progress=progress)
     trials = []
-    for i, (strategy, size) in enumerate(zip(strategies, sizes, strict=True)):
-        on_trial(i, len(strategies), strategy, size, None)
-        setup = Setup(task, data, strategy, epochs, batch_size, learning_rate, seed, _per_epoch(epochs))
-        run = dataclasses.replace(setup, strategy=told[i])
-        if virtual is not None:
-            trials.append(_trial(setup, size, run_virtually(run, built, size, workers, virtual)))
-        else:
-            trials.append(_run(setup, run, size, threads=threads, fabric=fabric, progress=progress))
-        on_trial(i, len(strategies), strategy, size, trials[-1])
+    for i, (setup, script, size) in enumerate(zip(setups, scripts, sizes, strict=True)):
+        on_trial(i, len(setups), setup.strategy, size, None)
+        trials.append(_trial(setup, size, reports_of(setup, script, size)))
+        on_trial(i, len(setups), setup.strategy, size, trials[-1])
     return Comparison(
         task=task,
         trials=tuple(trials),
@@ -143,19 +159,47 @@ def _check_positive(**values: float | None) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}: a number above 0 expected, got {value:g}")
 
 
+def _epochs_budget(wanted: float | None, epochs: int) -> float:
+    """What the fourth criterion allows: half of the training, unless the user says otherwise."""
+    if wanted is not None and wanted > epochs:
+        raise ConfigError(f"--epochs-budget {wanted:g} is more than the {epochs} epochs of training")
+    return epochs / 2 if wanted is None else wanted
+
+
+def _check_conditions(virtual: VirtualCluster | None, sizes: Sequence[int], seed: int) -> None:
+    if virtual is not None:
+        check_conditions(virtual, sizes, seed=seed)
+
+
 def _per_epoch(epochs: int) -> int:
     """Evaluations per epoch: an even number if the epochs are odd, so that half of them is one."""
     wanted = max(1, round(_POINTS / epochs))
     return wanted + wanted % 2 if epochs % 2 else wanted
 
 
-def _run(setup: Setup, told: Setup, workers: int, **options: Any) -> Trial:
+def _reports(
+    built: Task,
+    full_size: int,
+    virtual: VirtualCluster | None,
+    setup: Setup,
+    script: str,
+    workers: int,
+    *,
+    threads: int,
+    fabric: str | None,
+    progress: bool,
+) -> list[Report]:
+    """Train by one strategy, `script` with its recording; errors name it as the user wrote it."""
+    run = dataclasses.replace(setup, strategy=script)
+    if virtual is not None:
+        return run_virtually(run, built, workers, full_size, virtual)
     try:
-        reports: list[Report] = launch(train, num_workers=workers, args=(told,), **options)
+        return launch(
+            train, num_workers=workers, args=(run,), threads=threads, fabric=fabric, progress=progress
+        )
     except (CommError, WorkerFailed, ConfigError) as error:
         kind: type[PacelineError] = type(error)
         raise kind(f"strategy {setup.strategy}: {error}") from error
-    return _trial(setup, workers, reports)
 
 
 def _trial(setup: Setup, workers: int, reports: Sequence[Report]) -> Trial:

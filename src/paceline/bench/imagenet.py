@@ -70,7 +70,7 @@ def run(
 ) -> dict[str, Any]:
     """Run one way once and return its row; PacelineError with the end of its output if it fails."""
     count = way.workers or workers
-    # The same cores for everybody: a single process may use the threads that the workers would have together.
+    # The same cores for every way: a single process may use the threads that the workers would have together.
     cores = threads if count == workers else threads * workers
     work = Path(tempfile.mkdtemp(prefix="paceline-imagenet-"))
     result = work / "row.json"

@@ -23,7 +23,7 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
-from paceline import registry
+from paceline import registry, spec
 from paceline.errors import ConfigError
 from paceline.schedule.cost import Cost, No
 from paceline.schedule.program import Program
@@ -53,6 +53,16 @@ def find(name: str) -> ModuleType:
     if name not in known:
         raise ConfigError(registry.unknown("algorithm", name, known))
     return importlib.import_module(f"{__name__}.{known[name]}")
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """Split `ring_chunked(segments=4)` into its name and its options: the one way to write an algorithm.
+
+    The name is not looked up and the options are not checked: `supports`, `build` and `cost` do that.
+    ConfigError points at the character where the text is not a name with options.
+    """
+    wanted = spec.parse(text)
+    return wanted.name, dict(wanted.arguments)
 
 
 @lru_cache(maxsize=8)

@@ -2,7 +2,7 @@
 
 All ranks agree before they connect: each shows in the store what it was asked for and what it can do. Shared
 memory that some rank may not open is replaced by TCP on the same host; only where the core cannot work at
-all does the torch fabric stand in. Whatever is replaced is said once, by rank 0.
+all does the torch fabric stand in. Rank 0 says once what was replaced.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ def connect(
     for r, card in enumerate(cards):
         if card.wanted != cards[0].wanted:
             raise Mismatch(
-                f"rank {meeting.rank}: rank 0 was started with fabric {cards[0].wanted or 'unsaid'}, rank {r}"
-                f" with {card.wanted or 'unsaid'}; give every rank the same"
+                f"rank {meeting.rank}: rank 0 was started with fabric {cards[0].wanted or 'unset'}, rank {r}"
+                f" with {card.wanted or 'unset'}; give every rank the same"
             )
     problems = [(r, card.problem) for r, card in enumerate(cards) if card.problem]
     if name == "native" and problems:
         raise ConfigError(f"the native fabric cannot work: rank {problems[0][0]}: {problems[0][1]}")
     if name == "torch" or problems:
-        is_worth_a_word = any(card.problem and card.device == "cpu" for card in cards)
-        if is_worth_a_word and meeting.rank == 0:
+        concerns_cpu_tensors = any(card.problem and card.device == "cpu" for card in cards)
+        if concerns_cpu_tensors and meeting.rank == 0:
             warnings.warn(
                 f"the torch fabric stands in for the native one: rank {problems[0][0]}: {problems[0][1]}",
                 stacklevel=2,
@@ -65,13 +65,13 @@ def connect(
         from paceline.comm import torch_fabric
 
         return torch_fabric.connect(meeting, timeout_s=timeout_s, device=device)
-    from paceline.comm.native import select, shared_memory
+    from paceline.comm.native import shared_memory, tuning
     from paceline.comm.native.network import NetworkCommunicator
 
     comm = shared_memory.connect(meeting, timeout_s=timeout_s, device=device)
     has_hosts = len(set(meeting.hosts)) > 1
-    if isinstance(comm, NetworkCommunicator) and has_hosts and comm.size <= select.MOST_RANKS:
-        select.adopt(comm)
+    if isinstance(comm, NetworkCommunicator) and has_hosts and comm.size <= tuning.MOST_RANKS:
+        tuning.adopt(comm)
     return comm
 
 

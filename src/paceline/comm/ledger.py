@@ -40,14 +40,14 @@ OPERATIONS = (
 
 
 class Counts(Protocol):
-    """What an operation's counts look like, also where the core keeps them."""
+    """Calls and payload bytes of one operation, wherever they are kept: the core counts some by itself."""
 
     calls: int
     payload_bytes: int
 
 
-class Entry:
-    """Counts of one operation."""
+class OperationCounts:
+    """Counts of one operation, kept here."""
 
     __slots__ = ("calls", "payload_bytes")
 
@@ -56,19 +56,67 @@ class Entry:
         self.payload_bytes = 0
 
 
-class Ledger:
-    """One communicator's counts. Plain increments: it is touched on every call."""
+class Counters:
+    """The counts of every operation, one attribute each: they are touched on every call."""
+
+    __slots__ = OPERATIONS
+
+    all_reduce: Counts
+    reduce: Counts
+    broadcast: Counts
+    all_gather: Counts
+    all_gather_v: Counts
+    reduce_scatter: Counts
+    reduce_scatter_v: Counts
+    gather: Counts
+    scatter: Counts
+    all_to_all: Counts
+    all_to_all_v: Counts
+    barrier: Counts
+    send: Counts
+    recv: Counts
+    call: Counts
+    post: Counts
+    answer: Counts
 
     def __init__(self) -> None:
-        self.operations: dict[str, Counts] = {name: Entry() for name in OPERATIONS}
+        self.all_reduce = OperationCounts()
+        self.reduce = OperationCounts()
+        self.broadcast = OperationCounts()
+        self.all_gather = OperationCounts()
+        self.all_gather_v = OperationCounts()
+        self.reduce_scatter = OperationCounts()
+        self.reduce_scatter_v = OperationCounts()
+        self.gather = OperationCounts()
+        self.scatter = OperationCounts()
+        self.all_to_all = OperationCounts()
+        self.all_to_all_v = OperationCounts()
+        self.barrier = OperationCounts()
+        self.send = OperationCounts()
+        self.recv = OperationCounts()
+        self.call = OperationCounts()
+        self.post = OperationCounts()
+        self.answer = OperationCounts()
+
+
+class Ledger:
+    """One communicator's counts."""
+
+    def __init__(self) -> None:
+        self.counters = Counters()
         self.wait_s = 0.0
         """Seconds that callers spent inside `Work.wait` (and `Reply.wait`), on the fabric's clock."""
         self.wire_bytes: int | None = None
 
     @property
+    def operations(self) -> dict[str, Counts]:
+        """The counts by name of the operation."""
+        return {name: getattr(self.counters, name) for name in OPERATIONS}
+
+    @property
     def payload_bytes(self) -> int:
         """Sum over all operations."""
-        return sum(entry.payload_bytes for entry in self.operations.values())
+        return sum(counts.payload_bytes for counts in self.operations.values())
 
     def snapshot(self) -> dict[str, Any]:
         """Plain values: `payload_bytes`, `wire_bytes`, `wait_s`, and `operations` that were called."""
@@ -77,8 +125,8 @@ class Ledger:
             "wire_bytes": self.wire_bytes,
             "wait_s": self.wait_s,
             "operations": {
-                name: {"calls": e.calls, "payload_bytes": e.payload_bytes}
-                for name, e in self.operations.items()
-                if e.calls
+                name: {"calls": c.calls, "payload_bytes": c.payload_bytes}
+                for name, c in self.operations.items()
+                if c.calls
             },
         }

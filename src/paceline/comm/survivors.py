@@ -1,8 +1,8 @@
-"""Collectives that go on without ranks that die: by messages through rank 0, over whoever lives.
+"""Collectives that continue without ranks that die: by messages through rank 0, over the living ranks.
 
-A fabric's own collectives end with the first death: nobody can know which of them the dead rank had still
-contributed to. Here rank 0 collects the arguments, computes over those who came, in rank order, and answers;
-a rank that died or left is not waited for. Used where `min_size` is below the size, by strategies that
+A fabric's own collectives end with the first death: no rank can know to which of them the dead rank had still
+contributed. Here rank 0 collects the arguments, computes over those that came, in rank order, and answers; a
+rank that died or left is not waited for. Used where `min_size` is below the size, by strategies that
 exchange their models by messages anyway: what remains for collectives is small. When rank 0 dies, the job
 ends.
 """
@@ -12,19 +12,18 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from paceline.comm import reference
+from paceline.comm.messages.mailbox import Mailbox
+from paceline.comm.messages.reply import Deferred
 from paceline.errors import CommError, Mismatch
-from paceline.types import Message, Rank, ReduceOp, Reply
-
-if TYPE_CHECKING:
-    from paceline.comm.communicator import FabricCommunicator
+from paceline.types import DEFAULT_OPTIONS, CallOptions, Message, Rank, ReduceOp, Reply
 
 CHANNEL = "survivors"
 Apply = Callable[[dict[Rank, Any]], None]
@@ -66,7 +65,7 @@ class SurvivorWork:
 
 @dataclass
 class _Operation:
-    """What has come for one collective. An argument is what `meaning` expects."""
+    """What has come for one collective. An argument is what `reference` expects."""
 
     signature: str = ""
     arguments: dict[Rank, Any] = field(default_factory=dict)
@@ -75,93 +74,114 @@ class _Operation:
 
 
 class Survivors:
-    """The collectives of one communicator."""
+    """The collectives of one communicator, in the form that a fabric implements (`start_…`).
 
-    def __init__(self, comm: FabricCommunicator) -> None:
-        self._comm = comm
+    Args:
+        mailbox: This rank's message service; it carries everything.
+        rank: This rank.
+        size: Number of ranks at the start.
+    """
+
+    def __init__(self, mailbox: Mailbox, rank: Rank, size: int) -> None:
+        self._mailbox, self._rank, self._size = mailbox, rank, size
         self._next = itertools.count()
         self._gone: set[Rank] = set()
         self._lock = threading.Lock()
         self._pending: dict[int, _Operation] = {}
         self._apply: dict[int, Apply] = {}
         """Rank 0's own calls say what an operation does."""
-        mailbox = comm._mailbox()
-        if comm.rank == 0:
-            comm.serve(CHANNEL, self._collect)
+        if rank == 0:
+            mailbox.serve(CHANNEL, self._collect)
             mailbox.on_lost(self._on_lost)
             mailbox.on_left(self._on_gone)
         else:
-            comm.serve(CHANNEL, self._learn)
+            mailbox.serve(CHANNEL, self._learn)
 
-    def operations(self) -> Mapping[str, Callable[..., SurvivorWork]]:
-        """The fabric's methods that these replace."""
-        names = (
-            "all_reduce reduce broadcast all_gather all_gather_v reduce_scatter reduce_scatter_v gather"
-            " scatter all_to_all all_to_all_v barrier"
-        )
-        return {f"_{name}": getattr(self, name) for name in names.split()}
-
-    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> SurvivorWork:
-        """In place."""
+    def start_all_reduce(
+        self, tensor: torch.Tensor, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
+    ) -> SurvivorWork:
         return self._submit(partial(reference.all_reduce, op), ["all_reduce", op.value], tensor, tensor)
 
-    def reduce(self, tensor: torch.Tensor, root: Rank, op: ReduceOp) -> SurvivorWork:
-        """In place on the root."""
+    def start_reduce(
+        self, tensor: torch.Tensor, root: Rank, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
+    ) -> SurvivorWork:
         return self._submit(partial(reference.reduce, op, root), ["reduce", op.value, root], tensor, tensor)
 
-    def broadcast(self, tensor: torch.Tensor, root: Rank) -> SurvivorWork:
-        """In place."""
+    def start_broadcast(
+        self, tensor: torch.Tensor, root: Rank, options: CallOptions = DEFAULT_OPTIONS
+    ) -> SurvivorWork:
         return self._submit(partial(reference.broadcast, root), ["broadcast", root], tensor, tensor)
 
-    def all_gather(self, output: torch.Tensor, source: torch.Tensor) -> SurvivorWork:
-        """Equal shares."""
-        return self.all_gather_v(output, source, [source.numel()] * self._comm.size)
+    def start_all_gather(
+        self, output: torch.Tensor, source: torch.Tensor, options: CallOptions = DEFAULT_OPTIONS
+    ) -> SurvivorWork:
+        return self.start_all_gather_v(output, source, [source.numel()] * self._size)
 
-    def all_gather_v(self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int]) -> SurvivorWork:
-        """Shares of the dead are left as they are."""
+    def start_all_gather_v(
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor,
+        counts: Sequence[int],
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> SurvivorWork:
         apply = partial(reference.gather, list(counts))
         return self._submit(apply, ["all_gather", *counts], source, output)
 
-    def gather(self, output: torch.Tensor | None, source: torch.Tensor, root: Rank) -> SurvivorWork:
-        """Shares of the dead are left as they are."""
-        apply = partial(reference.gather, [source.numel()] * self._comm.size)
+    def start_gather(
+        self,
+        output: torch.Tensor | None,
+        source: torch.Tensor,
+        root: Rank,
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> SurvivorWork:
+        apply = partial(reference.gather, [source.numel()] * self._size)
         return self._submit(apply, ["gather", root, source.numel()], source, output)
 
-    def reduce_scatter(self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp) -> SurvivorWork:
-        """Equal shares."""
-        return self.reduce_scatter_v(output, source, [output.numel()] * self._comm.size, op)
-
-    def reduce_scatter_v(
-        self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int], op: ReduceOp
+    def start_reduce_scatter(
+        self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
     ) -> SurvivorWork:
-        """Over those who came."""
+        return self.start_reduce_scatter_v(output, source, [output.numel()] * self._size, op)
+
+    def start_reduce_scatter_v(
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor,
+        counts: Sequence[int],
+        op: ReduceOp,
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> SurvivorWork:
         apply = partial(reference.reduce_scatter, op, list(counts))
         return self._submit(apply, ["reduce_scatter", op.value, *counts], source, output)
 
-    def scatter(self, output: torch.Tensor, source: torch.Tensor | None, root: Rank) -> SurvivorWork:
-        """The dead ranks' shares go nowhere."""
+    def start_scatter(
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor | None,
+        root: Rank,
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> SurvivorWork:
         return self._submit(
             partial(reference.scatter, root), ["scatter", root, output.numel()], source, output
         )
 
-    def all_to_all(self, output: torch.Tensor, source: torch.Tensor) -> SurvivorWork:
-        """Equal shares."""
-        counts = [source.numel() // self._comm.size] * self._comm.size
-        return self.all_to_all_v(output, source, counts, counts)
+    def start_all_to_all(
+        self, output: torch.Tensor, source: torch.Tensor, options: CallOptions = DEFAULT_OPTIONS
+    ) -> SurvivorWork:
+        counts = [source.numel() // self._size] * self._size
+        return self.start_all_to_all_v(output, source, counts, counts)
 
-    def all_to_all_v(
+    def start_all_to_all_v(
         self,
         output: torch.Tensor,
         source: torch.Tensor,
         output_counts: Sequence[int],
         source_counts: Sequence[int],
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> SurvivorWork:
-        """Shares of the dead are left as they are."""
         counts = torch.tensor([list(output_counts), list(source_counts)])
         return self._submit(reference.all_to_all, ["all_to_all"], source, output, counts)
 
-    def barrier(self) -> SurvivorWork:
-        """All who live have come."""
+    def start_barrier(self, options: CallOptions = DEFAULT_OPTIONS) -> SurvivorWork:
         return self._submit(lambda arguments: None, ["barrier"], None, None)
 
     def _submit(
@@ -174,7 +194,7 @@ class Survivors:
     ) -> SurvivorWork:
         """Send `source` and, where it is another tensor, the `target` that the result is laid over."""
         index = next(self._next)
-        if self._comm.rank == 0:
+        if self._rank == 0:
             with self._lock:
                 self._apply[index] = apply
         kind = next((str(t.dtype) for t in (source, target) if t is not None), "")
@@ -186,14 +206,14 @@ class Survivors:
             "has_source": source is not None,
             "has_target": target is not None and not is_in_place,
         }
-        return SurvivorWork(self._comm._call(0, CHANNEL, Message(header, tensors)), target)
+        return SurvivorWork(self._mailbox.call(0, CHANNEL, Message(header, tensors)), target)
 
     # On rank 0's message service.
 
     def _collect(self, src: Rank, message: Message) -> Reply:
         index = int(message.header["index"])
         operation = self._pending.setdefault(index, _Operation(str(message.header["signature"])))
-        reply = self._comm.deferred()
+        reply = Deferred("a deferred reply")
         tensors = list(message.tensors)
         source = tensors.pop(0) if message.header["has_source"] else None
         target = tensors.pop(0) if message.header["has_target"] else None
@@ -216,8 +236,8 @@ class Survivors:
 
     def _finish_if_complete(self, index: int) -> None:
         operation = self._pending[index]
-        if operation.error is not None or set(range(self._comm.size)) - self._gone - set(operation.replies):
-            return  # it failed, or somebody is still to come
+        if operation.error is not None or set(range(self._size)) - self._gone - set(operation.replies):
+            return  # it failed, or a rank is still to come
         with self._lock:
             apply = self._apply.pop(index)
         arguments = {r: operation.arguments[r] for r in sorted(operation.arguments)}
@@ -238,10 +258,10 @@ class Survivors:
             reply.fail(error)
 
     def _on_lost(self, rank: Rank) -> None:
-        for peer in range(1, self._comm.size):
+        for peer in range(1, self._size):
             if peer != rank and peer not in self._gone:
                 try:
-                    self._comm._post(peer, CHANNEL, Message({"lost": rank}))
+                    self._mailbox.post(peer, CHANNEL, Message({"lost": rank}))
                 except CommError:
                     continue  # it is gone too, and will be noticed by itself
         self._on_gone(rank)
@@ -254,4 +274,4 @@ class Survivors:
     # On the others'.
 
     def _learn(self, src: Rank, message: Message) -> None:
-        self._comm._mailbox().declare_lost(int(message.header["lost"]), f"rank {src} has lost it")
+        self._mailbox.declare_lost(int(message.header["lost"]), f"rank {src} has lost it")

@@ -7,10 +7,7 @@ pickle, are never used.
 from __future__ import annotations
 
 import datetime
-import fcntl
 import os
-import socket
-import struct
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,9 +23,10 @@ from torch._C._distributed_c10d import PrefixStore
 
 from paceline.comm import reference
 from paceline.comm.communicator import FabricCommunicator
+from paceline.comm.rendezvous.interfaces import interface_of
 from paceline.comm.rendezvous.meeting import Meeting
 from paceline.errors import CommError, ConfigError, PeerLost, Timeout
-from paceline.types import Rank, ReduceOp, Work
+from paceline.types import DEFAULT_OPTIONS, CallOptions, Rank, ReduceOp, Work
 
 _OPS = {
     ReduceOp.SUM: dist.ReduceOp.SUM,
@@ -56,7 +54,7 @@ def connect(meeting: Meeting, *, timeout_s: float, device: torch.device | None =
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if meeting.address and "GLOO_SOCKET_IFNAME" not in os.environ:
         # Gloo would bind to whatever the host's name resolves to, which other hosts often cannot reach.
-        interface = _interface_of(meeting.address)
+        interface = interface_of(meeting.address)
         if interface:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
     try:
@@ -103,21 +101,35 @@ class TorchCommunicator(FabricCommunicator):
         """Seconds of a monotonic clock."""
         return time.perf_counter()
 
-    def start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> Work:
+    def start_all_reduce(
+        self, tensor: torch.Tensor, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
         finish = self._divide(tensor) if op is ReduceOp.MEAN else None
         return self._start("all_reduce", dist.all_reduce, tensor, _OPS[op], finish=finish)
 
-    def start_reduce(self, tensor: torch.Tensor, root: Rank, op: ReduceOp) -> Work:
+    def start_reduce(
+        self, tensor: torch.Tensor, root: Rank, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
         finish = self._divide(tensor) if op is ReduceOp.MEAN and self.rank == root else None
         return self._start("reduce", dist.reduce, tensor, op=_OPS[op], group_dst=root, finish=finish)
 
-    def start_broadcast(self, tensor: torch.Tensor, root: Rank) -> Work:
+    def start_broadcast(
+        self, tensor: torch.Tensor, root: Rank, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
         return self._start("broadcast", dist.broadcast, tensor, group_src=root)
 
-    def start_all_gather(self, output: torch.Tensor, source: torch.Tensor) -> Work:
+    def start_all_gather(
+        self, output: torch.Tensor, source: torch.Tensor, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
         return self._start("all_gather", dist.all_gather_single, output.view(-1), source.view(-1))
 
-    def start_all_gather_v(self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int]) -> Work:
+    def start_all_gather_v(
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor,
+        counts: Sequence[int],
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> Work:
         # c10d's Gloo wants equal shares: pad to the longest, and cut on arrival.
         longest = max(counts)
         padded = source.new_zeros(longest)
@@ -130,11 +142,18 @@ class TorchCommunicator(FabricCommunicator):
 
         return self._start("all_gather_v", dist.all_gather_single, gathered, padded, finish=finish)
 
-    def start_reduce_scatter(self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp) -> Work:
+    def start_reduce_scatter(
+        self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
         return self.start_reduce_scatter_v(output, source, [output.numel()] * self.size, op)
 
     def start_reduce_scatter_v(
-        self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int], op: ReduceOp
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor,
+        counts: Sequence[int],
+        op: ReduceOp,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> Work:
         # As c10d does it for Gloo: reduce everything, keep our share.
         whole = source.reshape(-1).clone()
@@ -148,15 +167,29 @@ class TorchCommunicator(FabricCommunicator):
 
         return self._start("reduce_scatter", dist.all_reduce, whole, _OPS[op], finish=finish)
 
-    def start_gather(self, output: torch.Tensor | None, source: torch.Tensor, root: Rank) -> Work:
+    def start_gather(
+        self,
+        output: torch.Tensor | None,
+        source: torch.Tensor,
+        root: Rank,
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> Work:
         parts = None if output is None else list(output.view(-1).chunk(self.size))
         return self._start("gather", dist.gather, source.view(-1), parts, group_dst=root)
 
-    def start_scatter(self, output: torch.Tensor, source: torch.Tensor | None, root: Rank) -> Work:
+    def start_scatter(
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor | None,
+        root: Rank,
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> Work:
         parts = None if source is None else list(source.view(-1).chunk(self.size))
         return self._start("scatter", dist.scatter, output.view(-1), parts, group_src=root)
 
-    def start_all_to_all(self, output: torch.Tensor, source: torch.Tensor) -> Work:
+    def start_all_to_all(
+        self, output: torch.Tensor, source: torch.Tensor, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
         return self._start("all_to_all", dist.all_to_all_single, output.view(-1), source.view(-1))
 
     def start_all_to_all_v(
@@ -165,22 +198,27 @@ class TorchCommunicator(FabricCommunicator):
         source: torch.Tensor,
         output_counts: Sequence[int],
         source_counts: Sequence[int],
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> Work:
         counts = (list(output_counts), list(source_counts))
         return self._start("all_to_all_v", dist.all_to_all_single, output.view(-1), source.view(-1), *counts)
 
-    def start_barrier(self) -> Work:
+    def start_barrier(self, options: CallOptions = DEFAULT_OPTIONS) -> Work:
         return self._start("barrier", dist.barrier)
 
-    def start_send(self, tensor: torch.Tensor, dst: Rank, tag: int) -> Work:
+    def start_send(
+        self, tensor: torch.Tensor, dst: Rank, tag: int, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
         work = dist.isend(tensor, group=self.group, tag=tag, group_dst=dst)
         return _TorchWork(self, work, None, "send")
 
-    def start_recv(self, tensor: torch.Tensor, src: Rank | None, tag: int) -> Work:
+    def start_recv(
+        self, tensor: torch.Tensor, src: Rank | None, tag: int, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
         work = dist.irecv(tensor, group=self.group, tag=tag, group_src=src)
         return _TorchWork(self, work, None, "recv")
 
-    def _split(self, ranks: list[Rank]) -> FabricCommunicator | None:
+    def make_part(self, ranks: list[Rank]) -> FabricCommunicator | None:
         self._num_splits += 1
         if self.rank not in ranks:
             return None
@@ -205,7 +243,7 @@ class TorchCommunicator(FabricCommunicator):
         hosts = [self.hosts[r] for r in ranks]
         return TorchCommunicator(hosts, group=group, device=self.device, owns_group=True, name=name)
 
-    def _close(self) -> None:
+    def release(self) -> None:
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group(self.group)
 
@@ -235,7 +273,7 @@ class TorchCommunicator(FabricCommunicator):
         """c10d's RuntimeError as ours; the communicator is unusable from now on."""
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         number = self.ledger.operations[name].calls if name in self.ledger.operations else 0
-        head = f"{self._who()}: {name} #{number} over {dist.get_backend(self.group)}"
+        head = f"{self.who()}: {name} #{number} over {dist.get_backend(self.group)}"
         self.unusable = f"{name} #{number} failed: {text}"
         if "imed out" in text or "imeout" in text:
             return Timeout(
@@ -293,18 +331,3 @@ class _TorchWork:
             except CommError as error:
                 return error
         return self._error
-
-
-def _interface_of(address: str) -> str | None:
-    """Name of the network interface that has the IPv4 `address`."""
-    siocgifaddr = 0x8915
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(probe.fileno(), siocgifaddr, request)
-            except OSError:
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -26,20 +26,28 @@ from paceline.strategies.base.strategy import TrainingStrategy, make
 from paceline.train import checkpoint, persistence
 from paceline.train.job import DEFAULT_STRATEGY, Job
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 _JOB = "paceline_job"
 
 
 def prepare(
-    accelerator: Any,
-    *objects: Any,
+    accelerator: Accelerator,
+    *objects: object,
     strategy: str | TrainingStrategy = DEFAULT_STRATEGY,
     fabric: str | None = None,
 ) -> Any:
     """What `accelerator.prepare(*objects)` does, with `strategy` instead of DistributedDataParallel.
 
-    `objects`: one model, its optimizers, loaders and schedulers, in any order; returned in the same one.
-    `fabric` says what carries Paceline's tensors. Raises ConfigError for no model or several, for a wrong
-    strategy, and when this accelerator was prepared before.
+    Args:
+        accelerator: An `accelerate.Accelerator` that was not given to this function before.
+        objects: One model, its optimizers, loaders and schedulers, in any order; returned in the same order.
+        strategy: A strategy string such as `"local_sgd(period=8)"`, or an object; default: all_reduce.
+        fabric: What carries Paceline's tensors, `"native"` or `"torch"`; default: chosen by device.
+
+    Raises:
+        ConfigError: No model or several, a wrong strategy, or a second call with this accelerator.
     """
     if isinstance(strategy, str):
         make(strategy)
@@ -51,17 +59,17 @@ def prepare(
     job = embedding.join("Accelerate", fabric=fabric)
     setattr(accelerator, _JOB, job)
     results = [_prepared(accelerator, item) for item in objects]
-    model = results[objects.index(models[0])]
+    model = cast(nn.Module, results[objects.index(models[0])])
     optimizers = [item for item in objects if isinstance(item, torch.optim.Optimizer)]
     job.prepare(model, optimizers, strategy=strategy)
-    model.no_sync = job.no_sync  # what accelerator.accumulate(model) asks for
+    model.no_sync = job.no_sync  # type: ignore[assignment]  # what accelerator.accumulate(model) asks for
     _count_samples(job, model)
     _join_checkpoints(accelerator, job, model)
     job.clock.start()
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def job_of(accelerator: Any) -> Job:
+def job_of(accelerator: Accelerator) -> Job:
     """Paceline's handle, e.g. for `stats()`."""
     job: Job | None = getattr(accelerator, _JOB, None)
     if job is None:
@@ -69,12 +77,12 @@ def job_of(accelerator: Any) -> Job:
     return job
 
 
-def evaluating(accelerator: Any) -> AbstractContextManager[None]:
+def evaluating(accelerator: Accelerator) -> AbstractContextManager[None]:
     """Inside, the model is the one to evaluate; training goes on as if nothing had happened."""
     return embedding.consensus_model(job_of(accelerator))
 
 
-def _prepared(accelerator: Any, item: Any) -> Any:
+def _prepared(accelerator: Accelerator, item: object) -> object:
     if isinstance(item, nn.Module):
         return accelerator.prepare_model(item, evaluation_mode=True)  # everything but the DDP wrapper
     if isinstance(item, torch.optim.Optimizer):
@@ -97,10 +105,10 @@ def _count_samples(job: Job, model: nn.Module) -> None:
     model.register_forward_pre_hook(count)
 
 
-def _join_checkpoints(accelerator: Any, job: Job, model: nn.Module) -> None:
+def _join_checkpoints(accelerator: Accelerator, job: Job, model: nn.Module) -> None:
     """`save_state` holds the consensus model and every rank's state; `load_state` takes both back."""
 
-    def save(models: list[Any], weights: list[dict[str, Any]], folder: str) -> None:
+    def save(models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
         with embedding.consensus_model(job):
             weights[models.index(model)] = {
                 # Clones: a view would be saved as shared with the whole flat buffer.
@@ -110,7 +118,7 @@ def _join_checkpoints(accelerator: Any, job: Job, model: nn.Module) -> None:
         with job.clock.paused():
             checkpoint.write(Path(folder) / embedding.KEY, persistence.collect(job, None), job.comm)
 
-    def keep_out(models: list[Any], folder: str) -> None:
+    def keep_out(models: list[nn.Module], folder: str) -> None:
         # Accelerate's reader refuses views of flat buffers; load_state below takes the weights back.
         models.remove(model)
 
@@ -119,7 +127,7 @@ def _join_checkpoints(accelerator: Any, job: Job, model: nn.Module) -> None:
     load, end = accelerator.load_state, accelerator.end_training
 
     @functools.wraps(load)
-    def load_state(input_dir: str | None = None, *args: Any, **options: Any) -> None:
+    def load_state(input_dir: str | None = None, *args: object, **options: object) -> None:
         load(input_dir, *args, **options)
         folder = Path(input_dir or _latest(accelerator))
         if checkpoint.exists(folder / embedding.KEY, job.comm):
@@ -151,7 +159,7 @@ def _weights(folder: Path) -> dict[str, Any]:
     return plain
 
 
-def _latest(accelerator: Any) -> Path:
+def _latest(accelerator: Accelerator) -> Path:
     """Where Accelerate itself looks without a folder: the last checkpoint of its project."""
     root = Path(accelerator.project_dir or ".") / "checkpoints"
     found = [f for f in root.glob("checkpoint_*") if f.name.rpartition("_")[2].isdigit()]

@@ -33,14 +33,29 @@ def _default_metrics() -> dict[str, Callable[..., Any]]:
 
 @dataclass
 class Task:
-    """One training problem, built anew in every worker.
+    """One training problem; every worker builds its own. The defaults are those of classification.
 
-    `train_set` and `test_set` have `__len__` and `__getitem__`, which gives (input, target). `loss(outputs,
-    targets)` is a mean over the batch. `metrics` maps names to callables `(outputs, targets) -> (sum,
-    count)` or to torchmetrics objects; "accuracy" must be among them, and more is better. The default is
-    classification: logits [..., classes] against indices [...].
+    Args:
+        model: What is trained; its outputs go to `loss` and `metrics`.
+        optimizer: Made of `model.parameters()`; `--learning-rate` replaces its learning rate.
+        train_set: Data set with `__len__` and `__getitem__`; an item is a pair (input, target).
+        test_set: The same for evaluation; every sample counts once, over all workers.
+        loss: Callable `(outputs, targets) -> Tensor`, a mean over the batch; default: cross entropy of logits
+            [..., classes] against class indices [...].
+        metrics: Names and callables `(outputs, targets) -> (sum, count)`, or torchmetrics objects. "accuracy"
+            must be among them, and more is better; default: accuracy and mean loss.
+        batch_size: Samples per step over all workers, unless `--batch-size` says otherwise; default 64.
+        epochs: Passes over `train_set`, unless `--epochs` says otherwise; default 3.
 
-    Raises ConfigError if something is not what it should be.
+    Raises:
+        ConfigError: A field has the wrong kind, or the optimizer holds none of the model's parameters.
+
+    Example:
+        ```python
+        def build() -> paceline.Task:
+            model = nn.Linear(64, 10)
+            return paceline.Task(model, torch.optim.SGD(model.parameters(), lr=0.1), train_set, test_set)
+        ```
     """
 
     model: nn.Module
@@ -50,9 +65,7 @@ class Task:
     loss: Callable[[Any, Any], Tensor] = cross_entropy
     metrics: Mapping[str, Any] = field(default_factory=_default_metrics)
     batch_size: int = 64
-    """Samples per step over all workers, unless `--batch-size` says otherwise."""
     epochs: int = 3
-    """How long to train unless `--epochs` says otherwise."""
 
     def __post_init__(self) -> None:
         _expect("model", self.model, nn.Module, "a torch.nn.Module")

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from paceline.comm.native import select
+from paceline.comm.native import tuning
 from paceline.comm.native.shared_memory import connect
 from paceline.comm.rendezvous.meeting import meet
 from paceline.errors import CommError
@@ -52,7 +52,7 @@ def carry(comm):
 
 def choose(comm):
     """What is selected for a large all_reduce on these links; and it works."""
-    comm.selection = select.tune(comm, ("all_reduce",), (4 << 20,))
+    comm.selection = tuning.tune(comm, ("all_reduce",), (4 << 20,))
     choice = comm.explain("all_reduce", 16 << 20)
     t = torch.arange(1 << 20, dtype=torch.float32) * (comm.rank + 1)
     comm.all_reduce(t).wait()

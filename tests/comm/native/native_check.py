@@ -13,6 +13,7 @@ from native_values import Array, in_rank_order, inputs, is_same, rounded, tensor
 from one_process import World
 
 from paceline import collectives
+from paceline.comm.native import uneven
 from paceline.comm.native.codes import DTYPE_CODES, OP_CODES, Kind
 from paceline.comm.native.plan import plan
 from paceline.schedule import contract
@@ -36,8 +37,7 @@ def check(world: World, case: Case) -> None:
 
 @functools.lru_cache(maxsize=512)
 def built(algorithm: str, operation: str, num_ranks: int, root: int) -> Program:
-    name, _, rest = algorithm.partition(":")
-    options = {k: int(v) for k, v in (part.split("=") for part in rest.split(",") if part)}
+    name, options = collectives.parse(algorithm)
     return collectives.build(name, operation, num_ranks, root=root, **options)
 
 
@@ -158,7 +158,7 @@ def _check_whole(world: World, case: Case, n: int) -> list[tuple[torch.Tensor | 
         return [(t, want if r == root else None) for r, t in enumerate(tensors)]
     options = {}
     if case.algorithm == SHARES:  # the first rank has most, the last one nothing unless it is alone
-        options["algorithm"] = f"{SHARES}=" + "/".join(str(3 * (p - 1 - r) or int(p == 1)) for r in range(p))
+        options["algorithm"] = uneven.name_of([3 * (p - 1 - r) or int(p == 1) for r in range(p)])
     world.each(lambda comm: comm.all_reduce(tensors[comm.rank], op=case.op, **options))
     return [(t, want) for t in tensors]
 

@@ -18,11 +18,12 @@ from paceline import _core, collectives
 from paceline.collectives.verification.sweep import variants
 from paceline.comm.native.codes import DTYPE_CODES, OP_CODES, REDUCIBLE
 from paceline.schedule import contract
+from paceline.spec import Spec
 from paceline.types import ReduceOp
 
 OWN = "own"
 """The fabric's own protocol instead of a program."""
-SHARES = "direct:shares"
+SHARES = "direct(shares=…)"
 MIXED = (
     "a", "ab", "aa", "aab", "aba", "abb", "abab", "aabc", "aaab", "baaab", "aabbb", "aabbcc", "abcabc",
     "aaaaab", "aaabbbc", "abababa", "aabbccdd", "aaaabbbb", "abababab", "aaaaaaab",
@@ -104,7 +105,7 @@ def places() -> list[tuple[str, str]]:
 
 
 def algorithms(fabric: str, num_ranks: int) -> list[tuple[str, str]]:
-    """Every (algorithm, operation) that `fabric` runs on so many ranks; options follow as in native_plan."""
+    """Every (algorithm, operation) that `fabric` runs on this many ranks."""
     found = [(OWN, operation) for operation in contract.OPERATIONS if operation not in contract.V_FORMS]
     if fabric != "tcp":
         return found
@@ -113,8 +114,7 @@ def algorithms(fabric: str, num_ranks: int) -> list[tuple[str, str]]:
         for operation in module.OPERATIONS:
             for options in variants(module) if operation not in contract.V_FORMS else ():
                 if collectives.supports(name, operation, num_ranks, **options):
-                    rest = ",".join(f"{k}={v}" for k, v in options.items())
-                    found.append((f"{name}:{rest}" if rest else name, operation))
+                    found.append((str(Spec(name, options)), operation))
     return found
 
 

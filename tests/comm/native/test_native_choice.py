@@ -10,8 +10,8 @@ import pytest
 import torch
 from shm_ranks import run
 
-from paceline.comm.native import select
-from paceline.comm.native.select import Choice, Table
+from paceline.comm.native import tuning
+from paceline.comm.native.choice import Choice, Table
 from paceline.errors import ConfigError
 from paceline.types import ReduceOp
 
@@ -51,10 +51,10 @@ def override_body(comm):
     for weights in ("1/2/0", "0/0/5", "0/1/0", "33/33/34"):
         for n in (0, 1, 700, 1001, 300_007):
             t = torch.arange(n, dtype=torch.float32) * (comm.rank + 1)
-            comm.all_reduce(t, algorithm=f"direct:shares={weights}").wait()
+            comm.all_reduce(t, algorithm=f"direct(shares={weights})").wait()
             assert torch.equal(t, torch.arange(n, dtype=torch.float32) * total), (weights, n)
             t = torch.arange(n, dtype=torch.int32) * (comm.rank + 1)
-            comm.all_reduce(t, op=ReduceOp.MAX, algorithm=f"direct:shares={weights}").wait()
+            comm.all_reduce(t, op=ReduceOp.MAX, algorithm=f"direct(shares={weights})").wait()
             assert torch.equal(t, torch.arange(n, dtype=torch.int32) * p), (weights, n)
     source, whole = torch.full((4,), float(comm.rank)), torch.empty(4 * p)
     comm.all_gather(whole, source, algorithm="ring").wait()
@@ -68,11 +68,11 @@ def override_body(comm):
     for wrong, text in (
         ("rings", "ring"),
         ("pairwise", "cannot do all_reduce"),
-        ("direct:shares=1/2", "3 weights"),
+        ("direct(shares=1/2)", "3 weights"),
     ):
         with pytest.raises(ConfigError, match=text):
             comm.all_reduce(torch.ones(2), algorithm=wrong)
-    assert comm.algorithm_for("all_reduce", 4, p) == "direct", "an override holds for one call"
+    assert comm.algorithm_for("all_reduce", 4) == "direct", "an override holds for one call"
     comm.barrier().wait()
 
 
@@ -82,17 +82,17 @@ def test_algorithm_of_one_call():
 
 def selection_body(comm, folder):
     os.environ["XDG_CACHE_HOME"] = folder
-    select.SIZES = (1 << 10, 64 << 10)
-    first = select.adopt(comm)
+    tuning.SIZES = (1 << 10, 64 << 10)
+    first = tuning.adopt(comm)
     assert first.source == "measured"
-    again = select.adopt(comm)
+    again = tuning.adopt(comm)
     assert again.source.startswith(folder) and again.choices == first.choices
-    for operation in select.OPERATIONS:
+    for operation in tuning.OPERATIONS:
         choice = comm.explain(operation, 2000)
         assert choice.runner_up and choice.runner_up != choice.algorithm
         assert list(choice.times_s.values()) == sorted(choice.times_s.values())
         assert "fastest when measured here" in choice.reason and "nearest size" in choice.reason
-        assert comm.algorithm_for(operation, 2000, comm.size) == choice.algorithm
+        assert comm.algorithm_for(operation, 2000) == choice.algorithm
     t = torch.ones(1000)
     comm.all_reduce(t).wait()
     assert torch.all(t == comm.size)

@@ -56,8 +56,8 @@ def test_a_slow_link_reduces_least():
         values = results(start(lab, [0, 1, 2, 3], "choose", 30, lab.address(0)))
     assert all(value == values[0] for value in values)
     name, text, times_s = (values[0][k] for k in ("algorithm", "text", "times_s"))
-    assert name.startswith("direct:shares="), text
-    weights = [int(w) for w in name.removeprefix("direct:shares=").split("/")]
+    assert name.startswith("direct(shares="), text
+    weights = [int(w) for w in name.removeprefix("direct(shares=").removesuffix(")").split("/")]
     assert weights[3] < min(weights[:3]), text
     assert "links differ" in text and "Mbit/s" in text
     assert times_s[name] < times_s["ring"], text

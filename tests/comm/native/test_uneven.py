@@ -62,7 +62,7 @@ def test_beats_every_other_schedule_beside_one_slow_link(p, factor):
 
 @given(st.integers(0, 100_000), st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any))
 def test_counts(numel, weights):
-    shares = uneven.parse(uneven.PREFIX + "/".join(map(str, weights)), len(weights))
+    shares = uneven.parse(uneven.name_of(weights), len(weights))
     counts = uneven.counts(numel, shares)
     assert sum(counts) == numel and min(counts) >= 0
     for count, share in zip(counts, shares, strict=True):
@@ -72,7 +72,7 @@ def test_counts(numel, weights):
 @pytest.mark.parametrize("weights", ["1/1", "1/1/1/1", "1/x/1", "1/-1/1", "0/0/0", "inf/1/1", "nan/1/1", ""])
 def test_wrong_weights_are_refused(weights):
     with pytest.raises(ConfigError, match="3 weights >= 0"):
-        uneven.parse(uneven.PREFIX + weights, 3)
+        uneven.parse(f"direct(shares={weights})", 3)
 
 
 def test_equal_links_and_other_names():

@@ -1,7 +1,8 @@
-"""What communicators of the C++ core have in common: operations, memory, works, errors."""
+"""What all communicators of the C++ core share: operations, memory, works, priorities, errors."""
 
 from __future__ import annotations
 
+import abc
 import atexit
 import os
 import time
@@ -13,10 +14,12 @@ import torch
 
 from paceline import _core
 from paceline.comm.communicator import FabricCommunicator
+from paceline.comm.ledger import Ledger
+from paceline.comm.native.choice import Choice
 from paceline.comm.native.codes import ANY_RANK, DTYPE_CODES, OP_CODES, REDUCIBLE, Kind
 from paceline.comm.native.work import DONE, FailedWork, NativeWork
 from paceline.errors import CommError, ConfigError
-from paceline.types import Rank, ReduceOp, Work
+from paceline.types import DEFAULT_OPTIONS, CallOptions, Rank, ReduceOp, Work
 
 _core.know_tensors(torch.Tensor.__dlpack_c_exchange_api__, (torch.Tensor, torch.nn.Parameter))
 
@@ -33,8 +36,19 @@ def engine() -> _core.Engine:
     return _engine
 
 
-class CoreCommunicator(FabricCommunicator):
-    """A communicator over a group of the core: one host's shared memory, or a network."""
+class NativeCommunicator(FabricCommunicator):
+    """A communicator over a group of the core: one host's shared memory, a network, or both.
+
+    Its collectives take an `algorithm` and a `priority`; see `paceline.types.CallOptions`. All ranks must
+    give the same.
+
+    Args:
+        rank: This rank.
+        hosts: The host of every rank.
+        group: The core's group of these ranks.
+        timeout_s: Deadline of an operation that names none, in seconds.
+        ledger: Where bytes are counted; None: a new one.
+    """
 
     fabric = "native"
 
@@ -45,10 +59,13 @@ class CoreCommunicator(FabricCommunicator):
         group: _core.Group | _core.NetworkGroup | _core.MixedGroup,
         *,
         timeout_s: float,
+        ledger: Ledger | None = None,
     ) -> None:
-        super().__init__(rank, len(hosts), hosts)
+        super().__init__(rank, len(hosts), hosts, ledger=ledger)
         self.timeout_s = timeout_s
-        self._core_group = group
+        self.core_group = group
+        """The core's group, for layers of this package that drive it themselves."""
+        self._urgent: NativeCommunicator | None = None
         self._submit = group.combine
         # Tensors of operations that nobody may be waiting for any more.
         self._in_flight: deque[tuple[_core.Operation, tuple[torch.Tensor | None, ...]]] = deque()
@@ -64,60 +81,143 @@ class CoreCommunicator(FabricCommunicator):
         """Seconds of a monotonic clock."""
         return time.perf_counter()
 
+    def deadline_s(self, options: CallOptions) -> float:
+        """Seconds that an operation with these options may take."""
+        return self.timeout_s if options.timeout_s is None else options.timeout_s
+
+    @abc.abstractmethod
+    def explain(self, operation: str, num_bytes: int, *, buffers: str = "private") -> Choice:
+        """Which algorithm an operation gets, and why.
+
+        Args:
+            operation: Name of a collective.
+            num_bytes: Size of the buffer.
+            buffers: "private", or "allocated" by `allocate`.
+        """
+
+    @abc.abstractmethod
+    def make_urgent_lane(self) -> NativeCommunicator:
+        """The same ranks on a queue of their own, counted in this communicator's ledger."""
+
+    def lane(self, priority: int) -> NativeCommunicator:
+        """The queue of urgent operations; made when first needed, by all ranks at the same call."""
+        if self._urgent is None:
+            self._urgent = self.make_urgent_lane()
+        return self._urgent
+
     # Operations
 
-    def start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> Work:
+    def start_all_reduce(
+        self, tensor: torch.Tensor, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
         code = DTYPE_CODES.get(tensor.dtype)
         if code is None or not tensor.is_cpu or (op is not ReduceOp.SUM and not self._is_reducible(code, op)):
             self._refuse_tensor("all_reduce", tensor, op)
         pointer = tensor.data_ptr()
         try:
             operation = self._submit(
-                Kind.ALL_REDUCE, pointer, pointer, tensor.numel(), code, OP_CODES[op], 0, (), self.timeout_s
+                Kind.ALL_REDUCE,
+                pointer,
+                pointer,
+                tensor.numel(),
+                code,
+                OP_CODES[op],
+                0,
+                (),
+                self.deadline_s(options),
             )
         except CommError as error:
-            return self._failed(error)
-        return DONE if operation is None else self._pending(operation, (tensor,))
+            return self.failed(error)
+        return DONE if operation is None else self.pending(operation, (tensor,))
 
-    def start_reduce(self, tensor: torch.Tensor, root: Rank, op: ReduceOp) -> Work:
-        return self._combine("reduce", Kind.REDUCE, tensor, tensor, root, op, ())
+    def start_reduce(
+        self, tensor: torch.Tensor, root: Rank, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
+        return self._combine("reduce", Kind.REDUCE, tensor, tensor, root, op, (), options=options)
 
-    def start_reduce_scatter(self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp) -> Work:
+    def start_reduce_scatter(
+        self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
         counts = (output.numel(),) * self.size
-        return self._combine("reduce_scatter", Kind.REDUCE_SCATTER, output, source, 0, op, counts)
+        return self._combine(
+            "reduce_scatter", Kind.REDUCE_SCATTER, output, source, 0, op, counts, options=options
+        )
 
     def start_reduce_scatter_v(
-        self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int], op: ReduceOp
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor,
+        counts: Sequence[int],
+        op: ReduceOp,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> Work:
-        return self._combine("reduce_scatter_v", Kind.REDUCE_SCATTER, output, source, 0, op, counts)
+        return self._combine(
+            "reduce_scatter_v", Kind.REDUCE_SCATTER, output, source, 0, op, counts, options=options
+        )
 
-    def start_broadcast(self, tensor: torch.Tensor, root: Rank) -> Work:
+    def start_broadcast(
+        self, tensor: torch.Tensor, root: Rank, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
         n = tensor.numel()
         send = (n,) if self.rank == root else ()
-        receive = () if self.rank == root else self._only(root, n)
-        return self._exchange(Kind.BROADCAST, tensor, tensor, n, root, send, receive, same=True)
+        receive = () if self.rank == root else self.only(root, n)
+        return self._exchange(
+            Kind.BROADCAST, tensor, tensor, n, root, send, receive, same=True, options=options
+        )
 
-    def start_all_gather(self, output: torch.Tensor, source: torch.Tensor) -> Work:
+    def start_all_gather(
+        self, output: torch.Tensor, source: torch.Tensor, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
         n = source.numel()
-        return self._exchange(Kind.ALL_GATHER, output, source, n, 0, (n,), (n,) * self.size, same=True)
+        return self._exchange(
+            Kind.ALL_GATHER, output, source, n, 0, (n,), (n,) * self.size, same=True, options=options
+        )
 
-    def start_all_gather_v(self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int]) -> Work:
+    def start_all_gather_v(
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor,
+        counts: Sequence[int],
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> Work:
         send = (source.numel(),)
-        return self._exchange(Kind.ALL_GATHER, output, source, output.numel(), 0, send, counts, same=True)
+        return self._exchange(
+            Kind.ALL_GATHER, output, source, output.numel(), 0, send, counts, same=True, options=options
+        )
 
-    def start_gather(self, output: torch.Tensor | None, source: torch.Tensor, root: Rank) -> Work:
+    def start_gather(
+        self,
+        output: torch.Tensor | None,
+        source: torch.Tensor,
+        root: Rank,
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> Work:
         n = source.numel()
         receive = (n,) * self.size if output is not None else ()
-        return self._exchange(Kind.GATHER, output, source, n, root, self._only(root, n), receive)
+        return self._exchange(
+            Kind.GATHER, output, source, n, root, self.only(root, n), receive, options=options
+        )
 
-    def start_scatter(self, output: torch.Tensor, source: torch.Tensor | None, root: Rank) -> Work:
+    def start_scatter(
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor | None,
+        root: Rank,
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> Work:
         n = output.numel()
         send = (n,) * self.size if source is not None else ()
-        return self._exchange(Kind.SCATTER, output, source, n, root, send, self._only(root, n))
+        return self._exchange(
+            Kind.SCATTER, output, source, n, root, send, self.only(root, n), options=options
+        )
 
-    def start_all_to_all(self, output: torch.Tensor, source: torch.Tensor) -> Work:
+    def start_all_to_all(
+        self, output: torch.Tensor, source: torch.Tensor, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
         n = source.numel() // self.size
-        return self._exchange(Kind.ALL_TO_ALL, output, source, n, 0, (n,) * self.size, (n,) * self.size)
+        return self._exchange(
+            Kind.ALL_TO_ALL, output, source, n, 0, (n,) * self.size, (n,) * self.size, options=options
+        )
 
     def start_all_to_all_v(
         self,
@@ -125,20 +225,25 @@ class CoreCommunicator(FabricCommunicator):
         source: torch.Tensor,
         output_counts: Sequence[int],
         source_counts: Sequence[int],
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> Work:
         sent, expected = source_counts[self.rank], output_counts[self.rank]
         if sent != expected:
             raise ConfigError(
-                f"{self._who()}: all_to_all_v: {sent} elements sent to this rank itself, {expected} expected"
+                f"{self.who()}: all_to_all_v: {sent} elements sent to this rank itself, {expected} expected"
             )
-        return self._exchange(Kind.ALL_TO_ALL, output, source, 0, 0, source_counts, output_counts)
+        return self._exchange(
+            Kind.ALL_TO_ALL, output, source, 0, 0, source_counts, output_counts, options=options
+        )
 
-    def start_barrier(self) -> Work:
+    def start_barrier(self, options: CallOptions = DEFAULT_OPTIONS) -> Work:
         try:
-            operation = self._core_group.exchange(Kind.BARRIER, 0, 0, 0, 0, 0, (), (), True, self.timeout_s)
+            operation = self.core_group.exchange(
+                Kind.BARRIER, 0, 0, 0, 0, 0, (), (), True, self.deadline_s(options)
+            )
         except CommError as error:
-            return self._failed(error)
-        return DONE if operation is None else self._pending(operation, ())
+            return self.failed(error)
+        return DONE if operation is None else self.pending(operation, ())
 
     def _combine(
         self,
@@ -149,12 +254,14 @@ class CoreCommunicator(FabricCommunicator):
         root: Rank,
         op: ReduceOp,
         counts: Sequence[int],
+        *,
+        options: CallOptions,
     ) -> Work:
         code = self._code(source.dtype, source)
         if not self._is_reducible(code, op):
             self._refuse_tensor(name, source, op)
         try:
-            operation = self._core_group.combine(
+            operation = self.core_group.combine(
                 kind,
                 source.data_ptr(),
                 output.data_ptr(),
@@ -163,11 +270,11 @@ class CoreCommunicator(FabricCommunicator):
                 OP_CODES[op],
                 root,
                 counts,
-                self.timeout_s,
+                self.deadline_s(options),
             )
         except CommError as error:
-            return self._failed(error)
-        return DONE if operation is None else self._pending(operation, (output, source))
+            return self.failed(error)
+        return DONE if operation is None else self.pending(operation, (output, source))
 
     def _exchange(
         self,
@@ -178,13 +285,15 @@ class CoreCommunicator(FabricCommunicator):
         root: Rank,
         send: Sequence[int],
         receive: Sequence[int],
+        *,
         same: bool = False,
+        options: CallOptions,
     ) -> Work:
         present = output if output is not None else source
         assert present is not None
         code = self._code(present.dtype, present)
         try:
-            operation = self._core_group.exchange(
+            operation = self.core_group.exchange(
                 kind,
                 0 if source is None else source.data_ptr(),
                 0 if output is None else output.data_ptr(),
@@ -194,52 +303,65 @@ class CoreCommunicator(FabricCommunicator):
                 send,
                 receive,
                 same,
-                self.timeout_s,
+                self.deadline_s(options),
             )
         except CommError as error:
-            return self._failed(error)
-        return DONE if operation is None else self._pending(operation, (output, source))
+            return self.failed(error)
+        return DONE if operation is None else self.pending(operation, (output, source))
 
-    def _only(self, rank: Rank, count: int) -> tuple[int, ...]:
+    def only(self, rank: Rank, count: int) -> tuple[int, ...]:
+        """Counts for every rank: `count` for `rank`, 0 for the others."""
         return tuple(count if r == rank else 0 for r in range(self.size))
 
-    def start_send(self, tensor: torch.Tensor, dst: Rank, tag: int) -> Work:
+    def start_send(
+        self, tensor: torch.Tensor, dst: Rank, tag: int, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
         code = self._code(tensor.dtype, tensor)
         try:
-            operation = self._core_group.send(
-                tensor.data_ptr(), tensor.numel(), code, dst, tag, self.timeout_s
+            operation = self.core_group.send(
+                tensor.data_ptr(), tensor.numel(), code, dst, tag, self.deadline_s(options)
             )
         except CommError as error:
-            return self._failed(error)
-        return DONE if operation is None else self._pending(operation, (tensor,))
+            return self.failed(error)
+        return DONE if operation is None else self.pending(operation, (tensor,))
 
-    def start_recv(self, tensor: torch.Tensor, src: Rank | None, tag: int) -> Work:
+    def start_recv(
+        self, tensor: torch.Tensor, src: Rank | None, tag: int, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
         code = self._code(tensor.dtype, tensor)
         peer = ANY_RANK if src is None else src
         try:
-            operation = self._core_group.receive(
-                tensor.data_ptr(), tensor.numel(), code, peer, tag, self.timeout_s
+            operation = self.core_group.receive(
+                tensor.data_ptr(), tensor.numel(), code, peer, tag, self.deadline_s(options)
             )
         except CommError as error:
-            return self._failed(error)
-        return DONE if operation is None else self._pending(operation, (tensor,))
+            return self.failed(error)
+        return DONE if operation is None else self.pending(operation, (tensor,))
 
-    def _close(self) -> None:
-        self._core_group.close()
+    def release(self) -> None:
+        if self._urgent is not None:
+            self._urgent.close()
+        self.core_group.close()
         self._in_flight.clear()
 
     # Works and errors
 
-    def _pending(self, operation: _core.Operation, tensors: tuple[torch.Tensor | None, ...]) -> Work:
+    def pending(self, operation: _core.Operation, tensors: tuple[torch.Tensor | None, ...]) -> Work:
+        """The Work of an operation of the core that is under way; `tensors` live until it is done."""
         flying = self._in_flight
         while flying and flying[0][0].is_done:
             flying.popleft()
         flying.append((operation, tensors))
-        return NativeWork(self, operation)
+        return NativeWork(operation, self.core_group, self.ledger, self.note_failure)
 
-    def _failed(self, error: CommError) -> Work:
+    def failed(self, error: CommError) -> Work:
+        """A Work that raises `error`; no further operation can start."""
         self.unusable = str(error)
         return FailedWork(error)
+
+    def note_failure(self, error: CommError) -> None:
+        """An operation failed while it was under way: no further one can start."""
+        self.unusable = self.unusable or str(error)
 
     @staticmethod
     def _is_reducible(code: int, op: ReduceOp) -> bool:
@@ -255,7 +377,7 @@ class CoreCommunicator(FabricCommunicator):
         what = f"{tensor.dtype} on {tensor.device}"
         if op is None or not tensor.is_cpu or tensor.dtype not in DTYPE_CODES:
             raise ConfigError(
-                f"{self._who()}: {name}: the native fabric moves CPU tensors of"
+                f"{self.who()}: {name}: the native fabric moves CPU tensors of"
                 f" {', '.join(str(d).removeprefix('torch.') for d in DTYPE_CODES)}; got {what}"
             )
-        raise ConfigError(f"{self._who()}: {name}: {op.name} is not defined for {what}")
+        raise ConfigError(f"{self.who()}: {name}: {op.name} is not defined for {what}")

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 
 from paceline import _core
-from paceline.comm.native.choosing import ChoosingCommunicator
-from paceline.comm.native.communicator import engine
+from paceline.comm.ledger import Ledger
+from paceline.comm.native.choice import Choice, check_operation
+from paceline.comm.native.communicator import NativeCommunicator, engine
 from paceline.comm.native.network import NetworkCommunicator
-from paceline.comm.native.select import Choice, check_operation
 from paceline.errors import ConfigError
 from paceline.types import Rank, ReduceOp
 
 
-def with_shared_memory(world: NetworkCommunicator) -> NetworkCommunicator | MixedCommunicator:
+def with_shared_memory(
+    world: NetworkCommunicator, *, ledger: Ledger | None = None
+) -> NetworkCommunicator | HierarchicalCommunicator:
     """`world` with shortcuts through the memory of hosts that it has several ranks on. Collective.
 
     Where ranks of a host may not open each other's memory, all stay with TCP.
@@ -45,10 +46,10 @@ def with_shared_memory(world: NetworkCommunicator) -> NetworkCommunicator | Mixe
         return world
     num_stripes = min(len(m) for m in members)
     stripe = world.stripe_group([m[place] for m in members]) if place < num_stripes else None
-    return MixedCommunicator(world, hosts, local, stripe)
+    return HierarchicalCommunicator(world, hosts, local, stripe, ledger=ledger)
 
 
-class MixedCommunicator(ChoosingCommunicator):
+class HierarchicalCommunicator(NativeCommunicator):
     """A communicator over the hosts' shared memory and a network; owns `world`, `local` and `stripe`."""
 
     def __init__(
@@ -57,10 +58,12 @@ class MixedCommunicator(ChoosingCommunicator):
         hosts: Sequence[int],
         local: _core.Group,
         stripe: _core.NetworkGroup | None,
+        *,
+        ledger: Ledger | None = None,
     ) -> None:
         self._world, self._local, self._stripe = world, local, stripe
         group = _core.MixedGroup(world.rank, hosts, local, world.network_group, stripe)
-        super().__init__(world.rank, world.hosts, group, timeout_s=world.timeout_s)
+        super().__init__(world.rank, world.hosts, group, timeout_s=world.timeout_s, ledger=ledger)
         self.meeting = world.meeting
 
     def explain(self, operation: str, num_bytes: int, *, buffers: str = "private") -> Choice:
@@ -68,31 +71,31 @@ class MixedCommunicator(ChoosingCommunicator):
         check_operation(operation)
         why = "ranks of one host share memory: every byte crosses the network once between two hosts"
         if operation in ("gather", "scatter", "all_to_all", "all_to_all_v"):
-            why = "straight to everybody: through shared memory within the host, over TCP to the others"
+            why = "straight to every rank: through shared memory within the host, over TCP to the others"
         return Choice(operation, num_bytes, "hierarchical", why, "direct")
 
-    def using(self, algorithm: str) -> NoReturn:
+    def check_algorithm(self, operation: str, algorithm: str) -> None:
         """Refused: where hosts have several ranks, the hierarchy is fixed."""
         raise ConfigError(
-            f"{self._who()}: algorithm={algorithm!r}: hosts with several ranks use the hierarchy"
+            f"{self.who()}: {operation}: algorithm={algorithm!r}: hosts with several ranks use the hierarchy"
             " of shared memory and TCP (see explain); algorithms can be chosen where every host has one rank"
         )
 
-    def _open_urgent_lane(self) -> ChoosingCommunicator:
-        return with_shared_memory(self._world._open_urgent_lane())
+    def make_urgent_lane(self) -> NativeCommunicator:
+        return with_shared_memory(self._world.make_urgent_lane(), ledger=self.ledger)
 
     @property
     def wire_bytes(self) -> int:
         """Bytes that this process put on the network."""
         return self._world.wire_bytes
 
-    def _split(self, ranks: list[Rank]) -> NetworkCommunicator | MixedCommunicator | None:
-        part = self._world._split(ranks)
+    def make_part(self, ranks: list[Rank]) -> NetworkCommunicator | HierarchicalCommunicator | None:
+        part = self._world.make_part(ranks)
         return None if part is None else with_shared_memory(part)
 
-    def _close(self) -> None:
+    def release(self) -> None:
         self.ledger.wire_bytes = self.wire_bytes
-        super()._close()
+        super().release()
         self._local.close()
         if self._stripe is not None:
             self._stripe.close()

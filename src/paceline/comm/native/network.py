@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from paceline import _core, collectives
+from paceline.comm.ledger import Ledger
 from paceline.comm.native import uneven
-from paceline.comm.native.choosing import ChoosingCommunicator, replaced
+from paceline.comm.native.choice import DIRECT, Choice, Table, check_operation
 from paceline.comm.native.codes import OP_CODES, Kind
-from paceline.comm.native.communicator import engine
+from paceline.comm.native.communicator import NativeCommunicator, engine
 from paceline.comm.native.plan import plan
-from paceline.comm.native.select import DIRECT, Choice, Table, check_operation
 from paceline.comm.native.work import DONE
 from paceline.comm.rendezvous.meeting import Meeting
 from paceline.errors import CommError, ConfigError, Timeout
 from paceline.options import JobOptions
-from paceline.types import Rank, ReduceOp, Work
+from paceline.types import DEFAULT_OPTIONS, CallOptions, Rank, ReduceOp, Work
 
 INTERFACE = "PACELINE_INTERFACE"
 """Interfaces or addresses of this host to use, separated by commas, where the launcher says none."""
 _FEW_RANKS = 16
-"""Up to here everybody talks to everybody: two steps, and no more bytes than a ring."""
+"""Up to here every rank talks to every other: two steps, and no more bytes than a ring."""
 _LITTLE_BYTES = 32 << 10
 """All ranks' data in one step up to here."""
 
@@ -91,7 +90,7 @@ def _read(meeting: Meeting, key: str, rank: Rank, timeout_s: float) -> str:
     return str(meeting.store.get(key).decode())
 
 
-class NetworkCommunicator(ChoosingCommunicator):
+class NetworkCommunicator(NativeCommunicator):
     """A communicator over TCP; `world_ranks[r]` is rank r's number on the network."""
 
     def __init__(
@@ -103,6 +102,7 @@ class NetworkCommunicator(ChoosingCommunicator):
         *,
         ids: list[int],
         timeout_s: float,
+        ledger: Ledger | None = None,
     ) -> None:
         # ids[0] numbers the groups of this process on this network; members of a group agree on its number.
         self._is_world = ids[0] == 0
@@ -110,17 +110,16 @@ class NetworkCommunicator(ChoosingCommunicator):
         self._ids = ids
         self._group = _core.NetworkGroup(network, ids[0], rank, world_ranks)
         ids[0] += 1
-        super().__init__(rank, hosts, self._group, timeout_s=timeout_s)
+        super().__init__(rank, hosts, self._group, timeout_s=timeout_s, ledger=ledger)
         self._network = network
         self._world_ranks = world_ranks
         self.selection = Table()
         """Measured choices; empty: the rule of `algorithm_for`. The same on all ranks."""
-        self.algorithm_for: Callable[[str, int, int], str] = self._select
-        """Chooses an algorithm for (operation, bytes, ranks); the same on all ranks."""
 
-    def _select(self, operation: str, num_bytes: int, num_ranks: int) -> str:
+    def algorithm_for(self, operation: str, num_bytes: int) -> str:
+        """The algorithm of an operation on `num_bytes` bytes that asks for none; the same on all ranks."""
         choice = self.selection.find(operation, num_bytes) if self.selection.choices else None
-        return algorithm_for(operation, num_bytes, num_ranks) if choice is None else choice.algorithm
+        return algorithm_for(operation, num_bytes, self.size) if choice is None else choice.algorithm
 
     def explain(self, operation: str, num_bytes: int, *, buffers: str = "private") -> Choice:
         """Which algorithm `operation` gets for a buffer of `num_bytes`, why, and the runner-up."""
@@ -132,31 +131,22 @@ class NetworkCommunicator(ChoosingCommunicator):
                 reason += f" (at {choice.num_bytes} bytes, the nearest size measured)"
             return dataclasses.replace(choice, num_bytes=num_bytes, reason=reason)
         name = algorithm_for(operation, num_bytes, self.size)
-        why = f"up to {_FEW_RANKS} ranks everybody talks to everybody at once, in one or two steps"
+        why = f"up to {_FEW_RANKS} ranks every rank talks to every other at once, in one or two steps"
         if name != DIRECT:
             why = f"more than {_FEW_RANKS} ranks: few connections, at {num_bytes} bytes"
         other = "ring" if name == DIRECT else DIRECT
         return Choice(operation, num_bytes, name, f"{why}; nothing was measured on this cluster", other)
 
-    @contextlib.contextmanager
-    def using(self, algorithm: str) -> Iterator[None]:
-        """Operations inside run `algorithm`; the same on all ranks. ConfigError for one that is unknown."""
-        is_own = algorithm == DIRECT or uneven.parse(algorithm, self.size) is not None
-        if not is_own:
-            collectives.find(algorithm.partition(":")[0])
+    def check_algorithm(self, operation: str, algorithm: str) -> None:
+        """ConfigError unless `operation` can run `algorithm` on these ranks."""
+        if algorithm == DIRECT or uneven.parse(algorithm, self.size) is not None:
+            return
+        name, options = collectives.parse(algorithm)
+        answer = collectives.supports(name, operation, self.size, **options)
+        if not answer:
+            raise ConfigError(f"{name} cannot do {operation} on {self.size} ranks: {answer}")
 
-        def fixed(operation: str, num_bytes: int, num_ranks: int) -> str:
-            name = algorithm.partition(":")[0]
-            if not is_own:
-                answer = collectives.supports(name, operation, num_ranks)
-                if not answer:
-                    raise ConfigError(f"{name} cannot do {operation} on {num_ranks} ranks: {answer}")
-            return algorithm
-
-        with replaced(self, "algorithm_for", fixed):
-            yield
-
-    def _open_urgent_lane(self) -> NetworkCommunicator:
+    def make_urgent_lane(self) -> NetworkCommunicator:
         lane = NetworkCommunicator(
             self.rank,
             self.hosts,
@@ -164,6 +154,7 @@ class NetworkCommunicator(ChoosingCommunicator):
             self._world_ranks,
             ids=[self._id | 1 << 31],
             timeout_s=self.timeout_s,
+            ledger=self.ledger,
         )
         lane.selection = self.selection
         return lane
@@ -183,60 +174,97 @@ class NetworkCommunicator(ChoosingCommunicator):
         """Bytes that this process put on the network."""
         return self._network.wire_bytes
 
-    def start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> Work:
-        name = self.algorithm_for("all_reduce", tensor.numel() * tensor.itemsize, self.size)
+    def start_all_reduce(
+        self, tensor: torch.Tensor, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
+        name = options.algorithm or self.algorithm_for("all_reduce", tensor.numel() * tensor.itemsize)
         if name == DIRECT:
-            return super().start_all_reduce(tensor, op)
+            return super().start_all_reduce(tensor, op, options)
         shares = uneven.parse(name, self.size)
         if shares is not None:
             counts = uneven.counts(tensor.numel(), shares)
-            return self._combine("all_reduce", Kind.ALL_REDUCE, tensor, tensor, 0, op, counts)
-        return self._run(name, "all_reduce", Kind.ALL_REDUCE, tensor, tensor, tensor.numel(), op=op)
+            return self._combine(
+                "all_reduce", Kind.ALL_REDUCE, tensor, tensor, 0, op, counts, options=options
+            )
+        return self._run(
+            name, "all_reduce", Kind.ALL_REDUCE, tensor, tensor, tensor.numel(), op=op, options=options
+        )
 
-    def start_reduce(self, tensor: torch.Tensor, root: Rank, op: ReduceOp) -> Work:
-        program = self._program("reduce", tensor)
+    def start_reduce(
+        self, tensor: torch.Tensor, root: Rank, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
+        program = self._program("reduce", tensor, options)
         if program is None:
-            return super().start_reduce(tensor, root, op)
-        return self._run(program, "reduce", Kind.REDUCE, tensor, tensor, tensor.numel(), root=root, op=op)
+            return super().start_reduce(tensor, root, op, options)
+        return self._run(
+            program, "reduce", Kind.REDUCE, tensor, tensor, tensor.numel(), root=root, op=op, options=options
+        )
 
-    def start_broadcast(self, tensor: torch.Tensor, root: Rank) -> Work:
-        program = self._program("broadcast", tensor)
+    def start_broadcast(
+        self, tensor: torch.Tensor, root: Rank, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
+        program = self._program("broadcast", tensor, options)
         if program is None:
-            return super().start_broadcast(tensor, root)
-        return self._run(program, "broadcast", Kind.BROADCAST, tensor, tensor, tensor.numel(), root=root)
+            return super().start_broadcast(tensor, root, options)
+        return self._run(
+            program, "broadcast", Kind.BROADCAST, tensor, tensor, tensor.numel(), root=root, options=options
+        )
 
-    def start_all_gather(self, output: torch.Tensor, source: torch.Tensor) -> Work:
-        program = self._program("all_gather", output)
+    def start_all_gather(
+        self, output: torch.Tensor, source: torch.Tensor, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
+        program = self._program("all_gather", output, options)
         if program is None:
-            return super().start_all_gather(output, source)
-        return self._run(program, "all_gather", Kind.ALL_GATHER, output, source, source.numel())
+            return super().start_all_gather(output, source, options)
+        return self._run(
+            program, "all_gather", Kind.ALL_GATHER, output, source, source.numel(), options=options
+        )
 
-    def start_all_gather_v(self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int]) -> Work:
-        program = self._program("all_gather", output)
+    def start_all_gather_v(
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor,
+        counts: Sequence[int],
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> Work:
+        program = self._program("all_gather", output, options)
         if program is None:
-            return super().start_all_gather_v(output, source, counts)
-        return self._run(program, "all_gather_v", Kind.ALL_GATHER, output, source, tuple(counts))
+            return super().start_all_gather_v(output, source, counts, options)
+        return self._run(
+            program, "all_gather_v", Kind.ALL_GATHER, output, source, tuple(counts), options=options
+        )
 
-    def start_reduce_scatter(self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp) -> Work:
-        program = self._program("reduce_scatter", source)
+    def start_reduce_scatter(
+        self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
+    ) -> Work:
+        program = self._program("reduce_scatter", source, options)
         if program is None:
-            return super().start_reduce_scatter(output, source, op)
+            return super().start_reduce_scatter(output, source, op, options)
         kind = Kind.REDUCE_SCATTER
-        return self._run(program, "reduce_scatter", kind, output, source, output.numel(), op=op)
+        return self._run(
+            program, "reduce_scatter", kind, output, source, output.numel(), op=op, options=options
+        )
 
     def start_reduce_scatter_v(
-        self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int], op: ReduceOp
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor,
+        counts: Sequence[int],
+        op: ReduceOp,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> Work:
-        program = self._program("reduce_scatter", source)
+        program = self._program("reduce_scatter", source, options)
         if program is None:
-            return super().start_reduce_scatter_v(output, source, counts, op)
+            return super().start_reduce_scatter_v(output, source, counts, op, options)
         kind = Kind.REDUCE_SCATTER
-        return self._run(program, "reduce_scatter_v", kind, output, source, tuple(counts), op=op)
+        return self._run(
+            program, "reduce_scatter_v", kind, output, source, tuple(counts), op=op, options=options
+        )
 
-    def _program(self, operation: str, whole: torch.Tensor) -> str | None:
+    def _program(self, operation: str, whole: torch.Tensor, options: CallOptions) -> str | None:
         """Name of the program to run, None for the core's own algorithm."""
-        name = self.algorithm_for(operation, whole.numel() * whole.itemsize, self.size)
-        return None if name == DIRECT or name.startswith(uneven.PREFIX) else name
+        name = options.algorithm or self.algorithm_for(operation, whole.numel() * whole.itemsize)
+        return None if name == DIRECT or uneven.parse(name, self.size) is not None else name
 
     def _run(
         self,
@@ -249,6 +277,7 @@ class NetworkCommunicator(ChoosingCommunicator):
         *,
         root: Rank = 0,
         op: ReduceOp = ReduceOp.SUM,
+        options: CallOptions,
     ) -> Work:
         code = self._code(output.dtype, output)
         if not self._is_reducible(code, op):
@@ -267,13 +296,13 @@ class NetworkCommunicator(ChoosingCommunicator):
                 code,
                 OP_CODES[op],
                 root,
-                self.timeout_s,
+                self.deadline_s(options),
             )
         except CommError as error:
-            return self._failed(error)
-        return DONE if started is None else self._pending(started, (output, source))
+            return self.failed(error)
+        return DONE if started is None else self.pending(started, (output, source))
 
-    def _split(self, ranks: list[Rank]) -> NetworkCommunicator | None:
+    def make_part(self, ranks: list[Rank]) -> NetworkCommunicator | None:
         agreed = torch.tensor(self._ids, dtype=torch.int64)
         self.start_all_reduce(agreed, ReduceOp.MAX).wait()
         self._ids[0] = int(agreed[0])
@@ -288,8 +317,8 @@ class NetworkCommunicator(ChoosingCommunicator):
             timeout_s=self.timeout_s,
         )
 
-    def _close(self) -> None:
+    def release(self) -> None:
         self.ledger.wire_bytes = self._network.wire_bytes
-        super()._close()
+        super().release()
         if self._is_world:
             self._network.close()

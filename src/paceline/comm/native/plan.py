@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
-from paceline import _core, registry
+from paceline import _core, collectives
 from paceline.schedule import contract
 from paceline.schedule.lowering.lower import lower
 from paceline.schedule.lowering.lowered import POSTS, VERBS, Instruction, Lowered, Run
@@ -19,11 +19,9 @@ Message = tuple[tuple[int, int], ...]
 
 @functools.lru_cache(maxsize=64)
 def lowered(algorithm: str, operation: str, num_ranks: int, root: int, in_place: bool) -> Lowered:
-    """Lower a named algorithm; options of the algorithm follow its name as `name:key=value`."""
-    name, _, rest = algorithm.partition(":")
-    options = {k: int(v) for k, v in (part.split("=") for part in rest.split(",") if part)}
-    module = registry.load("paceline.collectives", name, kind="collective")
-    program = module.build(operation, num_ranks, root=root, **options)
+    """Lower an algorithm, written as `ring_chunked(segments=4)`; ConfigError if it cannot do this."""
+    name, options = collectives.parse(algorithm)
+    program = collectives.build(name, operation, num_ranks, root=root, **options)
     return lower(program, in_place=in_place)
 
 

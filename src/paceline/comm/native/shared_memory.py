@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Literal, cast
 
 import torch
 
 from paceline import _core
-from paceline.comm.native.choosing import ChoosingCommunicator
+from paceline.comm.ledger import Ledger
+from paceline.comm.native.choice import Choice, check_operation
 from paceline.comm.native.codes import OP_CODES
-from paceline.comm.native.communicator import engine
-from paceline.comm.native.hierarchical import MixedCommunicator, with_shared_memory
+from paceline.comm.native.communicator import NativeCommunicator, engine
+from paceline.comm.native.hierarchical import HierarchicalCommunicator, with_shared_memory
 from paceline.comm.native.network import NetworkCommunicator, connect_hosts
-from paceline.comm.native.select import Choice, check_operation
 from paceline.comm.native.work import DONE
 from paceline.comm.rendezvous.meeting import Meeting
 from paceline.errors import CommError, ConfigError
@@ -28,7 +28,7 @@ from paceline.types import Rank, ReduceOp, Work
 
 def connect(
     meeting: Meeting, *, timeout_s: float, device: torch.device | None = None
-) -> NativeCommunicator | NetworkCommunicator | MixedCommunicator:
+) -> SharedMemoryCommunicator | NetworkCommunicator | HierarchicalCommunicator:
     """Join the job's ranks: through shared memory within a host, over TCP between hosts.
 
     `timeout_s` is the deadline of every operation. Raises ConfigError for other devices than the CPU and when
@@ -51,10 +51,10 @@ def connect(
     if any(refusals):
         group.close()
         return _without_shared_memory(meeting, refusals, timeout_s)
-    comm = NativeCommunicator(meeting.rank, meeting.hosts, group, timeout_s=timeout_s)
-    comm.meeting = comm._home = meeting
+    comm = SharedMemoryCommunicator(meeting.rank, meeting.hosts, group, timeout_s=timeout_s, home=meeting)
+    comm.meeting = meeting
     comm.ledger.wire_bytes = 0  # nothing leaves the host
-    comm.barrier().wait()  # nobody depends on the store any more
+    comm.barrier().wait()  # no rank depends on the store any more
     return comm
 
 
@@ -71,14 +71,14 @@ def _without_shared_memory(meeting: Meeting, refusals: list[str], timeout_s: flo
     return connect_hosts(apart, timeout_s=timeout_s)
 
 
-def _join(meeting: Meeting, timeout_s: float) -> NativeCommunicator:
-    """A communicator of the meeting's ranks, through its store alone."""
+def _join(meeting: Meeting, timeout_s: float, ledger: Ledger) -> SharedMemoryCommunicator:
+    """One more communicator of the meeting's ranks, through its store alone."""
     group = _core.Group(engine(), meeting.rank, meeting.size)
     addresses = meeting.exchange("native", group.address, timeout_s=timeout_s)
     group.connect([tuple(address) for address in addresses])
-    comm = NativeCommunicator(meeting.rank, meeting.hosts, group, timeout_s=timeout_s)
-    comm._home = meeting
-    return comm
+    return SharedMemoryCommunicator(
+        meeting.rank, meeting.hosts, group, timeout_s=timeout_s, home=meeting, ledger=ledger
+    )
 
 
 def _protocol(operation: str, num_bytes: int, size: int, buffers: str) -> tuple[str, str, str | None]:
@@ -96,15 +96,33 @@ def _protocol(operation: str, num_bytes: int, size: int, buffers: str) -> tuple[
     )
 
 
-class NativeCommunicator(ChoosingCommunicator):
+AtOnce = Callable[[torch.Tensor, int, float], "_core.Operation | Literal[False] | None"]
+"""(tensor, operator, seconds) → None: done; an Operation: under way; False: not taken."""
+
+
+class SharedMemoryCommunicator(NativeCommunicator):
     """A communicator over one shared-memory group."""
 
-    def __init__(self, rank: Rank, hosts: Sequence[str], group: _core.Group, *, timeout_s: float) -> None:
-        super().__init__(rank, hosts, group, timeout_s=timeout_s)
-        self._group = group
-        self._reduce_now = group.all_reduce
-        self.ledger.operations["all_reduce"] = self._n_all_reduce = group.reduced
-        self._home: Meeting | None = None  # where exactly these ranks can meet again
+    def __init__(
+        self,
+        rank: Rank,
+        hosts: Sequence[str],
+        group: _core.Group,
+        *,
+        timeout_s: float,
+        home: Meeting | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        super().__init__(rank, hosts, group, timeout_s=timeout_s, ledger=ledger)
+        self.shared_memory_group = group
+        """The core's group, for the fast path of the torch.distributed backend."""
+        # The core counts the calls that it takes at once; an urgent lane counts where its communicator does.
+        if ledger is None:
+            self.ledger.counters.all_reduce = group.reduced
+        else:
+            group.reduced = cast(_core.Entry, ledger.counters.all_reduce)
+        self._all_reduce_at_once: AtOnce = group.all_reduce
+        self._home = home  # where exactly these ranks can meet again
         self._num_parts = 0
 
     def explain(self, operation: str, num_bytes: int, *, buffers: str = "private") -> Choice:
@@ -115,24 +133,22 @@ class NativeCommunicator(ChoosingCommunicator):
         name, reason, other = _protocol(operation, num_bytes, self.size, buffers)
         return Choice(operation, num_bytes, name, reason, other)
 
-    def using(self, algorithm: str) -> NoReturn:
+    def check_algorithm(self, operation: str, algorithm: str) -> None:
         """Refused: here the protocol follows from the size and the buffers."""
         raise ConfigError(
-            f"{self._who()}: algorithm={algorithm!r}: over shared memory the protocol follows from the size"
-            " and the buffers (see explain); algorithms can be chosen between hosts"
+            f"{self.who()}: {operation}: algorithm={algorithm!r}: over shared memory the protocol follows"
+            " from the size and the buffers (see explain); algorithms can be chosen between hosts"
         )
 
-    def _open_urgent_lane(self) -> NativeCommunicator:
+    def make_urgent_lane(self) -> SharedMemoryCommunicator:
         assert self._home is not None
-        lane = _join(self._home.part("urgent", range(self.size)), self.timeout_s)
-        lane._group.reduced = self._group.reduced
-        return lane
+        return _join(self._home.part("urgent", range(self.size)), self.timeout_s, self.ledger)
 
     def tolerate_loss(self) -> None:
-        """From now on collectives go on among the living, if `min_size` allows losses. All ranks call it."""
+        """From now on collectives continue among the living ranks, if `min_size` allows losses."""
         super().tolerate_loss()
-        if self._survivors is not None:
-            setattr(self, "all_reduce", super().all_reduce)  # noqa: B010  the short cut would miss them
+        if self.min_size < self.size:
+            self._all_reduce_at_once = _never  # the short cut would miss the survivors' protocol
 
     # Operations
 
@@ -149,32 +165,39 @@ class NativeCommunicator(ChoosingCommunicator):
         code = 0 if op is ReduceOp.SUM else OP_CODES.get(op)
         if code is not None and self.unusable is None and not priority and algorithm is None:
             try:
-                operation = self._reduce_now(tensor, code, self.timeout_s)
+                operation = self._all_reduce_at_once(tensor, code, self.timeout_s)
             except CommError as error:
-                return self._failed(error)
+                return self.failed(error)
             if operation is None:
                 return DONE
             if operation is not False:
-                return self._pending(operation, (tensor,))
+                return self.pending(operation, (tensor,))
         return super().all_reduce(tensor, op=op, algorithm=algorithm, priority=priority)
 
     # Groups
 
-    def _split(self, ranks: list[Rank]) -> NativeCommunicator | None:
+    def make_part(self, ranks: list[Rank]) -> SharedMemoryCommunicator | None:
         group = None
         self._num_parts += 1
         mine = torch.zeros(5, dtype=torch.int64)
         if self.rank in ranks:
             group = _core.Group(engine(), ranks.index(self.rank), len(ranks))
             mine = torch.tensor(group.address, dtype=torch.int64)
-        everyone = torch.empty(5 * self.size, dtype=torch.int64)
-        self.start_all_gather(everyone, mine).wait()
+        addresses = torch.empty(5 * self.size, dtype=torch.int64)
+        self.start_all_gather(addresses, mine).wait()
         if group is None:
             return None
-        rows = everyone.view(self.size, 5).tolist()
+        rows = addresses.view(self.size, 5).tolist()
         group.connect([tuple(rows[r]) for r in ranks])
-        place = ranks.index(self.rank)
-        part = NativeCommunicator(place, [self.hosts[r] for r in ranks], group, timeout_s=self.timeout_s)
-        if self._home is not None:
-            part._home = self._home.part(f"{self._num_parts}", ranks)
-        return part
+        return SharedMemoryCommunicator(
+            ranks.index(self.rank),
+            [self.hosts[r] for r in ranks],
+            group,
+            timeout_s=self.timeout_s,
+            home=None if self._home is None else self._home.part(f"{self._num_parts}", ranks),
+        )
+
+
+def _never(tensor: torch.Tensor, op: int, timeout_s: float) -> Literal[False]:
+    """False, as the core says of a call that it does not take at once."""
+    return False

@@ -1,22 +1,25 @@
 """Shares of a large all_reduce for links of different speeds.
 
 When all ranks talk to each other directly, rank r sends its contributions to the shares that others reduce,
-and the results of its own share w_r to everybody: S (1 + (P-2) w_r) bytes, and receives as many. The shares
+and the results of its own share w_r to all others: S (1 + (P-2) w_r) bytes, and receives as many. The shares
 of `best` make the slowest link's time as short as it can be. A rank whose link is much slower than the others
 reduces nothing: the link carries S in each direction, which no schedule undercuts; a ring takes 2 (P-1)/P S.
 
-`direct:shares=33/33/34/0` is the name of such an algorithm: the weights of the ranks, in their order.
+`direct(shares=33/33/34/0)` is such an algorithm: the weights of the ranks, in their order.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
+from paceline import spec
+from paceline.comm.native.choice import DIRECT
 from paceline.errors import ConfigError
 from paceline.schedule.program import INPUT, Program, Step, copy, reduce, together
+from paceline.spec import Spec
 
-PREFIX = "direct:shares="
 SMALLEST_BYTES = 256 << 10
 """Below, latency counts for more than bandwidth."""
 _EVEN = 1.5
@@ -40,28 +43,43 @@ def best(rates: Sequence[float]) -> str | None:
             low = middle
         else:
             high = middle
-    time = max(high, 1 / min(rates))  # the slowest link takes so long anyway
+    time = max(high, 1 / min(rates))  # the slowest link takes at least this long
     limits = [max(0.0, (time * rate - 1) / (p - 2)) for rate in rates]
     weights = [round(100 * limit / sum(limits)) for limit in limits]
-    return PREFIX + "/".join(map(str, weights))
+    return name_of(weights)
 
 
-def parse(algorithm: str, num_ranks: int) -> list[float] | None:
+def name_of(weights: Sequence[float]) -> str:
+    """How a user writes these weights."""
+    return str(Spec(DIRECT, {"shares": tuple(weights)}))
+
+
+@functools.lru_cache(maxsize=64)
+def parse(algorithm: str, num_ranks: int) -> tuple[float, ...] | None:
     """The shares, which sum to 1; None for other algorithms. ConfigError unless there are P weights."""
-    if not algorithm.startswith(PREFIX):
-        return None
-    words = algorithm.removeprefix(PREFIX).split("/")
     try:
-        weights = [float(word) for word in words]
-    except ValueError:
-        weights = []
-    is_fine = len(weights) == num_ranks and min(weights) >= 0 and 0 < sum(weights) < float("inf")
+        wanted = spec.parse(algorithm)
+    except ConfigError:
+        if not algorithm.startswith(f"{DIRECT}("):
+            raise
+        wanted = Spec(DIRECT, {"shares": None})  # weights that are no numbers
+    if wanted.name != DIRECT or not wanted.arguments:
+        return None
+    given = wanted.arguments.get("shares")
+    weights = given if isinstance(given, tuple) else (given,)
+    numbers = [float(w) for w in weights if isinstance(w, int | float) and not isinstance(w, bool)]
+    is_fine = (
+        list(wanted.arguments) == ["shares"]
+        and len(numbers) == len(weights) == num_ranks
+        and min(numbers) >= 0
+        and 0 < sum(numbers) < float("inf")
+    )
     if not is_fine:
         raise ConfigError(
-            f"algorithm={algorithm!r}: {PREFIX} and {num_ranks} weights >= 0 with '/' between them expected,"
-            " one for every rank, not all 0"
+            f"algorithm={algorithm!r}: {DIRECT}(shares=…) needs {num_ranks} weights >= 0 with '/' between"
+            " them, one for every rank, not all 0"
         )
-    return [weight / sum(weights) for weight in weights]
+    return tuple(weight / sum(numbers) for weight in numbers)
 
 
 def counts(numel: int, shares: Sequence[float], *, multiple: int = 64) -> list[int]:
@@ -74,7 +92,7 @@ def counts(numel: int, shares: Sequence[float], *, multiple: int = 64) -> list[i
 
 
 def program(shares: Sequence[float]) -> Program:
-    """The same for the simulator, in rounds: contributions of one go beside the results of the one before."""
+    """The same for the simulator: contributions of a round travel beside the results of the one before."""
     p = len(shares)
     sizes = counts(max(_RESOLUTION, 2 * p), shares, multiple=1)  # chunks that each rank owns in every round
     firsts = [0, *itertools.accumulate(_ROUNDS * size for size in sizes)]

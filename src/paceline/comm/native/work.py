@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TypeAlias
 
 from paceline import _core
+from paceline.comm.ledger import Ledger
 from paceline.errors import CommError
 
-if TYPE_CHECKING:
-    from paceline.comm.native.communicator import CoreCommunicator
+CoreGroup: TypeAlias = "_core.Group | _core.NetworkGroup | _core.MixedGroup"
 
 
 class NativeWork:
-    """An operation of the core, and the time spent waiting for it."""
+    """An operation of the core, and the time spent waiting for it.
 
-    __slots__ = ("_comm", "_error", "_operation")
+    Args:
+        operation: The core's operation, under way.
+        group: The core's group that it runs in.
+        ledger: Counts the seconds that `wait` blocks.
+        on_failure: Called with the operation's error when it is first seen.
+    """
 
-    def __init__(self, comm: CoreCommunicator, operation: _core.Operation) -> None:
-        self._comm = comm
+    __slots__ = ("_error", "_group", "_ledger", "_on_failure", "_operation")
+
+    def __init__(
+        self,
+        operation: _core.Operation,
+        group: CoreGroup,
+        ledger: Ledger,
+        on_failure: Callable[[CommError], None],
+    ) -> None:
         self._operation = operation
+        self._group = group
+        self._ledger = ledger
+        self._on_failure = on_failure
         self._error: CommError | None = None
+
+    @property
+    def operation(self) -> _core.Operation:
+        """The core's operation."""
+        return self._operation
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Block until done; raise the operation's CommError."""
@@ -33,17 +54,17 @@ class NativeWork:
                 return
             start = time.perf_counter()
             try:
-                self._comm._core_group.wait(operation, -1.0 if timeout_s is None else timeout_s)
+                self._group.wait(operation, -1.0 if timeout_s is None else timeout_s)
             finally:
-                self._comm.ledger.wait_s += time.perf_counter() - start
+                self._ledger.wait_s += time.perf_counter() - start
         except CommError as error:
             self._error = error
-            self._comm.unusable = self._comm.unusable or str(error)
+            self._on_failure(error)
             raise
 
     def is_done(self) -> bool:
         """Whether `wait` would not block."""
-        return self._operation.is_done or self._comm._core_group.poll(self._operation)
+        return self._operation.is_done or self._group.poll(self._operation)
 
     def exception(self) -> BaseException | None:
         """Return the error of a finished operation, else None."""
@@ -52,7 +73,7 @@ class NativeWork:
                 self._operation.raise_failure()
             except CommError as error:
                 self._error = error
-                self._comm.unusable = self._comm.unusable or str(error)
+                self._on_failure(error)
         return self._error
 
 
@@ -62,14 +83,12 @@ class FinishedWork:
     __slots__ = ()
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Block until done; raise the operation's CommError."""
+        """Return at once."""
 
     def is_done(self) -> bool:
-        """Whether `wait` would not block."""
         return True
 
     def exception(self) -> BaseException | None:
-        """Return the error of a finished operation, else None."""
         return None
 
 
@@ -82,15 +101,12 @@ class FailedWork:
         self._error = error
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Block until done; raise the operation's CommError."""
         raise self._error
 
     def is_done(self) -> bool:
-        """Whether `wait` would not block."""
         return True
 
     def exception(self) -> BaseException | None:
-        """Return the error of a finished operation, else None."""
         return self._error
 
 

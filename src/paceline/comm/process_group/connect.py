@@ -31,7 +31,7 @@ def create(options: Any, backend_options: Any) -> PacelineGroup:
     timeout_s = options.timeout.total_seconds()
     meeting = meet(options.store, rank, size, timeout_s)
     comm = shared_memory.connect(meeting, timeout_s=timeout_s)
-    quick = isinstance(comm, shared_memory.NativeCommunicator)
+    quick = isinstance(comm, shared_memory.SharedMemoryCommunicator)
     group = (QuickGroup if quick else PacelineGroup)(comm, options.store, timeout_s=timeout_s)  # type: ignore[arg-type]
     if torch.cuda.is_available() and dist.is_nccl_available():
         group.other_backends["cuda"] = _nccl(options, backend_options)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from paceline.comm.native.codes import DTYPE_CODES, REDUCIBLE, Kind
-from paceline.comm.native.shared_memory import NativeCommunicator
+from paceline.comm.native.shared_memory import SharedMemoryCommunicator
 from paceline.comm.native.work import DONE
 from paceline.comm.process_group import instrumentation
 from paceline.comm.process_group.arguments import OPERATOR_CODES
@@ -43,9 +43,9 @@ def _is_plain(tensor: Any) -> bool:
 class QuickGroup(PacelineGroup):
     """A group whose ranks share one host's memory."""
 
-    def __init__(self, comm: NativeCommunicator, store: Store, *, timeout_s: float) -> None:
+    def __init__(self, comm: SharedMemoryCommunicator, store: Store, *, timeout_s: float) -> None:
         super().__init__(comm, store, timeout_s=timeout_s)
-        group = comm._group
+        group = comm.shared_memory_group
         # Of each call: what returns when the operation is over, and, for asynchronous ones, what starts it.
         self._reduce = (group.all_reduce_now, group.all_reduce)
         self._combine = (group.combine_now, group.combine)
@@ -95,11 +95,11 @@ class QuickGroup(PacelineGroup):
         self._sequence += 1
         if not is_async:
             return FINISHED
-        return C10dWork(DONE if operation is None else self._comm._pending(operation, kept), result)
+        return C10dWork(DONE if operation is None else self._comm.pending(operation, kept), result)
 
     def _refused(self, error: CommError, result: list[Any]) -> dist.Work:
         self._sequence += 1
-        failed: Work = self._comm._failed(error)
+        failed: Work = self._comm.failed(error)
         return C10dWork(failed, result)
 
     def allreduce(self, tensors: Any, opts: Any = None, *rest: Any, **named: Any) -> dist.Work:
@@ -121,7 +121,7 @@ class QuickGroup(PacelineGroup):
             code = _code_of(tensor.dtype)
             if code is not None and 0 <= root < self._size and _is_plain(tensor):
                 n = tensor.numel()
-                send, receive = ((n,), ()) if root == self._rank else ((), self._comm._only(root, n))
+                send, receive = ((n,), ()) if root == self._rank else ((), self._comm.only(root, n))
                 return self._exchanged(_BROADCAST, tensor, tensor, n, code, send, receive, True, opts, root)
         return super().broadcast(tensors, opts, *rest, **named)
 

@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import Store
 from paceline.comm import communicator as base_communicator
 from paceline.comm.native import communicator, network, plan, shared_memory
 from paceline.comm.native import work as native_work
-from paceline.comm.native.communicator import CoreCommunicator
+from paceline.comm.native.communicator import NativeCommunicator
 from paceline.comm.native.work import DONE
 from paceline.comm.process_group import arguments, completion, identity, instrumentation, sparse, work
 from paceline.comm.process_group.arguments import Finish
@@ -34,7 +34,7 @@ Tensors = list[torch.Tensor]
 class PacelineGroup(GroupIdentity):
     """One group over one communicator; all members make the same calls in the same order."""
 
-    def __init__(self, comm: CoreCommunicator, store: Store, *, timeout_s: float) -> None:
+    def __init__(self, comm: NativeCommunicator, store: Store, *, timeout_s: float) -> None:
         super().__init__(comm, store, timeout_s=timeout_s)
 
     # Reductions

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from paceline.comm.native.communicator import CoreCommunicator
+from paceline.comm.native.communicator import NativeCommunicator
 from paceline.comm.native.work import DONE
 from paceline.comm.process_group.arguments import Finish
 from paceline.comm.process_group.register import BACKEND
@@ -33,7 +33,7 @@ class GroupIdentity(dist.ProcessGroup):
     supports_coalescing = False
     supports_time_estimate = False
 
-    def __init__(self, comm: CoreCommunicator, store: Store, *, timeout_s: float) -> None:
+    def __init__(self, comm: NativeCommunicator, store: Store, *, timeout_s: float) -> None:
         dist.ProcessGroup.__init__(self, comm.rank, comm.size)  # type: ignore[call-arg]
         self._comm = comm
         self._group_store = store
@@ -276,7 +276,7 @@ class GroupIdentity(dist.ProcessGroup):
         """Fail what is in flight, here and on the other members; the group cannot be used any more."""
         for other in self.other_backends.values():
             other.abort()
-        self._comm._core_group.abort("the process group was aborted")
+        self._comm.core_group.abort("the process group was aborted")
         self._comm.unusable = "it was aborted"
 
     def shutdown(self) -> None:

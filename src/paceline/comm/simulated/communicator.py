@@ -13,7 +13,7 @@ from paceline.comm import reference
 from paceline.comm.communicator import FabricCommunicator
 from paceline.comm.simulated.cluster import SimulatedReply
 from paceline.comm.simulated.group import Apply, CollectiveCall, SimulatedGroup, SimulatedWork
-from paceline.types import Handler, Message, Rank, ReduceOp
+from paceline.types import DEFAULT_OPTIONS, CallOptions, Handler, Message, Rank, ReduceOp
 
 
 class SimulatedCommunicator(FabricCommunicator):
@@ -31,47 +31,80 @@ class SimulatedCommunicator(FabricCommunicator):
 
     # Collectives
 
-    def start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> SimulatedWork:
+    def start_all_reduce(
+        self, tensor: torch.Tensor, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
+    ) -> SimulatedWork:
         apply = partial(reference.all_reduce, op)
         return self._submit("all_reduce", (*_kind(tensor), op.value), tensor, tensor, apply)
 
-    def start_reduce(self, tensor: torch.Tensor, root: Rank, op: ReduceOp) -> SimulatedWork:
+    def start_reduce(
+        self, tensor: torch.Tensor, root: Rank, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
+    ) -> SimulatedWork:
         apply = partial(reference.reduce, op, root)
         return self._submit("reduce", (*_kind(tensor), root, op.value), tensor, tensor, apply)
 
-    def start_broadcast(self, tensor: torch.Tensor, root: Rank) -> SimulatedWork:
+    def start_broadcast(
+        self, tensor: torch.Tensor, root: Rank, options: CallOptions = DEFAULT_OPTIONS
+    ) -> SimulatedWork:
         apply = partial(reference.broadcast, root)
         return self._submit("broadcast", (*_kind(tensor), root), tensor, tensor, apply)
 
-    def start_all_gather(self, output: torch.Tensor, source: torch.Tensor) -> SimulatedWork:
+    def start_all_gather(
+        self, output: torch.Tensor, source: torch.Tensor, options: CallOptions = DEFAULT_OPTIONS
+    ) -> SimulatedWork:
         return self.start_all_gather_v(output, source, [source.numel()] * self.size)
 
     def start_all_gather_v(
-        self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int]
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor,
+        counts: Sequence[int],
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> SimulatedWork:
         apply = partial(reference.gather, list(counts))
         signature = (str(source.dtype), *counts)
         return self._submit("all_gather", signature, output, (output, source), apply)
 
-    def start_gather(self, output: torch.Tensor | None, source: torch.Tensor, root: Rank) -> SimulatedWork:
+    def start_gather(
+        self,
+        output: torch.Tensor | None,
+        source: torch.Tensor,
+        root: Rank,
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> SimulatedWork:
         apply = partial(reference.gather, [source.numel()] * self.size)
         return self._submit("gather", (*_kind(source), root), source, (output, source), apply, self.size)
 
-    def start_reduce_scatter(self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp) -> SimulatedWork:
+    def start_reduce_scatter(
+        self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
+    ) -> SimulatedWork:
         return self.start_reduce_scatter_v(output, source, [output.numel()] * self.size, op)
 
     def start_reduce_scatter_v(
-        self, output: torch.Tensor, source: torch.Tensor, counts: Sequence[int], op: ReduceOp
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor,
+        counts: Sequence[int],
+        op: ReduceOp,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> SimulatedWork:
         apply = partial(reference.reduce_scatter, op, list(counts))
         signature = (str(source.dtype), *counts, op.value)
         return self._submit("reduce_scatter", signature, source, (output, source), apply)
 
-    def start_scatter(self, output: torch.Tensor, source: torch.Tensor | None, root: Rank) -> SimulatedWork:
+    def start_scatter(
+        self,
+        output: torch.Tensor,
+        source: torch.Tensor | None,
+        root: Rank,
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> SimulatedWork:
         apply = partial(reference.scatter, root)
         return self._submit("scatter", (*_kind(output), root), output, (output, source), apply, self.size)
 
-    def start_all_to_all(self, output: torch.Tensor, source: torch.Tensor) -> SimulatedWork:
+    def start_all_to_all(
+        self, output: torch.Tensor, source: torch.Tensor, options: CallOptions = DEFAULT_OPTIONS
+    ) -> SimulatedWork:
         counts = [source.numel() // self.size] * self.size
         return self.start_all_to_all_v(output, source, counts, counts)
 
@@ -81,35 +114,40 @@ class SimulatedCommunicator(FabricCommunicator):
         source: torch.Tensor,
         output_counts: Sequence[int],
         source_counts: Sequence[int],
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> SimulatedWork:
         argument = (output, source, list(output_counts), list(source_counts))
         return self._submit("all_to_all", (str(source.dtype),), source, argument, reference.all_to_all)
 
-    def start_barrier(self) -> SimulatedWork:
+    def start_barrier(self, options: CallOptions = DEFAULT_OPTIONS) -> SimulatedWork:
         return self._submit("barrier", (), torch.empty(0), None, lambda arguments: None)
 
-    def start_send(self, tensor: torch.Tensor, dst: Rank, tag: int) -> SimulatedWork:
+    def start_send(
+        self, tensor: torch.Tensor, dst: Rank, tag: int, options: CallOptions = DEFAULT_OPTIONS
+    ) -> SimulatedWork:
         self._count_wire(dst, tensor.nbytes)
         return self._group.send(self.rank, dst, tag, tensor, self.ledger)
 
-    def start_recv(self, tensor: torch.Tensor, src: Rank | None, tag: int) -> SimulatedWork:
+    def start_recv(
+        self, tensor: torch.Tensor, src: Rank | None, tag: int, options: CallOptions = DEFAULT_OPTIONS
+    ) -> SimulatedWork:
         return self._group.recv(self.rank, src, tag, tensor, self.ledger)
 
     # Messages
 
-    def _serve(self, channel: str, handler: Handler) -> None:
+    def register_handler(self, channel: str, handler: Handler) -> None:
         members, ledger = self._group.members, self.ledger
         self._cluster.serve(
             self._own, self._name + channel, lambda src, m: handler(members.index(src), m), ledger
         )
 
-    def _call(self, peer: Rank, channel: str, message: Message) -> SimulatedReply:
+    def send_call(self, peer: Rank, channel: str, message: Message) -> SimulatedReply:
         self._count_wire(peer, sum(t.nbytes for t in message.tensors))
         reply = self._cluster.call(self._own, self._group.members[peer], self._name + channel, message)
         reply.ledger = self.ledger
         return reply
 
-    def _post(self, peer: Rank, channel: str, message: Message) -> None:
+    def send_post(self, peer: Rank, channel: str, message: Message) -> None:
         self._count_wire(peer, sum(t.nbytes for t in message.tensors))
         self._cluster.post(self._own, self._group.members[peer], self._name + channel, message)
 
@@ -166,7 +204,7 @@ class SimulatedCommunicator(FabricCommunicator):
         """Seconds of the virtual clock."""
         return self._cluster.clock.now
 
-    def _split(self, ranks: list[Rank]) -> SimulatedCommunicator | None:
+    def make_part(self, ranks: list[Rank]) -> SimulatedCommunicator | None:
         self._num_splits += 1
         self.barrier().wait()
         if self.rank not in ranks:
@@ -175,7 +213,7 @@ class SimulatedCommunicator(FabricCommunicator):
         name = f"{self._name}{self._num_splits}:{'-'.join(map(str, ranks))}/"
         return SimulatedCommunicator(group, ranks.index(self.rank), name)
 
-    def _close(self) -> None:
+    def release(self) -> None:
         pass
 
     def _submit(

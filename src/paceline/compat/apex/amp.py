@@ -1,9 +1,8 @@
 """`amp.initialize` and `amp.scale_loss`: mixed precision in Apex's words, done by torch.amp.
 
 O0 is fp32. O1 and O2 run the forward pass under autocast; parameters stay fp32, so O2's separate master
-weights are
-not needed. O3 casts the model itself. The low precision is float16 with loss scaling on GPUs, bfloat16
-without on CPUs.
+weights are not needed. O3 casts the model itself. The low precision is float16 with loss scaling on GPUs, and
+bfloat16 without it on CPUs.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from paceline.errors import ConfigError
 
 _LEVELS = ("O0", "O1", "O2", "O3")
+Models = nn.Module | Sequence[nn.Module]
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
 class _State:
@@ -34,8 +35,8 @@ _state = _State()
 
 
 def initialize(
-    models: Any,
-    optimizers: Any = None,
+    models: Models,
+    optimizers: Optimizers | None = None,
     enabled: bool = True,
     opt_level: str = "O1",
     cast_model_type: torch.dtype | None = None,
@@ -48,7 +49,7 @@ def initialize(
     verbosity: int = 1,
     min_loss_scale: float | None = None,
     max_loss_scale: float = 2.0**24,
-) -> Any:
+) -> Models | tuple[Models, Optimizers]:
     """Prepare models and optimizers; returns them in the form they were given.
 
     `loss_scale`: "dynamic" or a number that stays. Options without a meaning under torch.amp are accepted.
@@ -93,7 +94,7 @@ def _cast(model: nn.Module, device: str, dtype: torch.dtype, *, whole_model: boo
     forward: Callable[..., Any] = model.forward
 
     @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> object:
         with torch.autocast(device, dtype):
             output = forward(*args, **kwargs)
         return output.float() if isinstance(output, Tensor) and output.is_floating_point() else output
@@ -105,7 +106,7 @@ def _skip_steps_that_overflowed(optimizer: torch.optim.Optimizer) -> None:
     step = optimizer.step
 
     @functools.wraps(step)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
+    def guarded(*args: Any, **kwargs: Any) -> Any:  # as the optimizer's own step
         scaler = _state.unscaled.pop(id(optimizer), None)
         if scaler is None:
             return step(*args, **kwargs)
@@ -120,14 +121,13 @@ def _skip_steps_that_overflowed(optimizer: torch.optim.Optimizer) -> None:
 @contextmanager
 def scale_loss(
     loss: Tensor,
-    optimizers: Any,
+    optimizers: Optimizers,
     loss_id: int = 0,
-    model: Any = None,
+    model: nn.Module | None = None,
     delay_unscale: bool = False,
     delay_overflow_check: bool = False,
 ) -> Iterator[Tensor]:
-    """Yield the loss to call `backward` on; afterwards gradients are unscaled, and an overflow skips the
-    step.
+    """Yield the loss to call `backward` on; afterwards gradients are unscaled; an overflow skips the step.
 
     `delay_unscale=True` in all but the last of several accumulated passes.
     """

@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 SyncBatchNorm = nn.SyncBatchNorm
@@ -23,14 +24,14 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         message_size: int = 10_000_000,
         delay_allreduce: bool = False,
         shared_param: bool | None = None,
-        allreduce_trigger_params: Any = None,
+        allreduce_trigger_params: object = None,
         retain_allreduce_buffers: bool = False,
         allreduce_always_fp32: bool = False,
         num_allreduce_streams: int = 1,
-        allreduce_communicators: Any = None,
+        allreduce_communicators: object = None,
         gradient_average: bool = True,
         gradient_predivide_factor: float = 1.0,
-        **kwargs: Any,
+        **kwargs: Any,  # DistributedDataParallel's own, of many types
     ) -> None:
         if not gradient_average:
             raise NotImplementedError("gradient_average=False: scale the loss by the world size instead")
@@ -43,7 +44,7 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
 
 
 def convert_syncbn_model(
-    module: nn.Module, process_group: Any = None, channel_last: bool = False
+    module: nn.Module, process_group: dist.ProcessGroup | None = None, channel_last: bool = False
 ) -> nn.Module:
     """Replace batch normalisation by its synchronised form."""
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(  # type: ignore[no-untyped-call]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +13,12 @@ class Compressor(ABC):
 
     @staticmethod
     @abstractmethod
-    def compress(tensor: Tensor) -> tuple[Tensor, Any]:
+    def compress(tensor: Tensor) -> tuple[Tensor, torch.dtype | None]:
         """Return the tensor to send and what `decompress` needs."""
 
     @staticmethod
     @abstractmethod
-    def decompress(tensor: Tensor, ctx: Any) -> Tensor:
+    def decompress(tensor: Tensor, ctx: torch.dtype | None) -> Tensor:
         """Return the received tensor in its original type."""
 
 
@@ -27,17 +26,17 @@ class NoneCompressor(Compressor):
     """Sends what it gets."""
 
     @staticmethod
-    def compress(tensor: Tensor) -> tuple[Tensor, Any]:
+    def compress(tensor: Tensor) -> tuple[Tensor, torch.dtype | None]:
         """Return the tensor itself."""
         return tensor, None
 
     @staticmethod
-    def decompress(tensor: Tensor, ctx: Any) -> Tensor:
+    def decompress(tensor: Tensor, ctx: torch.dtype | None) -> Tensor:
         """Return the tensor itself."""
         return tensor
 
 
-def _narrow(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
+def _narrow(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, torch.dtype | None]:
     if tensor.dtype.is_floating_point and tensor.dtype.itemsize > dtype.itemsize:
         return tensor.to(dtype), tensor.dtype
     return tensor, None
@@ -47,12 +46,12 @@ class FP16Compressor(Compressor):
     """Floating point tensors travel as float16."""
 
     @staticmethod
-    def compress(tensor: Tensor) -> tuple[Tensor, Any]:
+    def compress(tensor: Tensor) -> tuple[Tensor, torch.dtype | None]:
         """Return a float16 copy; integers stay."""
         return _narrow(tensor, torch.float16)
 
     @staticmethod
-    def decompress(tensor: Tensor, ctx: Any) -> Tensor:
+    def decompress(tensor: Tensor, ctx: torch.dtype | None) -> Tensor:
         """Return the original type."""
         return tensor if ctx is None else tensor.to(ctx)
 
@@ -61,12 +60,12 @@ class BF16Compressor(Compressor):
     """Floating point tensors travel as bfloat16: less precision, no overflow. Not part of Horovod."""
 
     @staticmethod
-    def compress(tensor: Tensor) -> tuple[Tensor, Any]:
+    def compress(tensor: Tensor) -> tuple[Tensor, torch.dtype | None]:
         """Return a bfloat16 copy; integers stay."""
         return _narrow(tensor, torch.bfloat16)
 
     @staticmethod
-    def decompress(tensor: Tensor, ctx: Any) -> Tensor:
+    def decompress(tensor: Tensor, ctx: torch.dtype | None) -> Tensor:
         """Return the original type."""
         return tensor if ctx is None else tensor.to(ctx)
 

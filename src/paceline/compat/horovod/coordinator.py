@@ -1,8 +1,7 @@
-"""Rank 0's side of the negotiation: ranks submit in any order, everybody performs in one order.
+"""Rank 0's side of the negotiation: ranks submit in any order and all perform in one order.
 
 An operation starts when every rank of its process set has asked for it by name. Small all-reduces that are
-ready
-together are fused. Ranks that have joined (ran out of data) count as having asked.
+ready together are fused. Ranks that have joined (ran out of data) count as having asked.
 """
 
 from __future__ import annotations
@@ -51,8 +50,7 @@ class Coordinator:
         return responses
 
     def stalled(self, now_s: float, after_s: float) -> list[str]:
-        """Return a sentence for each name that some ranks have waited for longer than `after_s`; once
-        each."""
+        """One sentence, once, for each name that some ranks have waited for longer than `after_s` seconds."""
         found = []
         for (process_set, name), waiting in self._waiting.items():
             if waiting.is_reported or now_s - waiting.since_s < after_s:
@@ -61,7 +59,7 @@ class Coordinator:
             missing = self._missing((process_set, name))
             found.append(
                 f"{name} (asked for by ranks {sorted(waiting.by_rank)}) "
-                f"waits since {now_s - waiting.since_s:.0f} s for ranks {missing}"
+                f"has waited {now_s - waiting.since_s:.0f} s for ranks {missing}"
             )
         return found
 

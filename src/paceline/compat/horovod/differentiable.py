@@ -9,33 +9,36 @@ import torch
 from torch import Tensor
 
 from paceline.compat.horovod import operations as o
-from paceline.compat.horovod.compression import Compression
+from paceline.compat.horovod.compression import Compression, Compressor
 from paceline.compat.horovod.constants import Average, Operation, Sum, choose
 from paceline.compat.horovod.world import ProcessSet, global_process_set
 
 # Every collective is linear, so its gradient is its transpose: another collective.
 # mypy: disable-error-code="no-untyped-call, no-any-return, misc"
 
+Context = Any
+"""torch's context of an autograd function: each function keeps on it what its own backward needs."""
+
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, name: str | None, *options: Any) -> Tensor:
+    def forward(ctx: Context, tensor: Tensor, name: str | None, *options: Any) -> Tensor:
         ctx.options = options
         return o.synchronize(o.allreduce_async(tensor, None, name, *options))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Context, grad: Tensor) -> Any:
         return o.synchronize(o.allreduce_async(grad.contiguous(), None, None, *ctx.options)), *[None] * 5
 
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, name: str | None, process_set: ProcessSet) -> Tensor:
+    def forward(ctx: Context, tensor: Tensor, name: str | None, process_set: ProcessSet) -> Tensor:
         ctx.rows, ctx.process_set = tensor.shape[0], process_set
         return o.synchronize(o.allgather_async(tensor, name, process_set))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Context, grad: Tensor) -> Any:
         summed = o.synchronize(o.allreduce_async(grad.contiguous(), op=Sum, process_set=ctx.process_set))
         rows = o.synchronize(o.allgather_async(torch.tensor([ctx.rows]), process_set=ctx.process_set))
         start = int(rows[: ctx.process_set.rank()].sum())
@@ -44,19 +47,25 @@ class _AllGather(torch.autograd.Function):
 
 class _Broadcast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, root: int, name: str | None, process_set: ProcessSet) -> Tensor:
+    def forward(ctx: Context, tensor: Tensor, root: int, name: str | None, process_set: ProcessSet) -> Tensor:
         ctx.is_root, ctx.process_set = process_set.ranks[process_set.rank()] == root, process_set  # type: ignore[index]
         return o.synchronize(o.broadcast_async(tensor, root, name, process_set))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Context, grad: Tensor) -> Any:
         summed = o.synchronize(o.allreduce_async(grad.contiguous(), op=Sum, process_set=ctx.process_set))
         return summed if ctx.is_root else torch.zeros_like(summed), None, None, None
 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, splits: Any, name: str | None, process_set: ProcessSet) -> Any:
+    def forward(
+        ctx: Context,
+        tensor: Tensor,
+        splits: Sequence[int] | Tensor | None,
+        name: str | None,
+        process_set: ProcessSet,
+    ) -> Any:
         rows = splits if splits is not None else [tensor.shape[0] // process_set.size()] * process_set.size()
         output, received = o.synchronize(o.alltoall_async(tensor, rows, name, process_set))
         ctx.received, ctx.process_set = received, process_set
@@ -64,7 +73,7 @@ class _AllToAll(torch.autograd.Function):
         return output, received
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+    def backward(ctx: Context, grad: Tensor, _: Tensor) -> Any:
         handle = o.alltoall_async(grad.contiguous(), ctx.received, process_set=ctx.process_set)
         return o.synchronize(handle)[0], None, None, None
 
@@ -72,13 +81,13 @@ class _AllToAll(torch.autograd.Function):
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, tensor: Tensor, name: str | None, op: Operation, process_set: ProcessSet, *scales: float
+        ctx: Context, tensor: Tensor, name: str | None, op: Operation, process_set: ProcessSet, *scales: float
     ) -> Tensor:
         ctx.op, ctx.process_set, ctx.scales = op, process_set, scales
         return o.synchronize(o.reducescatter_async(tensor, name, op, process_set, *scales))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Context, grad: Tensor) -> Any:
         factor = ctx.scales[0] * ctx.scales[1]
         if ctx.op is Average:
             factor /= ctx.process_set.size()
@@ -90,7 +99,7 @@ def allreduce(
     tensor: Tensor,
     average: bool | None = None,
     name: str | None = None,
-    compression: Any = Compression.none,
+    compression: type[Compressor] = Compression.none,
     op: Operation | None = None,
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
@@ -122,7 +131,7 @@ def grouped_allreduce(
     tensors: Sequence[Tensor],
     average: bool | None = None,
     name: str | None = None,
-    compression: Any = Compression.none,
+    compression: type[Compressor] = Compression.none,
     op: Operation | None = None,
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
@@ -198,7 +207,7 @@ def alltoall(
 def reducescatter(
     tensor: Tensor,
     name: str | None = None,
-    compression: Any = Compression.none,
+    compression: type[Compressor] = Compression.none,
     op: Operation = Average,
     process_set: ProcessSet = global_process_set,
     prescale_factor: float = 1.0,
@@ -213,7 +222,7 @@ def reducescatter(
 def grouped_reducescatter(
     tensors: Sequence[Tensor],
     name: str | None = None,
-    compression: Any = Compression.none,
+    compression: type[Compressor] = Compression.none,
     op: Operation = Average,
     process_set: ProcessSet = global_process_set,
     prescale_factor: float = 1.0,

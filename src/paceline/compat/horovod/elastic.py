@@ -1,10 +1,9 @@
-"""Elastic training: commit, and go on from the last commit when workers are lost or join.
+"""Elastic training: commit, and continue from the last commit when workers are lost or join.
 
-`paceline run --max-restarts` restarts all workers when one is lost or a node joins, so a commit must
-outlive its
-process: rank 0 writes it to a file (`HOROVOD_ELASTIC_COMMIT`, else one per job in the temporary folder)
-and `run`
-reads it back before the function starts. Within a process, `HorovodInternalError` restores from memory.
+`paceline run --max-restarts` restarts all workers when one is lost or a node joins, so a commit must outlive
+its process: rank 0 writes it to a file (`HOROVOD_ELASTIC_COMMIT`, else one per job in the temporary folder),
+and `run` reads it back before the function starts. Within a process, `HorovodInternalError` restores from
+memory.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ def _commit_file() -> Path:
 
 
 class State:
-    """What survives the loss of a worker: `commit` saves it, `restore` goes back to it, `sync` spreads
-    rank 0's."""
+    """What survives the loss of a worker: `commit` saves, `restore` goes back, `sync` copies rank 0's."""
 
     def __init__(self) -> None:
         self._reset_callbacks: list[Callable[[], None]] = []
@@ -68,7 +66,7 @@ class State:
         """Exist for compatibility: membership changes arrive as a restart of all workers."""
 
     def save(self) -> None:
-        """Save in memory."""
+        """Keep a copy in this process's memory."""
         raise NotImplementedError
 
     def restore(self) -> None:
@@ -91,7 +89,7 @@ class State:
 class ObjectState(State):
     """Attributes given as keyword arguments: `state.epoch`, `state.batch`."""
 
-    def __init__(self, bcast_object: Any = None, get_rank: Any = None, **kwargs: Any) -> None:
+    def __init__(self, bcast_object: object = None, get_rank: object = None, **kwargs: object) -> None:
         super().__init__()
         self._values = list(kwargs)
         self._saved: dict[str, Any] = {}
@@ -133,7 +131,7 @@ _STATEFUL = (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LR
 class TorchState(ObjectState):
     """Models, optimizers, schedulers and samplers besides plain attributes."""
 
-    def __init__(self, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:
+    def __init__(self, model: object = None, optimizer: object = None, **kwargs: object) -> None:
         everything = {"model": model, "optimizer": optimizer, **kwargs}
         stateful = {k: v for k, v in everything.items() if isinstance(v, (*_STATEFUL, ElasticSampler))}
         self._stateful = list(stateful)
@@ -173,11 +171,9 @@ class TorchState(ObjectState):
         self.save()
 
     def saved(self) -> dict[str, Any]:
-        """Return everything saved."""
         return {**super().saved(), "states": self._states}
 
     def load_saved(self, saved: dict[str, Any]) -> None:
-        """Replace everything saved."""
         super().load_saved(saved)
         self._states = saved["states"]
 
@@ -211,14 +207,13 @@ class ElasticSampler(Sampler[int]):
         return self.indices[batch_idx * batch_size : (batch_idx + 1) * batch_size]
 
     def reset(self) -> None:
-        """Deal the remaining samples out anew."""
+        """Deal out the remaining samples again."""
         rank, size = (world.rank(), world.size()) if world.is_initialized() else (0, 1)
         every = range(len(self.dataset))  # type: ignore[arg-type]
         self.remaining_indices = [i for i in every if i not in self.processed_indices]
         if self.shuffle:
             random.Random(self.seed + self.epoch).shuffle(self.remaining_indices)
-        # Equal shares, as every rank takes part in every step; wrapping around repeats at most size − 1
-        # samples.
+        # Equal shares, because every rank takes part in every step; at most size − 1 samples repeat.
         share = -(-len(self.remaining_indices) // size)
         padded = (self.remaining_indices * 2)[: share * size] if self.remaining_indices else []
         self.indices = padded[rank::size]
@@ -228,7 +223,7 @@ class ElasticSampler(Sampler[int]):
         return {"epoch": self.epoch, "processed_indices": sorted(self.processed_indices)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load and deal out anew."""
+        """Load, and deal out what is left."""
         self.epoch = state_dict["epoch"]
         self.processed_indices = set(state_dict["processed_indices"])
         self.reset()
@@ -241,15 +236,14 @@ class ElasticSampler(Sampler[int]):
 
 
 def run(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate `train(state, …)`: it starts from rank 0's state and, after a failure, from the last
-    commit."""
+    """Decorate `train(state, …)`: it starts from rank 0's state, and after a failure from the last commit."""
 
     @functools.wraps(func)
-    def wrapper(state: State, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(state: State, *args: object, **kwargs: object) -> object:
         os.environ["HOROVOD_ELASTIC"] = "1"
         path = _commit_file()
         if world.rank() == 0 and path.exists() and path.stat().st_uid == os.getuid():
-            # Written by this user's own earlier incarnation of the job, readable by nobody else.
+            # Written by this user's earlier run of the job, and readable by no other user.
             state.load_saved(torch.load(path, weights_only=True))
             state.restore()
             state.on_reset()
@@ -259,7 +253,7 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
                 result = func(state, *args, **kwargs)
             except HorovodInternalError:
                 if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0"):
-                    raise  # the launcher restarts everybody; the commit file carries the state
+                    raise  # the launcher restarts all workers; the commit file carries the state
                 state.restore()
             except HostsUpdatedInterrupt:
                 state.save()

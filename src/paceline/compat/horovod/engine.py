@@ -1,8 +1,7 @@
 """The background thread: hands named operations to the coordinator and performs them in its order.
 
-Submitting never waits. Rank 0 holds the coordinator; requests and responses travel as messages, so ranks
-may submit
-in different orders. Only this thread touches the communicators of the process sets.
+Submitting never waits. Rank 0 holds the coordinator; requests and responses travel as messages, so ranks may
+submit in different orders. Only this thread touches the communicators of the process sets.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 
 from paceline.compat.horovod.constants import HorovodInternalError
 from paceline.compat.horovod.coordinator import Coordinator
-from paceline.compat.horovod.perform import Entry, perform, stand_in
+from paceline.compat.horovod.perform import SubmittedOperation, perform, stand_in
 from paceline.compat.horovod.request import Request, Response, pack, unpack_requests, unpack_responses
 from paceline.errors import PacelineError
 from paceline.types import Communicator, Message, Rank
@@ -28,7 +27,7 @@ _CHECK_STALLS_EVERY_S = 1.0
 class Handle:
     """A submitted operation: an entry, and whether it is done."""
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, entry: SubmittedOperation) -> None:
         self.entry = entry
         self.error: BaseException | None = None
         self.last_joined = -1
@@ -40,7 +39,7 @@ class Handle:
         self.done.set()
 
 
-class Engine:
+class OperationThread:
     """One per process between `init` and `shutdown`."""
 
     def __init__(
@@ -69,12 +68,12 @@ class Engine:
         if self._coordinator is not None:
             comm.serve(REQUESTS, self._take_requests)
         comm.serve(RESPONSES, self._take_responses)
-        # Nobody may post before every rank serves.
+        # No rank may post before every rank serves.
         comm.barrier().wait()
         self._thread = threading.Thread(target=self._run, name="paceline-horovod", daemon=True)
         self._thread.start()
 
-    def submit(self, entry: Entry) -> Handle:
+    def submit(self, entry: SubmittedOperation) -> Handle:
         """Queue an operation; HorovodInternalError if its name is in flight already."""
         handle = Handle(entry)
         key = (entry.request.process_set, entry.request.name)
@@ -83,9 +82,8 @@ class Engine:
                 raise HorovodInternalError(f"an earlier operation failed: {self._failure}") from self._failure
             if key in self._in_flight:
                 raise HorovodInternalError(
-                    f"duplicate tensor name {entry.request.name!r}: an operation of that name is still "
-                    f"in flight; "
-                    "give each concurrent operation a name of its own"
+                    f"duplicate tensor name {entry.request.name!r}: an operation of that name is still in "
+                    "flight; give each concurrent operation a name of its own"
                 )
             self._in_flight[key] = handle
             self._outgoing.append(entry.request)

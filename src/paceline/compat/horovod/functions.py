@@ -1,8 +1,7 @@
 """Broadcasts of models, optimizers and objects.
 
 Object collectives carry any Python object, so they pickle, by the definition of this interface. The bytes
-move only
-between ranks of one job that authenticated each other.
+move only between ranks of one job that authenticated each other.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def broadcast_parameters(
 def broadcast_optimizer_state(
     optimizer: torch.optim.Optimizer,
     root_rank: int,
-    model: Any = None,
+    model: object = None,
     process_set: ProcessSet = global_process_set,
 ) -> None:
     """Give every rank the optimizer state and options of `root_rank`; `model` exists for compatibility."""
@@ -96,14 +95,17 @@ def _with_tensors(value: Any, tensors: list[Tensor]) -> Any:
     return value
 
 
-def _to_tensor(obj: Any) -> Tensor:
+def _to_tensor(obj: object) -> Tensor:
     buffer = io.BytesIO()
     pickle.dump(obj, buffer)
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
 
 def broadcast_object(
-    obj: Any = None, root_rank: int = 0, name: str | None = None, process_set: ProcessSet = global_process_set
+    obj: object = None,
+    root_rank: int = 0,
+    name: str | None = None,
+    process_set: ProcessSet = global_process_set,
 ) -> Any:
     """Return `root_rank`'s object on every rank."""
     if process_set.ranks is not None and process_set.ranks[process_set.rank()] == root_rank:
@@ -127,7 +129,7 @@ def broadcast_object_fn(
 
 
 def allgather_object(
-    obj: Any, name: str | None = None, process_set: ProcessSet = global_process_set
+    obj: object, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> list[Any]:
     """Return every rank's object, in rank order."""
     data = _to_tensor(obj)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paceline.compat.horovod.compression import Compression
+from paceline.compat.horovod.compression import Compression, Compressor
 from paceline.compat.horovod.constants import Adasum, Average, Operation, choose
 from paceline.compat.horovod.engine import Handle
-from paceline.compat.horovod.perform import Entry
+from paceline.compat.horovod.perform import SubmittedOperation
 from paceline.compat.horovod.request import Request, describe
 from paceline.compat.horovod.world import ProcessSet, current, global_process_set, on_init
 
@@ -41,7 +41,7 @@ def submit(
     # Unnamed operations match in the order of their calls, per kind and process set.
     label = f"noname.{next(_unnamed[f'{kind}/{set_id}'])}" if name is None else name
     request = Request(f"{kind}.{label}", kind, process_set=set_id, **describe(tensors), **options)
-    handle = current().engine.submit(Entry(request, tensors, outputs, is_list=is_list))
+    handle = current().engine.submit(SubmittedOperation(request, tensors, outputs, is_list=is_list))
     number = next(_numbers)
     _handles[number] = handle
     return number
@@ -269,7 +269,7 @@ def join(device: int = -1) -> int:
 
     Returns the rank that joined last. `device` exists for compatibility.
     """
-    handle = current().engine.submit(Entry(Request("join", "join")))
+    handle = current().engine.submit(SubmittedOperation(Request("join", "join")))
     handle.done.wait()
     if handle.error is not None:
         raise handle.error
@@ -281,7 +281,7 @@ def barrier(process_set: ProcessSet = global_process_set) -> None:
     synchronize(submit("barrier", [], name=None, process_set=process_set))
 
 
-def compressed(tensor: Tensor, compression: Any) -> tuple[Tensor, Any]:
+def compressed(tensor: Tensor, compression: type[Compressor] | None) -> tuple[Tensor, torch.dtype | None]:
     """Return what `compression` sends for `tensor`, and its context."""
     return (compression or Compression.none).compress(tensor)
 

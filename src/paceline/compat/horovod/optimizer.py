@@ -1,11 +1,10 @@
-"""`DistributedOptimizer`: an optimizer of the same class whose `step` sees gradients averaged over the
-ranks."""
+"""`DistributedOptimizer`: an optimizer of the same class whose `step` sees averaged gradients."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -14,11 +13,14 @@ import torch
 from torch import Tensor
 
 from paceline.compat.horovod import operations as o
-from paceline.compat.horovod.compression import Compression
+from paceline.compat.horovod.compression import Compression, Compressor
 from paceline.compat.horovod.constants import Adasum, Average, Operation
 from paceline.compat.horovod.functions import broadcast_object
 from paceline.compat.horovod.world import ProcessSet, global_process_set
 from paceline.schedule.program import chunk_offsets
+
+Groups = int | list[list[Tensor]] | None
+"""Horovod's `groups`: how many to form, or which parameters are reduced together."""
 
 
 class _Reducer:
@@ -29,11 +31,11 @@ class _Reducer:
         optimizer: torch.optim.Optimizer,
         named_parameters: Iterable[tuple[str, Tensor]] | None,
         *,
-        compression: Any,
+        compression: type[Compressor],
         passes: int,
         op: Operation,
         predivide: float,
-        groups: Any,
+        groups: Groups,
         sparse_as_dense: bool,
         process_set: ProcessSet,
     ) -> None:
@@ -50,7 +52,7 @@ class _Reducer:
         if process_set.included() and (process_set.size() > 1 or os.environ.get("HOROVOD_ELASTIC") == "1"):
             self.hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self.parameters]
 
-    def _form_groups(self, groups: Any) -> dict[Tensor, tuple[Tensor, ...]]:
+    def _form_groups(self, groups: Groups) -> dict[Tensor, tuple[Tensor, ...]]:
         """Return the group of each parameter; alone where no groups are asked for."""
         lists: list[Sequence[Tensor]] = []
         if isinstance(groups, int) and not isinstance(groups, bool) and groups > 0:
@@ -60,7 +62,7 @@ class _Reducer:
             bounds = chunk_offsets(len(ordered), groups).tolist()
             lists = [ordered[a:b] for a, b in pairwise(bounds)]
         elif isinstance(groups, list):
-            lists = groups
+            lists = list(groups)
         elif groups not in (None, 0):
             raise ValueError("groups should be a non-negative integer or a list of lists of parameters")
         of: dict[Tensor, tuple[Tensor, ...]] = {p: (p,) for p in self.parameters}
@@ -98,7 +100,7 @@ class _Reducer:
             wait = o.sparse_allreduce_async(group[0].grad, name, self.op, self.process_set)
             self.handles[group] = (wait, None)
             return
-        pairs = [self.compression.compress(p.grad) for p in group]
+        pairs = [self.compression.compress(p.grad) for p in group if p.grad is not None]
         factors = (1 / self.predivide, self.predivide) if self.op is Average else (1.0, 1.0)
         handle = o.grouped_allreduce_async_(
             [t for t, _ in pairs], name=name, op=self.op, prescale_factor=factors[0],
@@ -110,8 +112,7 @@ class _Reducer:
         """Launch what has not been launched, wait for all, and put the results into `.grad`."""
         if not self.hooks:
             return
-        # Same order on every rank is not needed (names match), but a parameter without gradient must take
-        # part.
+        # The order may differ between ranks (names match), but a parameter without gradient must take part.
         for group in dict.fromkeys(self.group_of[p] for p in self.parameters):
             if group not in self.handles:
                 self._launch(group)
@@ -163,18 +164,18 @@ def _names(
 class _Distributed:
     """The methods that `DistributedOptimizer` puts over those of the wrapped optimizer's class."""
 
-    _reducer: _Reducer
+    gradient_reducer: _Reducer
     _is_synchronized = False
     _must_synchronize = True
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Change how many backward passes precede a step."""
-        self._reducer.passes = passes
-        self._reducer.reset()
+        self.gradient_reducer.passes = passes
+        self.gradient_reducer.reset()
 
     def synchronize(self) -> None:
         """Wait until all gradients are reduced, for instance to clip them before `step`."""
-        self._reducer.collect()
+        self.gradient_reducer.collect()
         self._is_synchronized = True
 
     @contextmanager
@@ -186,33 +187,33 @@ class _Distributed:
         finally:
             self._must_synchronize = True
 
-    def step(self, closure: Any = None) -> Any:
-        """Synchronize, then update."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Wait until all gradients are reduced, then update."""
         if self._must_synchronize:
             if self._is_synchronized:
                 warnings.warn(
                     "optimizer.step() called without optimizer.skip_synchronize() context after "
-                    "optimizer.synchronize(). This can cause training slowdown. You may want to "
-                    "consider using "
-                    "optimizer.skip_synchronize() context if you use optimizer.synchronize() in your code.",
+                    "optimizer.synchronize(). This can cause training slowdown. You may want to consider "
+                    "using optimizer.skip_synchronize() context if you use optimizer.synchronize() in your "
+                    "code.",
                     stacklevel=2,
                 )
             self.synchronize()
         self._is_synchronized = False
-        return super().step(closure)  # type: ignore[misc]
+        return super().step(closure)  # type: ignore[misc, no-any-return]
 
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+    def zero_grad(self, *args: object, **kwargs: object) -> None:
         """Clear gradients; an AssertionError between backward and step, where all-reduces are in flight."""
-        if self._reducer.handles:
+        if self.gradient_reducer.handles:
             raise AssertionError(
                 "optimizer.zero_grad() was called after loss.backward() but before optimizer.step() or "
                 "optimizer.synchronize(). This is prohibited as it can cause a race condition."
             )
         super().zero_grad(*args, **kwargs)  # type: ignore[misc]
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def load_state_dict(self, *args: object, **kwargs: object) -> None:
         """Load, and forget passes that were under way."""
-        self._reducer.reset()
+        self.gradient_reducer.reset()
         self._is_synchronized = False
         super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
 
@@ -220,12 +221,12 @@ class _Distributed:
 def DistributedOptimizer(
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, Tensor]] | None = None,
-    compression: Any = Compression.none,
+    compression: type[Compressor] = Compression.none,
     backward_passes_per_step: int = 1,
     op: Operation = Average,
     gradient_predivide_factor: float = 1.0,
     num_groups: int = 0,
-    groups: Any = None,
+    groups: Groups = None,
     sparse_as_dense: bool = False,
     process_set: ProcessSet = global_process_set,
 ) -> torch.optim.Optimizer:
@@ -249,9 +250,8 @@ def DistributedOptimizer(
         predivide=gradient_predivide_factor, groups=groups, sparse_as_dense=sparse_as_dense,
         process_set=process_set,
     )  # fmt: skip
-    # A subclass made for this optimizer: schedulers and scalers check isinstance, and its state stays
-    # where it is.
+    # A subclass made for this optimizer: schedulers and scalers check isinstance; its state stays in place.
     cls = type(optimizer)
     optimizer.__class__ = type(cls.__name__, (_Distributed, cls), {})
-    optimizer._reducer = reducer  # type: ignore[attr-defined]
+    optimizer.gradient_reducer = reducer  # type: ignore[attr-defined]
     return optimizer

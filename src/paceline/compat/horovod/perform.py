@@ -17,7 +17,7 @@ from paceline.types import Communicator
 
 
 @dataclass(eq=False)
-class Entry:
+class SubmittedOperation:
     """One submitted operation of this rank."""
 
     request: Request
@@ -30,7 +30,7 @@ class Entry:
     is_list: bool = False
 
 
-def perform(comm: Communicator, response: Response, entries: Sequence[Entry]) -> None:
+def perform(comm: Communicator, response: Response, entries: Sequence[SubmittedOperation]) -> None:
     """Run `response` and leave results in `entries`, which follow its requests."""
     kind = response.requests[0].kind
     if kind == "allreduce":
@@ -47,10 +47,10 @@ def perform(comm: Communicator, response: Response, entries: Sequence[Entry]) ->
         comm.barrier().wait()
 
 
-def stand_in(request: Request) -> Entry:
+def stand_in(request: Request) -> SubmittedOperation:
     """Return the zeros with which a joined rank takes part in others' all-reduces."""
     zeros = [torch.zeros(s, dtype=dtype_of(d)) for s, d in zip(request.shapes, request.dtypes, strict=True)]
-    return Entry(request, zeros, zeros)
+    return SubmittedOperation(request, zeros, zeros)
 
 
 def scale(tensor: Tensor, factor: float) -> None:
@@ -63,7 +63,7 @@ def scale(tensor: Tensor, factor: float) -> None:
         tensor.copy_((tensor.double() * factor).trunc())
 
 
-def _all_reduce(comm: Communicator, entries: Sequence[Entry]) -> None:
+def _all_reduce(comm: Communicator, entries: Sequence[SubmittedOperation]) -> None:
     request = entries[0].request
     sources = [t for e in entries for t in e.tensors]
     targets = [t for e in entries for t in e.outputs]
@@ -92,9 +92,8 @@ def _all_reduce(comm: Communicator, entries: Sequence[Entry]) -> None:
 def adasum(comm: Communicator, tensor: Tensor) -> Tensor:
     """Adaptive sum: the mean of parallel gradients, the sum of orthogonal ones.
 
-    Source: Maleki et al., MLSys 2021. Every rank gathers all gradients and folds them pairwise in rank
-    order, so the
-    results are equal bit for bit; P must be a power of two.
+    Source: Maleki et al., MLSys 2021. Every rank gathers all gradients and folds them pairwise in rank order,
+    so the results are equal bit for bit; P must be a power of two.
     """
     if comm.size & (comm.size - 1):
         raise ValueError(f"Adasum needs a power of two of ranks; this process set has {comm.size}")
@@ -114,7 +113,7 @@ def _adasum_pair(a: Tensor, b: Tensor) -> Tensor:
     return left * a + right * b
 
 
-def _all_gather(comm: Communicator, rows: Sequence[Sequence[int]], entry: Entry) -> None:
+def _all_gather(comm: Communicator, rows: Sequence[Sequence[int]], entry: SubmittedOperation) -> None:
     for i, tensor in enumerate(entry.tensors):
         row = math.prod(tensor.shape[1:])
         counts = [r[i] * row for r in rows]
@@ -123,7 +122,7 @@ def _all_gather(comm: Communicator, rows: Sequence[Sequence[int]], entry: Entry)
         entry.results.append(output)
 
 
-def _broadcast(comm: Communicator, entry: Entry) -> None:
+def _broadcast(comm: Communicator, entry: SubmittedOperation) -> None:
     source, target = entry.tensors[0], entry.outputs[0]
     flat = target if target.is_contiguous() else target.contiguous()
     if source is not target:
@@ -134,7 +133,7 @@ def _broadcast(comm: Communicator, entry: Entry) -> None:
     entry.results = [target]
 
 
-def _all_to_all(comm: Communicator, rows: Sequence[Sequence[int]], entry: Entry) -> None:
+def _all_to_all(comm: Communicator, rows: Sequence[Sequence[int]], entry: SubmittedOperation) -> None:
     tensor = entry.tensors[0]
     row = math.prod(tensor.shape[1:])
     entry.received = [r[comm.rank] for r in rows]
@@ -148,7 +147,7 @@ def _all_to_all(comm: Communicator, rows: Sequence[Sequence[int]], entry: Entry)
     entry.results = [output]
 
 
-def _reduce_scatter(comm: Communicator, entry: Entry) -> None:
+def _reduce_scatter(comm: Communicator, entry: SubmittedOperation) -> None:
     request = entry.request
     op = BY_NAME[request.op]
     assert op.reduce_op is not None

@@ -33,11 +33,10 @@ class Request:
     splits: list[int] = field(default_factory=list)
     """alltoall: rows for each rank."""
 
-    def signature(self) -> tuple[Any, ...]:
+    def signature(self) -> tuple[object, ...]:
         """What must be equal on all ranks."""
-        shapes: Any = self.shapes
-        if self.kind in ("allgather", "alltoall"):  # ranks may differ in the first dimension
-            shapes = [s[1:] for s in self.shapes]
+        may_differ = 1 if self.kind in ("allgather", "alltoall") else 0  # the first dimension
+        shapes = [s[may_differ:] for s in self.shapes]
         return (self.kind, shapes, self.dtypes, self.op, self.root, self.prescale, self.postscale)
 
     def num_bytes(self) -> int:
@@ -59,8 +58,7 @@ class Response:
     error: str = ""
     last_joined: int = -1
     rows: list[list[int]] = field(default_factory=list)
-    """One list per rank of the process set: allgather, the first dimension of each tensor; alltoall, its
-    splits."""
+    """One list per rank of the process set: first dimensions (allgather) or splits (alltoall)."""
 
 
 def dtype_of(name: str) -> torch.dtype:

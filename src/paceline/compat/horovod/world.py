@@ -6,7 +6,7 @@ import atexit
 import os
 from collections.abc import Callable, Sequence
 
-from paceline.compat.horovod.engine import Engine
+from paceline.compat.horovod.engine import OperationThread
 from paceline.errors import ConfigError
 from paceline.train.job import Job
 from paceline.train.joining import init as init_job
@@ -14,15 +14,13 @@ from paceline.types import Communicator
 
 
 class ProcessSet:
-    """Some of the ranks, for collectives among themselves. `included()`, `rank()` and `size()` ask about
-    it."""
+    """Some of the ranks, for collectives among themselves."""
 
     def __init__(self, ranks_or_comm: Sequence[int]) -> None:
         ranks = list(ranks_or_comm) if isinstance(ranks_or_comm, Sequence | range) else None
         if ranks is None or any(not isinstance(r, int) for r in ranks):
             raise ValueError(
-                f"a process set is a list of ranks; got {ranks_or_comm!r} (MPI communicators do not "
-                f"exist here)"
+                f"a process set is a list of ranks, not an MPI communicator; got {ranks_or_comm!r}"
             )
         self.ranks: list[int] | None = sorted(set(ranks))
         self.process_set_id: int | None = None
@@ -66,7 +64,7 @@ class World:
         self.next_id = 1
         global_process_set.ranks = self.ranks[0]
         setting = os.environ.get
-        self.engine = Engine(
+        self.engine = OperationThread(
             self.comm,
             self.communicators,
             self.ranks,
@@ -190,7 +188,7 @@ def local_size() -> int:
 
 
 def _peers_across() -> list[int]:
-    """Ranks with this process's local rank, one per host that has so many."""
+    """Ranks with this process's local rank, one per host that has as many."""
     comm, place = current().comm, local_rank()
     seen: dict[str, int] = {}
     found = []
@@ -218,8 +216,7 @@ def is_homogeneous() -> bool:
 
 
 def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
-    """Register a process set after `init`; every rank must call it with the same ranks, with nothing in
-    flight."""
+    """Register a process set after `init`; every rank calls it with the same ranks and nothing in flight."""
     added = process_set if isinstance(process_set, ProcessSet) else ProcessSet(process_set)
     current().register(added)
     return added

@@ -1,4 +1,4 @@
-"""Tells Lightning where this process is in its job, whoever started it."""
+"""Tells Lightning where this process is in its job, whatever started it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ class PacelineEnvironment(ClusterEnvironment):  # type: ignore[misc]
 
     @property
     def main_port(self) -> int:
-        """See `main_address`."""
         return self._place.master_port or 0
 
     @staticmethod
@@ -42,18 +41,16 @@ class PacelineEnvironment(ClusterEnvironment):  # type: ignore[misc]
         return self._place.local_size
 
     def world_size(self) -> int:
-        """All ranks."""
         return self._place.size
 
     def set_world_size(self, size: int) -> None:
-        """The launcher decides."""
+        """Ignored: the launcher decided."""
 
     def global_rank(self) -> int:
-        """This rank."""
         return self._place.rank
 
     def set_global_rank(self, rank: int) -> None:
-        """The launcher decides."""
+        """Ignored: the launcher decided."""
 
     def local_rank(self) -> int:
         """This rank among those of its host."""

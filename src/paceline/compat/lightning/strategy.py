@@ -7,9 +7,10 @@ gradients and models travel by Paceline instead of DistributedDataParallel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,12 +20,19 @@ from lightning.pytorch.strategies import DDPStrategy as TrainerDDP
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch._C._distributed_c10d import PrefixStore
+from torch.optim import Optimizer
 
 from paceline.compat import embedding
 from paceline.compat.lightning.environment import PacelineEnvironment
 from paceline.errors import ConfigError
 from paceline.strategies.base.strategy import TrainingStrategy, make
 from paceline.train.job import DEFAULT_STRATEGY, Job
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins import CheckpointIO
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.accelerators import Accelerator
+    from lightning.pytorch.plugins import Precision
 
 
 class _SyncControl(_BackwardSyncControl):  # type: ignore[misc]
@@ -39,10 +47,25 @@ class _SyncControl(_BackwardSyncControl):  # type: ignore[misc]
 
 
 class PacelineStrategy(TrainerDDP, FabricDDP):  # type: ignore[misc]
-    """`strategy=` of `Trainer` and `Fabric`: any of Paceline's strategies, by its spec.
+    """`strategy=` of `Trainer` and `Fabric`: any of Paceline's strategies.
 
-    `fabric` and `process_group_backend` say what carries Paceline's tensors and Lightning's own (by default
-    the backend "paceline" beside the native fabric). The other arguments are Lightning's.
+    Args:
+        strategy: A strategy string such as `"local_sgd(period=8)"`, or an object; default: all_reduce.
+        fabric: What carries Paceline's tensors, `"native"` or `"torch"`; default: chosen by device.
+        process_group_backend: What carries Lightning's own tensors; default: `"paceline"` beside the native
+            fabric, else Lightning's choice.
+        accelerator: Lightning's, passed on.
+        parallel_devices: One device per worker of this host; default: its GPUs, or the CPU.
+        checkpoint_io: Lightning's, passed on.
+        precision_plugin: Lightning's, passed on.
+
+    Raises:
+        ConfigError: The strategy string is wrong.
+
+    Example:
+        ```python
+        trainer = Trainer(strategy=PacelineStrategy("local_sgd(period=8)"), max_epochs=3)
+        ```
 
     Validation and checkpoints see the strategy's consensus model; a checkpoint also holds every rank's state,
     so that `trainer.fit(ckpt_path=…)` continues bit for bit. Each of the Trainer's loggers gets the job's
@@ -55,10 +78,10 @@ class PacelineStrategy(TrainerDDP, FabricDDP):  # type: ignore[misc]
         *,
         fabric: str | None = None,
         process_group_backend: str | None = None,
-        accelerator: Any = None,
+        accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
-        checkpoint_io: Any = None,
-        precision_plugin: Any = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
     ) -> None:
         if isinstance(strategy, str):
             make(strategy)  # a wrong spec is refused here
@@ -83,7 +106,7 @@ class PacelineStrategy(TrainerDDP, FabricDDP):  # type: ignore[misc]
         self._spec, self._fabric_name = strategy, fabric
         self._job: Job | None = None
         self._module: nn.Module | None = None
-        self._trainer: Any = None
+        self._trainer: Trainer | None = None
         self._evaluation = ExitStack()
         self._backward_sync_control = _SyncControl(self)
 
@@ -128,7 +151,7 @@ class PacelineStrategy(TrainerDDP, FabricDDP):  # type: ignore[misc]
         """True: the flat buffers exist before weights are loaded into them."""
         return True
 
-    def setup(self, trainer: Any) -> None:
+    def setup(self, trainer: Trainer) -> None:
         """Lightning's own setup, with `prepare` where DDP would wrap the module."""
         super().setup(trainer)
         self._trainer = trainer
@@ -144,7 +167,13 @@ class PacelineStrategy(TrainerDDP, FabricDDP):  # type: ignore[misc]
         with self.job.no_sync():
             yield
 
-    def optimizer_step(self, optimizer: Any, closure: Any = None, model: Any = None, **options: Any) -> Any:
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], object] | None = None,
+        model: nn.Module | None = None,
+        **options: object,
+    ) -> object:
         """Run forward and backward first, then step: hooks of the step must find complete gradients."""
         if self._lightning_module is None:
             return FabricDDP.optimizer_step(self, optimizer, **({"closure": closure} if closure else {}))
@@ -159,6 +188,7 @@ class PacelineStrategy(TrainerDDP, FabricDDP):  # type: ignore[misc]
 
     def _log(self) -> None:
         trainer = self._trainer
+        assert trainer is not None  # the Trainer's own step comes here
         step = trainer.global_step + 1
         if self.job.is_main and trainer.loggers and step % trainer.log_every_n_steps == 0:
             row = self.job.logbook.measure(self.job)
@@ -171,10 +201,9 @@ class PacelineStrategy(TrainerDDP, FabricDDP):  # type: ignore[misc]
                 logger.log_metrics(values, step=step - 1)
 
     def on_train_start(self) -> None:
-        """The clock runs."""
         self.job.clock.start()
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
         """Count what this batch holds; all ranks get batches of one size."""
         first = next((t for t in _leaves(batch) if isinstance(t, torch.Tensor) and t.ndim), None)
         self.job.samples += 0 if first is None else len(first) * self.job.size
@@ -207,7 +236,7 @@ class PacelineStrategy(TrainerDDP, FabricDDP):  # type: ignore[misc]
                 for k, v in module.state_dict().items()
             }
 
-    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Also every rank's own state; Lightning calls this after it has loaded the model."""
         super().load_optimizer_state_dict(checkpoint)
         for attachment in self.job.attachments:
@@ -218,7 +247,7 @@ class PacelineStrategy(TrainerDDP, FabricDDP):  # type: ignore[misc]
     # Fabric's side, and what both call by one name with different arguments.
 
     def setup_module_and_optimizers(
-        self, module: nn.Module, optimizers: list[Any], scheduler: Any = None
+        self, module: nn.Module, optimizers: list[Any], scheduler: object = None
     ) -> Any:
         """`fabric.setup(model, optimizer)`."""
         self._prepare(module, list(optimizers))
@@ -229,14 +258,16 @@ class PacelineStrategy(TrainerDDP, FabricDDP):  # type: ignore[misc]
         self._module = module
         return module
 
-    def setup_optimizer(self, optimizer: Any) -> Any:
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """`fabric.setup_optimizers(optimizer)`; one optimizer, after `setup_module`."""
         if self._module is None:
             raise ConfigError("PacelineStrategy: fabric.setup_module(model) comes before setup_optimizers")
         self._prepare(self._module, [optimizer])
         return optimizer
 
-    def backward(self, tensor: torch.Tensor, module: Any = None, *args: Any, **options: Any) -> Any:
+    def backward(
+        self, tensor: torch.Tensor, module: nn.Module | None = None, *args: object, **options: object
+    ) -> object:
         """Backward of either front end."""
         side = FabricDDP if self._lightning_module is None else TrainerDDP
         return side.backward(self, tensor, module, *args, **options)
@@ -256,7 +287,7 @@ class PacelineStrategy(TrainerDDP, FabricDDP):  # type: ignore[misc]
             options[what] = {**options[what], embedding.KEY: embedding.state_of_all_ranks(self.job)}
         (TrainerDDP if is_trainer else FabricDDP).save_checkpoint(self, **options)
 
-    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, *args: object, **options: object) -> dict[str, Any]:
         """The checkpoint, or with Fabric what is left of it after restoring the given objects."""
         if self._lightning_module is not None:
             loaded: dict[str, Any] = TrainerDDP.load_checkpoint(self, path, *args, **options)
@@ -269,7 +300,7 @@ class PacelineStrategy(TrainerDDP, FabricDDP):  # type: ignore[misc]
         return rest
 
 
-def _leaves(batch: Any) -> Iterator[Any]:
+def _leaves(batch: object) -> Iterator[object]:
     if isinstance(batch, dict):
         batch = list(batch.values())
     if isinstance(batch, (list, tuple)):

@@ -14,15 +14,20 @@ import copy
 import io
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from paceline.compat.spark.rows import Columns, tensors
-from paceline.compat.spark.worker import NO_ROWS, Order
+from paceline.compat.spark.worker import NO_ROWS, EpochOrder
 from paceline.errors import ConfigError, WorkerFailed
 from paceline.launchers.spark.session import explain
+from paceline.tasks.task import Task
+
+if TYPE_CHECKING:
+    from pyspark.broadcast import Broadcast
+    from pyspark.sql import DataFrame
 
 Sums = tuple[Any, Any, float, float, float]
 """Σ weight · state [numel] float64, counters [n] (largest), Σ weight, Σ loss, minibatches."""
@@ -30,7 +35,7 @@ Sums = tuple[Any, Any, float, float, float]
 _kept: dict[tuple[str, int], tuple[Any, Any]] = {}  # a Python worker of Spark is used again for later rounds
 
 
-def train(frame: Any, task: Any, columns: Columns, settings: dict[str, Any]) -> dict[str, Any]:
+def train(frame: DataFrame, task: Task, columns: Columns, settings: dict[str, Any]) -> dict[str, Any]:
     """Train by rounds; returns the model's state and the history, as the collective design does.
 
     Raises WorkerFailed with what a task raised.
@@ -44,7 +49,7 @@ def train(frame: Any, task: Any, columns: Columns, settings: dict[str, Any]) -> 
         raise WorkerFailed(f"fit, averaging by the driver: {explain(error)}") from error
 
 
-def _train(frame: Any, task: Any, columns: Columns, settings: dict[str, Any]) -> dict[str, Any]:
+def _train(frame: DataFrame, task: Task, columns: Columns, settings: dict[str, Any]) -> dict[str, Any]:
     from pyspark import StorageLevel
 
     context = frame.sparkSession.sparkContext
@@ -80,7 +85,7 @@ def _train(frame: Any, task: Any, columns: Columns, settings: dict[str, Any]) ->
     return {"history": history, "state": task.model.state_dict(), "stats": {}}
 
 
-def evaluate(task: Any) -> dict[str, float]:
+def evaluate(task: Task) -> dict[str, float]:
     """The task's metrics (sum, count) on its test set, on the driver."""
     if task.test_set is None:
         return {}
@@ -105,7 +110,6 @@ class _State:
         self._model, self._optimizer = model, optimizer
 
     def content(self) -> bytes:
-        """For the broadcast."""
         return _dumps((self._model.state_dict(), self._optimizer.state_dict()))
 
     def restore(self, content: bytes) -> None:
@@ -115,14 +119,14 @@ class _State:
         self._optimizer.load_state_dict(optimizer)
 
     def read(self, weight: float, loss: float, batches: float) -> Sums:
-        """This worker's contribution."""
+        """What this worker adds to the sums of a round."""
         vector, counters = self._split()
         flat = [t.detach().double().reshape(-1).numpy() for t in vector]
         return np.concatenate(flat) * weight, np.array([float(c) for c in counters]), weight, loss, batches
 
     def load(self, sums: Sums) -> None:
         """Take over the average."""
-        self._make_optimizer_state()
+        self.make_optimizer_state()
         vector, counters = self._split()
         mean = torch.from_numpy(sums[0] / sums[2])
         with torch.no_grad():
@@ -142,7 +146,7 @@ class _State:
             [t for t in tensors if not (t.is_floating_point() and t.ndim)],
         )
 
-    def _make_optimizer_state(self) -> None:
+    def make_optimizer_state(self) -> None:
         """Optimizers make their state in their first step; the driver takes one that changes nothing."""
         if self._optimizer.state:
             return
@@ -159,7 +163,9 @@ class _State:
 class _Round:
     """One round on one partition; a task of Spark."""
 
-    def __init__(self, job: str, setup: Any, shared: Any, first: int, end: int, steps: int) -> None:
+    def __init__(
+        self, job: str, setup: Broadcast, shared: Broadcast, first: int, end: int, steps: int
+    ) -> None:
         self._job, self._setup, self._shared = job, setup, shared
         self._first, self._end, self._steps = first, end, steps
 
@@ -174,7 +180,7 @@ class _Round:
         (task, _, settings), (x, y) = _kept[self._job, index]
         state = _State(task.model, task.optimizer)
         state.restore(self._shared.value)
-        order = Order(len(x), settings["batch_size"], seed=settings["seed"], worker=index)
+        order = EpochOrder(len(x), settings["batch_size"], seed=settings["seed"], worker=index)
         task.model.train()
         loss_sum, done = 0.0, 0
         for epoch, batch in self._batches(order):
@@ -186,10 +192,10 @@ class _Round:
             task.optimizer.step()
             loss_sum, done = loss_sum + float(loss.detach()), done + 1
         if not task.optimizer.state:
-            state._make_optimizer_state()
+            state.make_optimizer_state()
         yield state.read(done / (self._end - self._first), loss_sum, float(done))
 
-    def _batches(self, order: Order) -> Iterator[tuple[int, list[int]]]:
+    def _batches(self, order: EpochOrder) -> Iterator[tuple[int, list[int]]]:
         for epoch in range(self._first // self._steps, (self._end - 1) // self._steps + 1):
             order.epoch = epoch
             for step, batch in enumerate(order, start=epoch * self._steps):
@@ -225,7 +231,7 @@ def _count(rows: Iterator[bytes]) -> Iterator[int]:
     yield _table(rows).num_rows
 
 
-def _dumps(value: Any) -> bytes:
+def _dumps(value: tuple[object, ...]) -> bytes:
     from pyspark import cloudpickle
 
     if not isinstance(value[0], dict):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from paceline.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _HASHED_ROWS = 4096
 _LABELS = ("label", "labels", "target", "targets", "y")
@@ -34,7 +38,9 @@ class Columns:
         return [*self.features, self.label]
 
 
-def choose(available: Sequence[str], features: Any, label: str | None) -> tuple[tuple[str, ...], str]:
+def choose(
+    available: Sequence[str], features: str | Sequence[str] | None, label: str | None
+) -> tuple[tuple[str, ...], str]:
     """Names of the feature columns and of the label's; guessed where they were not given."""
     wanted = [features] if isinstance(features, str) else list(features or ())
     missing = [n for n in [*wanted, *([label] if label else [])] if n not in available]
@@ -54,7 +60,7 @@ def choose(available: Sequence[str], features: Any, label: str | None) -> tuple[
     return tuple(wanted), label
 
 
-def tensors(table: Any, columns: Columns) -> tuple[Tensor, Tensor]:
+def tensors(table: pa.Table, columns: Columns) -> tuple[Tensor, Tensor]:
     """An Arrow table's features [N, *input_shape] and labels [N, *target_shape].
 
     In an order of their content: after a shuffle, Spark gives a partition's rows in another order each time,
@@ -84,7 +90,7 @@ def _hashes(values: Tensor) -> Tensor:
     return found
 
 
-def _shaped(values: Any, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
+def _shaped(values: NDArray[Any], shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
     try:
         return torch.from_numpy(np.array(values)).reshape(len(values), *shape).to(dtype)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -94,7 +100,7 @@ def _shaped(values: Any, shape: tuple[int, ...], dtype: torch.dtype, name: str) 
         ) from None
 
 
-def _array(column: Any, name: str, count: int) -> Any:
+def _array(column: pa.Array, name: str, count: int) -> NDArray[Any]:
     """A column as an array [N] or [N, values per row]."""
     import pyarrow as pa
 
@@ -117,13 +123,14 @@ def _array(column: Any, name: str, count: int) -> Any:
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
         return _rows(np.frombuffer(b"".join(array.to_pylist()), np.uint8), count, name)
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
-        return array.to_numpy(zero_copy_only=False)
+        plain: NDArray[Any] = array.to_numpy(zero_copy_only=False)
+        return plain
     raise ConfigError(
         f"fit: column {name} is of type {kind}; numbers, arrays of numbers, dense vectors or binary expected"
     )
 
 
-def _dense_vector(array: Any, name: str) -> Any:
+def _dense_vector(array: pa.Array, name: str) -> pa.Array:
     """The values of Spark ML's vectors."""
     sparse = [v for v in array.field("type").to_pylist() if v != 1]
     if sparse:
@@ -131,7 +138,7 @@ def _dense_vector(array: Any, name: str) -> Any:
     return array.field("values")
 
 
-def _rows(flat: Any, count: int, name: str) -> Any:
+def _rows(flat: NDArray[Any], count: int, name: str) -> NDArray[Any]:
     if flat.size % count:
         raise ConfigError(f"fit: column {name}: rows of different lengths")
     return flat.reshape(count, -1)

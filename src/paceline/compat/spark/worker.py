@@ -17,6 +17,8 @@ from paceline.compat.spark.rows import Columns, tensors
 from paceline.errors import ConfigError
 from paceline.launchers.call import keep_progress, progress
 from paceline.launchers.spark.tasks import PARTITION
+from paceline.tasks.task import Task
+from paceline.train.job import Job
 
 NO_ROWS = (
     "fit: a worker got no rows: fewer partitions of the DataFrame have rows than there are workers;"
@@ -24,7 +26,7 @@ NO_ROWS = (
 )
 
 
-class Order(BatchSampler):
+class EpochOrder(BatchSampler):
     """A partition's minibatches in `epoch`: a permutation drawn from (seed, worker, epoch)."""
 
     def __init__(self, count: int, batch_size: int, *, seed: int, worker: int) -> None:
@@ -52,14 +54,14 @@ def read_partition(path: str | Path, columns: Columns) -> tuple[Tensor, Tensor]:
         return tensors(pa.ipc.open_file(source).read_all(), columns)
 
 
-def train(task: Any, columns: Columns, settings: dict[str, Any]) -> dict[str, Any]:
+def train(task: Task, columns: Columns, settings: dict[str, Any]) -> dict[str, Any]:
     """Train `task` on this worker's partition; rank 0 returns the model's state and the history."""
     import paceline
 
     job = paceline.init(seed=settings["seed"])
     x, y = read_partition(os.environ[PARTITION], columns)
-    order = Order(len(x), settings["batch_size"], seed=settings["seed"], worker=job.rank)
-    loader: Any = DataLoader(TensorDataset(x, y), batch_sampler=order)
+    order = EpochOrder(len(x), settings["batch_size"], seed=settings["seed"], worker=job.rank)
+    loader: DataLoader[tuple[Tensor, ...]] = DataLoader(TensorDataset(x, y), batch_sampler=order)
     saved: dict[str, Any] = {"history": []}
     if job.checkpoint is None:
         _continue(job, task, saved)
@@ -71,8 +73,8 @@ def train(task: Any, columns: Columns, settings: dict[str, Any]) -> dict[str, An
         order.epoch = epoch
         total = count = 0.0
         for inputs, targets in loader:
-            loss = task.loss(model(inputs), targets)
-            loss.backward()
+            loss: Tensor = task.loss(model(inputs), targets)
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
             total, count = total + float(loss.detach()), count + 1
@@ -95,7 +97,7 @@ def train(task: Any, columns: Columns, settings: dict[str, Any]) -> dict[str, An
     return result
 
 
-def _keep(job: Any, task: Any, saved: dict[str, Any], next_epoch: int) -> None:
+def _keep(job: Job, task: Task, saved: dict[str, Any], next_epoch: int) -> None:
     """Without a checkpoint: rank 0 leaves the averaged model with the launcher, for a stage run again."""
     attachment = job.attachments[-1]
     consensus = attachment.strategy.consensus()  # all ranks take part
@@ -113,7 +115,7 @@ def _keep(job: Any, task: Any, saved: dict[str, Any], next_epoch: int) -> None:
     keep_progress(content.getvalue())
 
 
-def _continue(job: Any, task: Any, saved: dict[str, Any]) -> None:
+def _continue(job: Job, task: Task, saved: dict[str, Any]) -> None:
     """Begin where the attempt before was after its last whole epoch; before `prepare`, which spreads it."""
     content = progress()
     if content is None:
@@ -132,9 +134,7 @@ class _Plain:
         self._values = values
 
     def state_dict(self) -> dict[str, Any]:
-        """As it is."""
         return dict(self._values)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace it."""
         self._values.update(state)

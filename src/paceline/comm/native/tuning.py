@@ -8,7 +8,6 @@ frozen for the job; a file per cluster keeps it, so that the next job starts wit
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -17,12 +16,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from paceline import collectives, registry
+from paceline import collectives
 from paceline.comm.native import uneven
+from paceline.comm.native.choice import DIRECT, OPERATIONS, Choice, Table
+from paceline.comm.native.network import NetworkCommunicator
 from paceline.errors import ConfigError
 from paceline.schedule import topologies
 from paceline.schedule.program import Program
@@ -30,72 +31,12 @@ from paceline.schedule.simulation.simulate import simulate
 from paceline.schedule.topology import Topology
 from paceline.types import ReduceOp
 
-if TYPE_CHECKING:
-    from paceline.comm.native.network import NetworkCommunicator
-
-OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "reduce")
 SIZES = (1 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20)
-KNOWN = (*OPERATIONS, "gather", "scatter", "all_to_all", "barrier")
-DIRECT = "direct"
 _FINALISTS = 3
 _REPEATS = 3
 _TOO_LONG_S = 0.02  # beyond, bandwidth decides, and what won at the size before wins again
 _PROBE_BYTES = 256 << 10
-_VERSION = 2  # counts up when what is measured or what is in a table changes
 MOST_RANKS = 64  # simulating all candidates for more takes too long to do it at every job's start
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """What one operation gets at one size, and why."""
-
-    operation: str
-    num_bytes: int
-    algorithm: str
-    reason: str
-    runner_up: str | None = None
-    times_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Seconds by algorithm, as measured or simulated; fastest first."""
-
-    def __str__(self) -> str:
-        after = f"; runner-up: {self.runner_up}" if self.runner_up else ""
-        return f"{self.operation} of {self.num_bytes} bytes: {self.algorithm}: {self.reason}{after}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Choices by operation and size. Between two sizes that of the nearer one (by ratio) holds."""
-
-    choices: tuple[Choice, ...] = ()
-    source: str = ""
-    """"measured", or the file that it was read from."""
-
-    def find(self, operation: str, num_bytes: int) -> Choice | None:
-        """Return the choice that holds; None if the operation is not in the table."""
-        rows = [c for c in self.choices if c.operation == operation]
-        return min(rows, key=lambda c: _ratio(c.num_bytes, num_bytes)) if rows else None
-
-    def to_json(self) -> str:
-        """Plain JSON, `from_json`'s inverse."""
-        return json.dumps({"version": _VERSION, "choices": [dataclasses.asdict(c) for c in self.choices]})
-
-    @classmethod
-    def from_json(cls, text: str, source: str) -> Table:
-        """Raises ValueError, KeyError or TypeError for anything else than a table."""
-        value = json.loads(text)
-        if value["version"] != _VERSION:
-            raise ValueError(f"version {value['version']}")
-        return cls(tuple(Choice(**c) for c in value["choices"]), source)
-
-
-def check_operation(operation: str) -> None:
-    """ConfigError for a name that is no collective."""
-    if operation not in KNOWN:
-        raise ConfigError(registry.unknown("operation", operation, KNOWN))
-
-
-def _ratio(a: int, b: int) -> float:
-    return max(a, 1) / max(b, 1) if a > b else max(b, 1) / max(a, 1)
 
 
 def adopt(comm: NetworkCommunicator, *, again: bool = False) -> Table:
@@ -163,7 +104,7 @@ def _choice(
     if len(order) == 1:
         return Choice(operation, num_bytes, best, f"{how}: {times_s[best] * 1e6:.3g} us", None, ranked)
     reason = f"{how}: {times_s[best] * 1e6:.3g} us against {times_s[order[1]] * 1e6:.3g} us"
-    if best.startswith(uneven.PREFIX):
+    if uneven.parse(best, len(rates)) is not None:
         mbit = ", ".join(f"{rate * 8e-6:.3g}" for rate in rates)
         reason += f"; links differ ({mbit} Mbit/s in order of ranks), so ranks reduce shares of the buffer"
     return Choice(operation, num_bytes, best, reason, order[1], ranked)
@@ -173,7 +114,7 @@ def measure_links(comm: NetworkCommunicator) -> tuple[Topology, list[float]]:
     """Latency and bandwidth of every host's interface, and bytes/s of every rank's link. Collective.
 
     All pairs of ranks are tried. A rank's link is as fast as the fastest message that it received or that was
-    received from it, whichever is slower: so a slow peer makes nobody else's link look slow.
+    received from it, whichever is slower: so a slow peer makes no other link look slow.
     """
     p, me = comm.size, comm.rank
     latency, per_byte = (
@@ -181,7 +122,7 @@ def measure_links(comm: NetworkCommunicator) -> tuple[Topology, list[float]]:
         torch.full((p, p), 1e9, dtype=torch.float64),
     )
     for distance in range(1, p):
-        # Everybody receives from the rank `distance` behind: every interface carries one message each way.
+        # Every rank receives from the rank `distance` behind: every interface carries one message each way.
         dst, src = (me + distance) % p, (me - distance) % p
         round_trip_s = _fetch(comm, src, dst, 4, repeats=5)
         spent_s = max(_fetch(comm, src, dst, _PROBE_BYTES, repeats=4) - round_trip_s, 1e-9)
@@ -202,10 +143,10 @@ def measure_links(comm: NetworkCommunicator) -> tuple[Topology, list[float]]:
 
 
 def _fetch(comm: NetworkCommunicator, src: int, dst: int, num_bytes: int, *, repeats: int) -> float:
-    """Least seconds from asking `src` for a message until it is here, while `dst` gets one from this rank.
+    """Least seconds from asking `src` for a message until it arrives, while `dst` gets one from this rank.
 
-    It leaves when it is asked for: were it sent unasked, a rank that comes late would find it there already,
-    and take the slowest link for the fastest.
+    It leaves when it is asked for: a rank that comes late would find an unasked message there already, and
+    take the slowest link for the fastest.
     """
     mine, theirs = torch.zeros(num_bytes, dtype=torch.uint8), torch.empty(num_bytes, dtype=torch.uint8)
     asked, best = torch.empty(1, dtype=torch.uint8), 1e9
@@ -253,20 +194,19 @@ def _race(comm: NetworkCommunicator, operation: str, num_bytes: int, algorithm: 
     numel = max(comm.size, num_bytes // 4 // comm.size * comm.size)
     whole, part = torch.zeros(numel), torch.zeros(numel // comm.size)
     calls: dict[str, Callable[[], Any]] = {
-        "all_reduce": lambda: comm.all_reduce(whole),
-        "reduce_scatter": lambda: comm.reduce_scatter(part, whole),
-        "all_gather": lambda: comm.all_gather(whole, part),
-        "broadcast": lambda: comm.broadcast(whole),
-        "reduce": lambda: comm.reduce(whole),
+        "all_reduce": lambda: comm.all_reduce(whole, algorithm=algorithm),
+        "reduce_scatter": lambda: comm.reduce_scatter(part, whole, algorithm=algorithm),
+        "all_gather": lambda: comm.all_gather(whole, part, algorithm=algorithm),
+        "broadcast": lambda: comm.broadcast(whole, algorithm=algorithm),
+        "reduce": lambda: comm.reduce(whole, algorithm=algorithm),
     }
     times = []
-    with comm.using(algorithm):
-        calls[operation]().wait()  # connections
-        for _ in range(_REPEATS):
-            comm.barrier().wait()
-            start = time.perf_counter()
-            calls[operation]().wait()
-            times.append(time.perf_counter() - start)
+    calls[operation]().wait()  # connections
+    for _ in range(_REPEATS):
+        comm.barrier().wait()
+        start = time.perf_counter()
+        calls[operation]().wait()
+        times.append(time.perf_counter() - start)
     slowest = torch.tensor([statistics.median(times)], dtype=torch.float64)
     comm.all_reduce(slowest, op=ReduceOp.MAX).wait()
     return float(slowest)
