@@ -23,7 +23,7 @@ from torch import nn
 from paceline.compat import embedding
 from paceline.errors import ConfigError
 from paceline.strategies.base.strategy import TrainingStrategy, make
-from paceline.train import checkpoint, persistence
+from paceline.train import checkpoint
 from paceline.train.job import DEFAULT_STRATEGY, Job
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _join_checkpoints(accelerator: Accelerator, job: Job, model: nn.Module) -> N
                 for key, value in model.state_dict().items()
             }
         with job.clock.paused():
-            checkpoint.write(Path(folder) / embedding.KEY, persistence.collect(job, None), job.comm)
+            checkpoint.write(Path(folder) / embedding.KEY, job.collect_state(), job.comm)
 
     def keep_out(models: list[nn.Module], folder: str) -> None:
         # Accelerate's reader refuses views of flat buffers; load_state below takes the weights back.
@@ -132,7 +132,7 @@ def _join_checkpoints(accelerator: Accelerator, job: Job, model: nn.Module) -> N
         folder = Path(input_dir or _latest(accelerator))
         if checkpoint.exists(folder / embedding.KEY, job.comm):
             with job.clock.paused():
-                persistence.restore(job, *checkpoint.read(folder / embedding.KEY, job.comm))
+                job.restore_state(*checkpoint.read(folder / embedding.KEY, job.comm))
         else:
             model.load_state_dict(_weights(folder))
             for attachment in job.attachments:
@@ -142,7 +142,7 @@ def _join_checkpoints(accelerator: Accelerator, job: Job, model: nn.Module) -> N
     def end_training() -> None:
         job.synchronize()
         job.clock.stop()
-        job.logbook.sum_up(job)
+        job.sum_up()
         end()
 
     accelerator.load_state, accelerator.end_training = load_state, end_training

@@ -10,7 +10,6 @@ import torch
 
 import paceline
 from paceline.errors import CheckpointError, ConfigError
-from paceline.train import persistence
 from paceline.train.evaluate import consensus
 from paceline.train.job import Job
 
@@ -50,7 +49,7 @@ def consensus_model(job: Job) -> Iterator[None]:
 def state_of_all_ranks(job: Job) -> dict[str, Any]:
     """What a resumed run needs beyond model and optimizer, of every rank; all ranks call it."""
     with job.clock.paused():
-        return {"size": job.size, "ranks": job.gather_objects(persistence.collect(job, None))}
+        return {"size": job.size, "ranks": job.gather_objects(job.collect_state())}
 
 
 def restore(job: Job, state: dict[str, Any]) -> None:
@@ -60,4 +59,4 @@ def restore(job: Job, state: dict[str, Any]) -> None:
         raise CheckpointError("the checkpoint's paceline state is empty")
     own = ranks[job.rank] if state["size"] == job.size else ranks[0]
     with job.clock.paused():
-        persistence.restore(job, own, ranks[0], state["size"])
+        job.restore_state(own, ranks[0], state["size"])

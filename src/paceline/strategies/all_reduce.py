@@ -23,11 +23,22 @@ from paceline.types import Bucket, Work
 
 
 class AllReduce(TrainingStrategy):
-    """Sum gradients, weighted by the ranks' sample counts, in buckets of `bucket_mib` MiB (at most 8
-    within one host over the native fabric).
+    """Sum gradients, weighted by the ranks' sample counts, while backward still runs.
 
-    `codec`: none, or e.g. `powersgd(rank=2)`, `error_feedback(codec=onebit)`, `int8`. Flags at the end of the
-    last bucket always travel as they are.
+    Args:
+        bucket_mib: Size in MiB at which a bucket of gradients is closed and sent; default 25, at most 8
+            within one host over the native fabric. Smaller buckets start earlier and cost more.
+        codec: How gradients are encoded, e.g. `int8`, `powersgd(rank=2)` or `error_feedback(codec=onebit)`;
+            default none: exact. Worth it where the network, not the computation, limits the step. The flags
+            that say which parameters were used always travel as they are.
+
+    Raises:
+        ConfigError: `bucket_mib` is not above 0, or the codec is unknown.
+
+    Example:
+        `all_reduce(codec=powersgd(rank=2))`
+
+    Source: Li et al., PyTorch Distributed, VLDB 2020 (buckets and overlap).
     """
 
     advice = "Same result as one big machine; needs a network that carries the model's size every step."
@@ -43,22 +54,20 @@ class AllReduce(TrainingStrategy):
         self._states: dict[str, dict[str, Any]] = {}
 
     def gradient_ready(self, bucket: Bucket) -> None:
-        """Start summing this bucket."""
         if self.comm.size == 1:
             return
         if self._reducer is None:
             self._works.append(self.comm.all_reduce(bucket.gradient))
             return
-        gradient, flags = self._without_flags(bucket)
-        if flags.numel():
-            self._works.append(self.comm.all_reduce(flags))
+        gradient = bucket.values
+        if bucket.used_flags is not None:
+            self._works.append(self.comm.all_reduce(bucket.used_flags))
         flat = gradient.to(torch.float32)  # itself, if it is float32
         state = self._states.setdefault(str(bucket.index), {})
         work = self._reducer.start(flat, self._layout(bucket), self.comm, state)
         self._staged.append((work, flat, gradient))
 
     def backward_done(self) -> None:
-        """Wait for all buckets."""
         works, self._works = self._works, []
         staged, self._staged = self._staged, []
         for work in works:
@@ -68,21 +77,10 @@ class AllReduce(TrainingStrategy):
             if flat.data_ptr() != gradient.data_ptr():
                 gradient.copy_(flat)
 
-    def _without_flags(self, bucket: Bucket) -> tuple[torch.Tensor, torch.Tensor]:
-        used: torch.Tensor | None = self.replica.used
-        gradient, end = bucket.gradient, bucket.gradient.numel()
-        if (
-            used is not None
-            and used.numel()
-            and used.untyped_storage().data_ptr() == (gradient.untyped_storage().data_ptr())
-        ):
-            end = min(end, max(0, int(used.storage_offset()) - int(gradient.storage_offset())))
-        return gradient[:end], gradient[end:]
-
-    def _layout(self, bucket: Any) -> Layout:
+    def _layout(self, bucket: Bucket) -> Layout:
         start = bucket.gradient.storage_offset()
         views = [self.replica.gradient_views[i] for i in bucket.members]
-        return [(view.storage_offset() - start, view.shape) for view in views]
+        return [(int(view.storage_offset() - start), view.shape) for view in views]
 
     def state_dict(self) -> dict[str, Any]:
         """Residuals and factors of the codec, per bucket."""
@@ -104,5 +102,5 @@ class AllReduce(TrainingStrategy):
             return 0.0
         if self._reducer is None:
             return float(model_bytes)
-        parts = [(self._without_flags(b)[0].numel(), self._layout(b)) for b in self.replica.buckets]
+        parts = [(b.values.numel(), self._layout(b)) for b in self.replica.buckets]
         return sum(self._reducer.traffic(numel, layout, size) for numel, layout in parts)

@@ -10,19 +10,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.autograd import Variable
 
 from paceline import _core
-from paceline.comm.communicator import FabricCommunicator
 from paceline.errors import ConfigError
 from paceline.strategies.base.strategy import TrainingStrategy
+from paceline.train.minibatch import AccumulationWindow, Event, MinibatchState, Phase
 from paceline.train.replica import FlatReplica, GradientBucket
+from paceline.types import Communicator
 
 _LARGE_NUMEL = 1 << 18  # a megabyte: the copy would only push out of the caches what backward needs next
+
+
+class Removable(Protocol):
+    """What registering a hook returns."""
+
+    def remove(self) -> None: ...
 
 
 class Attachment:
@@ -32,7 +39,7 @@ class Attachment:
         self,
         replica: FlatReplica,
         strategy: TrainingStrategy,
-        comm: FabricCommunicator,
+        comm: Communicator,
         *,
         accumulation_steps: int,
     ) -> None:
@@ -48,19 +55,15 @@ class Attachment:
         """Called when all gradients are complete, at the end of backward."""
         self._size = comm.size
         self.comm = comm
-        self._no_sync = False
-        self._is_last_batch = False
-        self._window: list[tuple[int, int]] = []  # (own samples, all ranks' samples) of each micro-batch
-        self._backwards = 0  # since the last synchronised one
-        self._in_backward = False
-        self._sends = False
+        self._minibatch = MinibatchState()
+        self._window = AccumulationWindow()
+        self._only_accumulates = False  # inside `no_sync`
+        self._sends = False  # whether the backward pass that runs reduces its gradients
         self._taken: set[int] = set()  # parameters whose gradients are in their buckets
-        self._unsent = False
         self._next_bucket = 0
-        self._pending = False
-        self._stepped: set[int] = set()
-        self._warned = False
-        self._handles: list[Any] = []
+        self._stepped: set[int] = set()  # optimizers that have stepped in this minibatch
+        self._has_warned = False
+        self._handles: list[Removable] = []
         self._counts = {
             id(o): sum(len(group["params"]) for group in o.param_groups) for o in replica.optimizers
         }
@@ -71,48 +74,50 @@ class Attachment:
     def batch_begins(self, own_samples: int, all_samples: int, is_last: bool) -> None:
         """The loader hands out a batch: what came before is over, and this is the new batch's weight."""
         self.finish_minibatch()
-        self._in_backward = False  # a backward that raised never reached its end
-        if self._backwards == 0:
-            self._window = []
-        self._window.append((own_samples, all_samples))
-        own, total = (sum(column) for column in zip(*self._window, strict=True))
-        self.replica.weight = own / total
-        self.replica.has_samples = own > 0
-        self._is_last_batch = is_last
+        self._minibatch.backward_was_abandoned()
+        window = self._window
+        window.add(own_samples, all_samples, is_last=is_last)
+        self.replica.weight = window.own_samples / window.all_samples
+        self.replica.has_samples = window.own_samples > 0
 
     def data_ends(self) -> None:
         """The epoch's data is used up; a loop without the loader weighs all ranks alike."""
         self.finish_minibatch()
-        self._window, self._is_last_batch = [], False
+        self._window.clear()
         self.replica.weight, self.replica.has_samples = 1.0 / self._size, True
 
     @property
     def is_mid_window(self) -> bool:
         """Whether gradients wait for more backward passes or for the optimizer."""
-        return self._backwards > 0
+        return self._window.backwards > 0
 
     def finish_minibatch(self) -> None:
         """Close a minibatch whose optimizer steps did not all come (a GradScaler skipped them)."""
-        if not self._pending:
+        if not self._minibatch.awaits_step:
             return
-        self._pending = False
-        self.minibatches += 1
-        if self._stepped:
-            self._stepped.clear()
+        has_stepped = bool(self._stepped)
+        self._end_minibatch()
+        if has_stepped:
             self.strategy.after_update()
         else:
             self.strategy.update_skipped()
 
+    def _end_minibatch(self) -> None:
+        self._stepped.clear()
+        self._minibatch.awaits_step = False
+        self._minibatch.advance(Event.MINIBATCH_ENDS)
+        self.minibatches += 1
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backward passes inside only accumulate; the next one outside sends the sum."""
-        before, self._no_sync = self._no_sync, True
+        before, self._only_accumulates = self._only_accumulates, True
         try:
             yield
         finally:
-            self._no_sync = before
+            self._only_accumulates = before
 
-    def keep(self, handle: Any) -> None:
+    def keep(self, handle: Removable) -> None:
         """Call `handle.remove()` when this is detached."""
         self._handles.append(handle)
 
@@ -126,22 +131,28 @@ class Attachment:
 
     def _hook(self) -> None:
         for index, parameter in enumerate(self.replica.trained):
-            register: Any = parameter.register_post_accumulate_grad_hook
-            self._handles.append(register(self._gradient_hook(index)))
+            hook = self._gradient_hook(index)
+            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
         for optimizer in self.replica.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
         self._handles.append(self.replica.module.register_forward_pre_hook(self._before_forward))
 
-    def _before_forward(self, module: nn.Module, arguments: Any) -> None:
-        if self._pending and not self.has_loader and torch.is_grad_enabled() and module.training:
+    def _before_forward(self, module: nn.Module, arguments: object) -> None:
+        if (
+            self._minibatch.awaits_step
+            and not self.has_loader
+            and torch.is_grad_enabled()
+            and module.training
+        ):
             self.finish_minibatch()
 
-    def _gradient_hook(self, index: int) -> Any:
+    def _gradient_hook(self, index: int) -> Callable[[torch.Tensor], None]:
         lays_flat = self.strategy.needs_gradients and self._size > 1
+        minibatch = self._minibatch
 
         def hook(parameter: torch.Tensor) -> None:
-            if not self._in_backward:
+            if minibatch.phase is not Phase.BACKWARD:
                 self._begin_backward()
             if lays_flat and self._sends:
                 if index in self._taken:
@@ -159,11 +170,12 @@ class Attachment:
         return hook
 
     def _begin_backward(self) -> None:
-        self._in_backward = True
-        self._backwards += 1
+        self._minibatch.advance(Event.BACKWARD_BEGINS)
+        self._window.backwards += 1
         self.comm.charge_compute()
-        self._sends = not self._no_sync and (
-            self._backwards >= self.accumulation_steps or (self._is_last_batch and self.has_loader)
+        self._sends = not self._only_accumulates and (
+            self._window.backwards >= self.accumulation_steps
+            or (self._window.is_last_batch and self.has_loader)
         )
         self._reset_buckets()
         Variable._execution_engine.queue_callback(self._end_backward)
@@ -175,17 +187,20 @@ class Attachment:
             bucket.missing = len(bucket.members)
 
     def _end_backward(self) -> None:
-        self._in_backward = False
+        if self._minibatch.phase is not Phase.BACKWARD:
+            return  # it raised, and the loop has gone on to another batch
         if not self._sends:
-            self._unsent = True
+            self._minibatch.advance(Event.GRADIENTS_KEPT)
             return
         self._complete()
 
     def _complete(self) -> None:
         """Send what was not sent during backward, wait, and give unused gradients back as None."""
-        self._unsent = False
-        self._backwards = 0
-        self._pending = bool(self.replica.optimizers)
+        self._window.backwards = 0
+        self._minibatch.advance(Event.GRADIENTS_REDUCED)
+        self._minibatch.awaits_step = bool(self.replica.optimizers)
+        if not self.replica.optimizers:
+            self._minibatch.advance(Event.MINIBATCH_ENDS)
         if self.replica.buckets and self._size > 1:
             for bucket in self.replica.buckets[self._next_bucket :]:
                 self._fill(bucket)
@@ -253,27 +268,25 @@ class Attachment:
         ):
             parameter.grad = view if flag > 0 else None
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self._check_parameters(optimizer)
-        if self._unsent:  # fewer backward passes than declared: send now, later than clipping would like
-            if not self._warned and self.comm.rank == 0 and self.strategy.needs_gradients:
+        if self._minibatch.phase is Phase.UNSENT:  # fewer passes than declared: reduce now, after clipping
+            if not self._has_warned and self.comm.rank == 0 and self.strategy.needs_gradients:
                 warnings.warn(
-                    f"optimizer.step() after {self._backwards} of {self.accumulation_steps} accumulation"
-                    " steps: gradients are reduced now, after any clipping or unscaling",
+                    f"optimizer.step() after {self._window.backwards} of {self.accumulation_steps}"
+                    " accumulation steps: gradients are reduced now, after any clipping or unscaling",
                     stacklevel=3,
                 )
-            self._warned = True
+            self._has_warned = True
             self._reset_buckets()
             self._complete()
         if not self._stepped:
             self.strategy.before_update()
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self.replica.optimizers):
-            self._stepped.clear()
-            self._pending = False
-            self.minibatches += 1
+            self._end_minibatch()
             self.strategy.after_update()
             if self.on_update is not None and not self.has_loader:
                 self.on_update()

@@ -20,23 +20,23 @@ import torch
 
 import paceline
 from paceline._core import crc32c
-from paceline.comm.communicator import FabricCommunicator
 from paceline.errors import CheckpointError
 from paceline.train import plain
+from paceline.types import Communicator
 
 _FORMAT = 1
 _WRITTEN, _FAILED = 1, 2  # and 0 from ranks that are dead
 MANIFEST = "manifest.json"
 
 
-def exists(path: str | os.PathLike[str], comm: FabricCommunicator) -> bool:
+def exists(path: str | os.PathLike[str], comm: Communicator) -> bool:
     """Whether rank 0 finds a checkpoint at `path`; all ranks get the same answer."""
     found = torch.tensor([int((Path(path) / MANIFEST).is_file())])
     comm.broadcast(found).wait()
     return bool(found)
 
 
-def write(path: str | os.PathLike[str], shard: dict[str, Any], comm: FabricCommunicator) -> None:
+def write(path: str | os.PathLike[str], shard: dict[str, Any], comm: Communicator) -> None:
     """Save every rank's `shard` (tensors and plain values). All ranks call it.
 
     Raises CheckpointError on all ranks if any of them failed; the checkpoint that was there stays valid.
@@ -72,9 +72,7 @@ def write(path: str | os.PathLike[str], shard: dict[str, Any], comm: FabricCommu
     _remove_older(folder, generation, comm)
 
 
-def read(
-    path: str | os.PathLike[str], comm: FabricCommunicator
-) -> tuple[dict[str, Any], dict[str, Any], int]:
+def read(path: str | os.PathLike[str], comm: Communicator) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Load (this rank's shard, rank 0's shard, number of ranks that saved). All ranks call it.
 
     With another number of ranks than now, or 0 for a job that had lost some, both shards are rank 0's.
@@ -123,7 +121,7 @@ def write_durably(target: Path, data: bytes | memoryview) -> None:
         os.close(descriptor)
 
 
-def _next_generation(folder: Path, comm: FabricCommunicator) -> int:
+def _next_generation(folder: Path, comm: Communicator) -> int:
     generation = torch.zeros(1, dtype=torch.int64)
     if comm.rank == 0:
         generation[0] = 1 + int(_read_manifest(folder).get("generation", 0))
@@ -174,7 +172,7 @@ def _read_shard(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
     return loaded
 
 
-def _remove_older(folder: Path, generation: int, comm: FabricCommunicator) -> None:
+def _remove_older(folder: Path, generation: int, comm: Communicator) -> None:
     """Each rank removes its own old shards; rank 0 also those of ranks that no longer exist."""
     for file in folder.glob("*.rank*.pt"):
         number, _, rank = file.name.removesuffix(".pt").partition(".rank")

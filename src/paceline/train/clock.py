@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from paceline.comm.communicator import FabricCommunicator
+from paceline.types import Communicator
 
 
 class TrainingClock:
     """A stopwatch that also sets aside what the ledger counts while it is paused."""
 
-    def __init__(self, comm: FabricCommunicator) -> None:
+    def __init__(self, comm: Communicator) -> None:
         self._comm, self._ledger = comm, comm.ledger
         self._since: float | None = None
         self._gathered_s = 0.0

@@ -101,9 +101,16 @@ class DdpHook:
 
 
 def ddp_hook(codec: str, *, process_group: dist.ProcessGroup | None = None) -> DdpHook:
-    """Make a DDP communication hook from a codec's spec such as `powersgd(rank=2)`.
+    """Make a communication hook for DistributedDataParallel that averages gradients through a codec.
 
-    Give DDP's own `process_group` if it is not the default group. Register it with
-    `model.register_comm_hook(None, hook)`. Raises ConfigError for a spec that does not fit.
+    Args:
+        codec: A codec with its options, e.g. `"powersgd(rank=2)"` or `"error_feedback(codec=onebit)"`.
+        process_group: The group that the model was wrapped with; default: the default group.
+
+    Raises:
+        ConfigError: The codec is unknown or its options do not fit.
+
+    Example:
+        `model.register_comm_hook(None, paceline.ddp_hook("powersgd(rank=2)"))`
     """
     return DdpHook(codecs.make_reducer(codec), str(codec), process_group)

@@ -6,30 +6,36 @@ buffers, train/eval modes and random states are put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 
-from paceline.comm.communicator import FabricCommunicator
 from paceline.errors import ConfigError
 from paceline.train import plain, preparation, random_state
 from paceline.train.attachment import Attachment
 from paceline.train.data.loader import ShardedLoader
 from paceline.train.data.sharding import share
+from paceline.types import Batch, Communicator
 
-Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
+Outputs: TypeAlias = Any
+"""What the model or the data gives, of whatever kind the metrics take."""
+Forward = Callable[[nn.Module, Batch], tuple[Any, Any]]
+"""(model, batch) → (outputs, targets), of whatever kind the metrics take."""
+Metric = Callable[[Any, Any], tuple[Any, Any]]
+"""(outputs, targets) → (sum, count), numbers or one-element tensors."""
+Data = Dataset[Any] | DataLoader[Any] | ShardedLoader
 _DEFAULT_BATCH = 256
 
 
 def evaluate(
     model: nn.Module,
-    data: Any,
+    data: Data,
     metrics: Mapping[str, Any],
-    comm: FabricCommunicator,
+    comm: Communicator,
     attachments: Sequence[Attachment],
     *,
     batch_size: int | None = None,
@@ -83,7 +89,7 @@ def _sort_metrics(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     return callables, objects
 
 
-def _measure(name: str, metric: Any, outputs: Any, targets: Any) -> tuple[float, float]:
+def _measure(name: str, metric: Metric, outputs: Outputs, targets: Outputs) -> tuple[float, float]:
     result = metric(outputs, targets)
     if not isinstance(result, (tuple, list)) or len(result) != 2:
         raise ConfigError(
@@ -92,7 +98,7 @@ def _measure(name: str, metric: Any, outputs: Any, targets: Any) -> tuple[float,
     return float(result[0]), float(result[1])
 
 
-def _forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+def _forward(model: nn.Module, batch: Batch) -> tuple[Outputs, Outputs]:
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
         raise ConfigError(
             f"evaluate: batches of (inputs…, targets) expected, got {type(batch).__name__}; pass"
@@ -102,7 +108,7 @@ def _forward(model: nn.Module, batch: Any) -> tuple[Any, Any]:
     return model(*inputs), targets
 
 
-def _batches(data: Any, comm: FabricCommunicator, batch_size: int | None) -> Iterator[Any]:
+def _batches(data: Data, comm: Communicator, batch_size: int | None) -> Iterator[Batch]:
     """This rank's batches; together the ranks' batches are the whole set, each sample once."""
     source = data.source if isinstance(data, ShardedLoader) else data
     dataset = source.dataset if isinstance(source, DataLoader) else source
@@ -124,7 +130,7 @@ def _batches(data: Any, comm: FabricCommunicator, batch_size: int | None) -> Ite
     return iter(DataLoader(Subset(dataset, indices[low:high]), **settings))
 
 
-def _indices(dataset: Any, loader: DataLoader[Any] | None, comm: FabricCommunicator) -> Sequence[int]:
+def _indices(dataset: Sized, loader: DataLoader[Any] | None, comm: Communicator) -> Sequence[int]:
     everything = range(len(dataset))
     if loader is None or (loader.batch_size is None and loader.batch_sampler is None):
         return everything
@@ -133,10 +139,9 @@ def _indices(dataset: Any, loader: DataLoader[Any] | None, comm: FabricCommunica
         return everything
     if isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == len(dataset):
         return everything
-    chosen: Any = sampler
+    chosen: Iterable[int] = sampler
     if loader.batch_size is None:
-        batches: Any = loader.batch_sampler
-        chosen = (i for batch in batches for i in batch) if comm.rank == 0 else ()
+        chosen = (i for batch in loader.batch_sampler or () for i in batch) if comm.rank == 0 else ()
     drawn: list[int] = plain.broadcast(list(chosen) if comm.rank == 0 else [], comm)
     return drawn
 
@@ -159,7 +164,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def consensus(attachments: Sequence[Attachment], comm: FabricCommunicator) -> Iterator[None]:
+def consensus(attachments: Sequence[Attachment], comm: Communicator) -> Iterator[None]:
     """Hold the consensus model instead of this rank's replica."""
     backups: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
@@ -179,7 +184,7 @@ def consensus(attachments: Sequence[Attachment], comm: FabricCommunicator) -> It
 
 
 def _compute_objects(
-    objects: dict[str, Any], kept: list[tuple[torch.Tensor, torch.Tensor]], comm: FabricCommunicator
+    objects: dict[str, Any], kept: list[tuple[torch.Tensor, torch.Tensor]], comm: Communicator
 ) -> dict[str, Any]:
     """Metric objects see the outputs and targets of all ranks, in the data's order, in one update."""
     if not objects:
@@ -203,7 +208,7 @@ def _compute_objects(
     return results
 
 
-def gather_rows(parts: list[torch.Tensor], comm: FabricCommunicator) -> torch.Tensor:
+def gather_rows(parts: list[torch.Tensor], comm: Communicator) -> torch.Tensor:
     """Concatenate tensors along dim 0 over all ranks; a rank may have none."""
     mine = torch.cat(parts) if parts else None
     kind = None if mine is None else [list(mine.shape[1:]), str(mine.dtype).removeprefix("torch.")]

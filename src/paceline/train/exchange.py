@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from paceline.comm.communicator import FabricCommunicator
 from paceline.errors import ConfigError, Mismatch
 from paceline.train import plain
+from paceline.types import Communicator
 
 
-def all_reduce_metrics(values: Mapping[str, Any], comm: FabricCommunicator) -> dict[str, float]:
+def all_reduce_metrics(values: Mapping[str, Any], comm: Communicator) -> dict[str, float]:
     """Add up `(sum, count)` pairs over the ranks and return sum / count; plain numbers are added up.
 
     Float sums travel as float64. Raises Mismatch when ranks give different names.
@@ -35,7 +35,7 @@ def all_reduce_metrics(values: Mapping[str, Any], comm: FabricCommunicator) -> d
     return result
 
 
-def gather_objects(value: Any, comm: FabricCommunicator) -> list[Any]:
+def gather_objects(value: object, comm: Communicator) -> list[Any]:
     """Return every rank's value, in rank order: numbers, strings, lists, dicts and tensors; nothing is
     executed. None from ranks that died and that the job goes on without.
 

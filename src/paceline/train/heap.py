@@ -1,7 +1,7 @@
 """Memory that a step frees stays with the process for the next step.
 
 glibc gives large freed blocks back to the kernel, and a training step frees all its gradients and
-activations: the next one gets every page of them anew, zeroed, by page faults. For a model of 25 million
+activations: the next one gets every page of them again, zeroed, by page faults. For a model of 25 million
 parameters that is up to a quarter of a step on a CPU.
 """
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from paceline.comm.communicator import FabricCommunicator
 from paceline.comm.fabric import for_device
@@ -19,12 +20,13 @@ from paceline.errors import ConfigError
 from paceline.options import JobOptions
 from paceline.strategies.base.strategy import TrainingStrategy, make
 from paceline.train import checkpoint as checkpoints
-from paceline.train import exchange, persistence, preparation, statistics
+from paceline.train import exchange, persistence, preparation
 from paceline.train.attachment import Attachment
 from paceline.train.clock import TrainingClock
-from paceline.train.data.loader import ShardedLoader, shard
+from paceline.train.data.loader import ShardedLoader
+from paceline.train.data.shard import shard
 from paceline.train.evaluate import Forward, evaluate
-from paceline.train.logs.logbook import Logbook
+from paceline.train.logs.logbook import Counts, Logbook
 from paceline.train.precision import MixedPrecision
 from paceline.train.precision import check as check_precision
 from paceline.train.preemption import Preempted, StopAgreement
@@ -65,8 +67,15 @@ class Job:
         """Schedulers, scalers and whatever else `save` includes, by name."""
         self._seed = seed
         self._progress = ProgressBar(enabled=progress and self.is_main, columns=self.options.bar_columns)
-        self.logbook = Logbook(self.options.log_dir, self.options.log_to)
         self.clock = TrainingClock(comm)
+        self.logbook = Logbook(
+            self.rank,
+            self.size,
+            folder=self.options.log_dir,
+            formats=self.options.log_to,
+            store=None if meeting is None else meeting.store,
+            gather=self._gather_rows,
+        )
         self._comms: dict[torch.device, FabricCommunicator] = {}
         self._resume_at: int | None = None  # first epoch of the next `epochs`, set by `load`
         self._epoch_over: bool | None = None  # None outside `epochs`
@@ -89,28 +98,40 @@ class Job:
     def prepare(
         self,
         model: nn.Module,
-        *others: Any,
+        *others: Any,  # what the caller gives comes back with its own types
         strategy: str | TrainingStrategy | None = None,
         accumulation_steps: int = 1,
         batch: str = "per_worker",
         shard: bool = True,
-        scheduler: Any = None,
-        scaler: Any = None,
+        scheduler: persistence.Stateful | Sequence[persistence.Stateful] | None = None,
+        scaler: persistence.Stateful | None = None,
         precision: str | None = None,
     ) -> Any:
-        """Make model, optimizer(s) and loader(s) ready; returns what was given, in the same order.
+        """Make model, optimizers and loaders ready; all ranks call it. Returns what was given, in order.
 
-        `others`: an optimizer or a list of them, then a DataLoader or a list of them; each may be left out.
-        The model and the optimizers are the same objects afterwards; a loader becomes a `ShardedLoader`.
-        `strategy` is a spec such as "local_sgd(period=16)"; default all_reduce. The loss must be a mean over
-        the batch. BatchNorm statistics stay local while training and are averaged over the ranks for
-        evaluation and at the end. `accumulation_steps`: backward passes per step. `batch`: whether the batch
-        size counts "per_worker" or is the "global" one, divided over the ranks. `shard=False`: each rank's
-        loader already gives its own data. `scheduler` (or a list) and `scaler` are only registered, so
-        that checkpoints hold them. `precision`: "fp32", or "bf16" / "fp16" for autocast, fp16 with loss
-        scaling of its own. Preparing a model again replaces its earlier preparation. For a model on the CPU,
-        malloc of this process keeps what a step frees (`heap.keep_freed_memory`).
-        Raises ConfigError for what cannot be prepared, Mismatch when ranks prepare different things.
+        The model and the optimizers stay the same objects; a DataLoader becomes a `ShardedLoader`. The loss
+        must be a mean over the batch. BatchNorm statistics stay local while training and are averaged over
+        the ranks for evaluation and at the end. Preparing a model again replaces its earlier preparation. For
+        a model on the CPU, malloc of this process keeps what a step frees (`heap.keep_freed_memory`).
+
+        Args:
+            model: The module to train, on the device where it trains.
+            others: Its optimizer or a list of them, then a DataLoader or a list; each may be left out.
+            strategy: A strategy string such as `"local_sgd(period=16)"`, or a strategy; default: all_reduce.
+            accumulation_steps: Backward passes per optimizer step, at least 1; default 1.
+            batch: Whether the loader's batch size counts `"per_worker"` (default), or is the `"global"` one,
+                which is divided over the ranks.
+            shard: False where each rank's loader already gives data of its own; default True.
+            scheduler: A scheduler or a list of them, to be saved in checkpoints; you still step it.
+            scaler: A GradScaler, to be saved in checkpoints.
+            precision: `"fp32"`, or `"bf16"` or `"fp16"` for autocast, fp16 with loss scaling of its own.
+
+        Raises:
+            ConfigError: Something that cannot be prepared.
+            Mismatch: Ranks prepare different models or settings.
+
+        Example:
+            `model, optimizer, loader = job.prepare(model, optimizer, loader, strategy="diloco")`
         """
         if batch not in ("per_worker", "global"):
             raise ConfigError(f"batch={batch!r}: 'per_worker' or 'global' expected")
@@ -145,8 +166,12 @@ class Job:
             self._comms[device] = for_device(self.comm, device)
         return self._comms[device]
 
-    def register(self, **things: Any) -> None:
-        """Include objects with state_dict and load_state_dict in checkpoints: `register(ema=ema)`."""
+    def register(self, **things: persistence.Stateful) -> None:
+        """Include objects in checkpoints.
+
+        Args:
+            things: Objects with `state_dict` and `load_state_dict`, by name: `register(ema=ema)`.
+        """
         for name, thing in things.items():
             if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
                 raise ConfigError(
@@ -154,7 +179,7 @@ class Job:
                 )
             self.registered[name] = thing
 
-    def _prepared(self, item: Any, *, batch: str, divided: bool) -> Any:
+    def _prepared(self, item: object, *, batch: str, divided: bool) -> Any:
         if isinstance(item, (list, tuple)):
             return type(item)(self._prepared(one, batch=batch, divided=divided) for one in item)
         if item is None or isinstance(item, torch.optim.Optimizer):
@@ -181,7 +206,11 @@ class Job:
         return int(seed) + len(self.loaders)
 
     def epochs(self, count: int) -> Iterator[int]:
-        """Yield 0 … count-1 (from where a checkpoint left off); synchronises the replicas at the end."""
+        """Yield the numbers of the epochs; synchronises the replicas after the last one.
+
+        Args:
+            count: Number of epochs in all; a resumed job begins where its checkpoint left off.
+        """
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ConfigError(f"job.epochs({count!r}): a whole number >= 0 expected")
         return self._epochs(count)
@@ -200,7 +229,7 @@ class Job:
             self._progress.end()
         self.synchronize()
         self.clock.stop()
-        self.logbook.sum_up(self)
+        self.sum_up()
 
     def synchronize(self) -> None:
         """Drain the strategies: afterwards all ranks hold the final model, bit for bit. All ranks call it."""
@@ -222,19 +251,26 @@ class Job:
     def evaluate(
         self,
         model: nn.Module,
-        data: Any,
+        data: Dataset[Any] | DataLoader[Any],
         metrics: Mapping[str, Any],
         *,
         batch_size: int | None = None,
         forward: Forward | None = None,
     ) -> dict[str, Any]:
-        """Measure the consensus model on all of `data` (a Dataset or DataLoader); all ranks call it.
+        """Measure the consensus model; all ranks call it and get the same result.
 
-        `metrics`: name → callable `(outputs, targets) -> (sum, count)` over a batch, giving Σ sum / Σ count;
-        or a torchmetrics-like object (update, compute, reset), which sees all samples on every rank. Each
-        sample counts once for any number of ranks and any size; an empty set is a ConfigError. Batches are
-        (inputs…, targets); otherwise give `forward(model, batch) -> (outputs, targets)`. Training goes on as
-        if nothing had happened. Every rank gets the same result.
+        Each sample counts once for any number of ranks. Training continues as if nothing had happened.
+
+        Args:
+            model: A prepared model, or any other.
+            data: A Dataset or DataLoader; batches are (inputs…, targets) unless `forward` says otherwise.
+            metrics: Names and callables `(outputs, targets) -> (sum, count)` over a batch, which give
+                Σ sum / Σ count; or torchmetrics-like objects (update, compute, reset), which see all samples.
+            batch_size: Samples per forward pass of a Dataset; default 256, or the DataLoader's.
+            forward: Callable `(model, batch) -> (outputs, targets)`; default: `model(*inputs)`.
+
+        Raises:
+            ConfigError: `data` is empty, or a metric returns something else.
         """
         inner = self.unwrap(model)
         attachments = [a for a in self.attachments if a.replica.module is inner]
@@ -244,21 +280,61 @@ class Job:
             )
 
     def save(self, path: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None) -> None:
-        """Write a checkpoint to folder `path`; all ranks call it, after optimizer.step().
+        """Write a checkpoint; all ranks call it, after optimizer.step().
 
-        A run that is loaded from it continues bit for bit like this one. Raises CheckpointError (on all
-        ranks) when it cannot be written; the checkpoint that was there before stays valid.
+        A run that is loaded from it continues bit for bit like this one.
+
+        Args:
+            path: A folder that all ranks reach; a checkpoint that is there stays valid until this one is.
+            extra: Plain values that `load` gives back.
+
+        Raises:
+            CheckpointError: On all ranks, when it cannot be written.
         """
         with self.clock.paused():
-            checkpoints.write(path, persistence.collect(self, extra), self.comm)
+            checkpoints.write(path, self.collect_state(extra), self.comm)
 
     def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """Continue from a checkpoint; all ranks call it, after `prepare` and before `epochs`.
 
-        Returns the `extra` given to `save`. Raises CheckpointError when it is damaged or does not fit.
+        Args:
+            path: The folder that was given to `save`.
+
+        Returns:
+            The `extra` given to `save`.
+
+        Raises:
+            CheckpointError: It is damaged or does not fit this job.
         """
         with self.clock.paused():
-            return persistence.restore(self, *checkpoints.read(path, self.comm))
+            own, first, saved_size = checkpoints.read(path, self.comm)
+            return self.restore_state(own, first, saved_size)
+
+    def collect_state(self, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What a checkpoint holds of this rank, for code that writes files of its own. Collective.
+
+        Args:
+            extra: Plain values to include.
+        """
+        position = persistence.JobPosition(self.next_epoch, self.step, self.samples, self.clock.seconds)
+        return persistence.collect(self._parts(), position, extra)
+
+    def restore_state(self, own: dict[str, Any], first: dict[str, Any], saved_size: int) -> dict[str, Any]:
+        """Continue from what `collect_state` gave; returns its `extra`. Collective, after `prepare`.
+
+        Args:
+            own: This rank's state.
+            first: Rank 0's state.
+            saved_size: Number of ranks at that time; with another one, only model, optimizers, registered
+                objects and the epoch are taken.
+        """
+        position, extra = persistence.restore(self._parts(), own, first, saved_size)
+        self.step, self.samples = position.step, position.samples
+        self.set_resumed(position.next_epoch, position.training_s)
+        return extra
+
+    def _parts(self) -> persistence.JobParts:
+        return persistence.JobParts(self.rank, self.size, self.attachments, self.loaders, self.registered)
 
     def resume(self) -> bool:
         """Load the job's checkpoint if there is one. The first `epochs` calls this by itself."""
@@ -279,10 +355,15 @@ class Job:
         return self.epoch + int(over)
 
     def set_resumed(self, next_epoch: int, training_s: float) -> None:
-        """Where `epochs` begins, and the seconds trained before (from a checkpoint)."""
+        """Continue from a state that was not read by `load`.
+
+        Args:
+            next_epoch: Where `epochs` begins.
+            training_s: Seconds trained before.
+        """
         self._resume_at = next_epoch
         self.clock.set(training_s)
-        self.logbook.resume(self)
+        self.logbook.resume(self._counts())
 
     def _boundary(self) -> None:
         """Between two steps: stop here if the ranks agreed to."""
@@ -292,25 +373,26 @@ class Job:
         if self._stop.must_stop(self.step, may_stop=between):
             assert self.checkpoint is not None
             self.save(self.checkpoint)
-            if self.is_main:
-                print(
-                    f"paceline: SIGTERM: saved {self.checkpoint} after step {self.step}; run the same command"
-                    " again to continue",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            raise Preempted
+            raise Preempted(self.checkpoint, self.step, is_main=self.is_main)
 
     def _after_update(self) -> None:
         self.step += 1
         self._boundary()
 
     def all_reduce_metrics(self, values: Mapping[str, Any]) -> dict[str, float]:
-        """{"loss": (sum, count), …} of every rank → {"loss": mean, …}; plain numbers are added up."""
+        """Combine the metrics of all ranks; every rank gets the same result.
+
+        Args:
+            values: Names and (sum, count) pairs, which become Σ sum / Σ count; plain numbers are added up.
+        """
         return exchange.all_reduce_metrics(values, self.comm)
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's plain value (numbers, strings, lists, dicts, tensors), in rank order; no pickle."""
+    def gather_objects(self, value: object) -> list[Any]:
+        """Every rank's value, in rank order; nothing is pickled.
+
+        Args:
+            value: Numbers, strings, lists, dicts and tensors.
+        """
         return exchange.gather_objects(value, self.comm)
 
     def barrier(self) -> None:
@@ -319,17 +401,31 @@ class Job:
             one.strategy.rest()
         self.comm.barrier().wait()
 
-    def print(self, *values: Any, **keywords: Any) -> None:
-        """`print` on rank 0 only."""
+    def print(self, *values: object, **keywords: Any) -> None:
+        """`print` on rank 0 only.
+
+        Args:
+            values: As for `print`.
+            keywords: As for `print`.
+        """
         if self.is_main:
             self._progress.print(*values, **keywords)
 
-    def log(self, values: Mapping[str, Any] | None = None, /, **more: Any) -> None:
-        """Write a row (rank 0) with epoch, step, throughput, bytes and waiting: see train.logbook."""
-        self.logbook.record(self, {**(values or {}), **more})
+    def log(self, values: Mapping[str, Any] | None = None, /, **more: object) -> None:
+        """Write a row with epoch, step, throughput, bytes and waiting to the log (rank 0).
+
+        Args:
+            values: Further columns: names and numbers, strings or one-element tensors.
+            more: The same as keywords.
+        """
+        self.logbook.record(self._counts(), {**(values or {}), **more})
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        """The user's own module, without what torch.compile put around it."""
+        """The user's own module, without what torch.compile put around it.
+
+        Args:
+            model: A module, compiled or not.
+        """
         inner: nn.Module = getattr(model, "_orig_mod", model)
         return inner
 
@@ -339,14 +435,53 @@ class Job:
         `payload_bytes`, `wait_s` and `operations` cover the whole job; `training` leaves out preparation,
         evaluation and checkpoints. Payload bytes are what this rank handed to operations (see comm.ledger).
         """
-        return statistics.collect(self)
+        strategy = self.attachments[-1].strategy if self.attachments else None
+        return {
+            "rank": self.rank,
+            "size": self.size,
+            "fabric": self.comm.fabric,
+            "strategy": None if strategy is None else strategy.name,
+            "epoch": self.epoch,
+            "steps": self.step,
+            "samples": self.samples,
+            "seconds": self.clock.seconds,
+            "minibatches": sum(a.minibatches for a in self.attachments),
+            "model_bytes": sum(a.replica.model_bytes for a in self.attachments),
+            **self.comm.ledger.snapshot(),
+            **({} if strategy is None else strategy.stats()),
+            "training": {"payload_bytes": self.clock.payload_bytes, "wait_s": self.clock.wait_s},
+        }
+
+    def measure(self) -> dict[str, Any]:
+        """The columns that every row of the log has: what happened since the row before."""
+        return self.logbook.measure(self._counts())
+
+    def sum_up(self) -> None:
+        """Write one row per rank to the log; all ranks call it at the end of training."""
+        self.logbook.sum_up(self.stats())
+
+    def _counts(self) -> Counts:
+        staleness = self.attachments[-1].strategy.stats().get("staleness") if self.attachments else None
+        return Counts(
+            epoch=self.epoch,
+            step=self.step,
+            seconds=self.clock.seconds,
+            samples=self.samples,
+            payload_bytes=self.clock.payload_bytes,
+            wait_s=self.clock.wait_s,
+            staleness=staleness,
+        )
+
+    def _gather_rows(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        with self.clock.paused():
+            return self.gather_objects(row)
 
     def close(self) -> None:
         """Leave the job; idempotent, also called at exit."""
         self._progress.end()
         if self._stop is not None:
             self._stop.close()
-        self.logbook.close(self)
+        self.logbook.close(self.stats())
         for attachment in self.attachments:
             attachment.detach()
         is_good = self._is_drained and not hasattr(sys, "last_type")  # nor after an exception
@@ -360,5 +495,5 @@ class Job:
         self._progress.advance()
 
 
-def _listed(item: Any) -> list[Any]:
+def _listed(item: object) -> list[Any]:
     return list(item) if isinstance(item, (list, tuple)) else [item]

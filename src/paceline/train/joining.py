@@ -28,12 +28,26 @@ def init(
     """Join the job that this process was started for, or be a job of one.
 
     Works under `paceline run`, torchrun, mpirun, srun, and alone; what the command line says wins over these
-    arguments. `fabric`: "native" (shared memory and TCP) or "torch" (a c10d group, Gloo on CPUs); by default
-    native wherever all ranks can, and torch's for models on a GPU. `checkpoint` is where SIGTERM saves and
-    where `epochs` resumes. `seed` seeds torch, NumPy and `random` (rank 0 with `seed` itself, the others
-    differently) and the order of the data. `timeout_s` bounds the wait for other ranks; `host` overrides this
-    rank's host identity. `log_dir` is where `job.log` writes (default: runs/<date>-<time>), `log_to` its
-    formats: "jsonl,csv" by default, "tensorboard" with the extra.
+    arguments.
+
+    Args:
+        fabric: `"native"` (shared memory and TCP) or `"torch"` (a c10d group, Gloo on CPUs); default: native
+            wherever all ranks can, and torch's for models on a GPU.
+        checkpoint: Folder where SIGTERM saves and where `epochs` resumes; default: none.
+        progress: Whether rank 0 shows a progress bar on a terminal; default true.
+        seed: Seeds torch, NumPy and `random` (rank 0 with `seed` itself, other ranks differently) and the
+            order of the data; default: unseeded.
+        log_dir: Folder that `job.log` writes to; default `runs/<date>-<time>`.
+        log_to: Log formats, as a list or with commas; default `"jsonl,csv"`; `"tensorboard"` needs the extra.
+        timeout_s: How long to wait for other ranks, and deadline of an operation, in seconds; default 600.
+        host: This rank's host identity; ranks with equal ones share memory. Default: found out.
+
+    Raises:
+        ConfigError: A wrong argument, or a fabric that cannot work here.
+        Timeout: A rank did not come; names it.
+
+    Example:
+        `job = paceline.init(checkpoint="runs/mine")`
     """
     options = JobOptions.from_environment(os.environ).with_log(log_dir, log_to)
     virtual = current.provided()

@@ -2,42 +2,67 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
 from paceline.errors import CheckpointError
 from paceline.train import random_state
-
-if TYPE_CHECKING:
-    from paceline.train.attachment import Attachment
-    from paceline.train.job import Job
+from paceline.train.attachment import Attachment
+from paceline.train.data.loader import ShardedLoader
 
 
-def collect(job: Job, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+class Stateful(Protocol):
+    """A scheduler, a scaler, or whatever else a checkpoint includes by name."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> object: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class JobPosition:
+    """How far a job has trained."""
+
+    next_epoch: int
+    """The epoch at which a run that is loaded from here continues."""
+    step: int
+    samples: int
+    training_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class JobParts:
+    """Whose state a checkpoint holds."""
+
+    rank: int
+    size: int
+    attachments: Sequence[Attachment]
+    loaders: Sequence[ShardedLoader]
+    registered: Mapping[str, Stateful]
+
+
+def collect(parts: JobParts, position: JobPosition, extra: Mapping[str, Any] | None) -> dict[str, Any]:
     """This rank's shard. Collective: a strategy may have to agree on its consensus model."""
     return {
-        "models": [_collect_model(job, a) for a in job.attachments],
-        "registered": {name: thing.state_dict() for name, thing in job.registered.items()},
-        "loaders": [loader.state_dict() for loader in job.loaders],
+        "models": [_collect_model(a, parts.rank) for a in parts.attachments],
+        "registered": {name: thing.state_dict() for name, thing in parts.registered.items()},
+        "loaders": [loader.state_dict() for loader in parts.loaders],
         "random": random_state.capture(),
         "job": {
-            "next_epoch": job.next_epoch,
-            "step": job.step,
-            "samples": job.samples,
-            "training_s": job.clock.seconds,
-            "strategies": [str(type(a.strategy).__module__) for a in job.attachments],
+            **dataclasses.asdict(position),
+            "strategies": [str(type(a.strategy).__module__) for a in parts.attachments],
         },
         "extra": dict(extra or {}),
     }
 
 
-def _collect_model(job: Job, attachment: Attachment) -> dict[str, Any]:
+def _collect_model(attachment: Attachment, rank: int) -> dict[str, Any]:
     if attachment.is_mid_window:
         raise CheckpointError(
-            f"rank {job.rank}: save() between backward() and optimizer.step(), or inside an accumulation"
+            f"rank {rank}: save() between backward() and optimizer.step(), or inside an accumulation"
             " window: gradients are not saved. Save after optimizer.step()"
         )
     attachment.finish_minibatch()
@@ -48,7 +73,7 @@ def _collect_model(job: Job, attachment: Attachment) -> dict[str, Any]:
         "minibatches": attachment.minibatches,
         "buffers": [b.detach().clone() for b in replica.buffers()],
     }
-    if strategy.replicas_differ or job.rank == 0:
+    if strategy.replicas_differ or rank == 0:
         state["model"] = {
             # Clones: the parameters are views, and a view would be saved with the whole flat buffer.
             key: value.detach().clone() if isinstance(value, torch.Tensor) else value
@@ -56,44 +81,44 @@ def _collect_model(job: Job, attachment: Attachment) -> dict[str, Any]:
         }
         state["optimizers"] = [o.state_dict() for o in replica.optimizers]
     consensus = strategy.consensus()
-    if consensus is not None and job.rank == 0:
+    if consensus is not None and rank == 0:
         state["consensus"] = consensus
     return state
 
 
-def restore(job: Job, own: dict[str, Any], first: dict[str, Any], saved_size: int) -> dict[str, Any]:
-    """Put a checkpoint's state into the prepared job; returns what was saved as `extra`.
+def restore(
+    parts: JobParts, own: dict[str, Any], first: dict[str, Any], saved_size: int
+) -> tuple[JobPosition, dict[str, Any]]:
+    """Put a checkpoint's state into a prepared job; returns its position, and what was saved as `extra`.
 
     From another number of ranks only the model, optimizers, registered objects and the epoch are taken.
     """
-    _check_fits(job, first)
-    same_size = saved_size == job.size
-    for attachment, mine, main in zip(job.attachments, own["models"], first["models"], strict=True):
+    _check_fits(parts, first)
+    same_size = saved_size == parts.size
+    for attachment, mine, main in zip(parts.attachments, own["models"], first["models"], strict=True):
         _restore_model(attachment, mine, main, same_size=same_size)
-    for name, thing in job.registered.items():
+    for name, thing in parts.registered.items():
         if name not in own["registered"]:
             raise CheckpointError(f"the checkpoint holds no {name!r}; it holds {sorted(own['registered'])}")
         thing.load_state_dict(own["registered"][name])
-    facts = own["job"]
-    job.step, job.samples = facts["step"], facts["samples"]
-    job.set_resumed(facts["next_epoch"], facts["training_s"])
     if same_size:
-        for loader, position in zip(job.loaders, own["loaders"], strict=True):
+        for loader, position in zip(parts.loaders, own["loaders"], strict=True):
             loader.load_state_dict(position)
         random_state.restore(own["random"])
     else:
-        _restore_elsewhere(job, first, saved_size)
-    extra: dict[str, Any] = own["extra"]
-    return extra
+        _restore_elsewhere(parts, first, saved_size)
+    saved = own["job"]
+    fields = {f.name: saved[f.name] for f in dataclasses.fields(JobPosition)}
+    return JobPosition(**fields), own["extra"]
 
 
-def _check_fits(job: Job, first: dict[str, Any]) -> None:
-    here = [str(type(a.strategy).__module__) for a in job.attachments]
+def _check_fits(parts: JobParts, first: dict[str, Any]) -> None:
+    here = [str(type(a.strategy).__module__) for a in parts.attachments]
     there = first["job"]["strategies"]
-    if len(here) != len(there) or len(job.loaders) != len(first["loaders"]):
+    if len(here) != len(there) or len(parts.loaders) != len(first["loaders"]):
         raise CheckpointError(
             f"the checkpoint was saved with {len(there)} prepared models and {len(first['loaders'])}"
-            f" loaders, this job has {len(here)} and {len(job.loaders)}: load after the same prepare()"
+            f" loaders, this job has {len(here)} and {len(parts.loaders)}: load after the same prepare()"
             " calls as when saving"
         )
     if here != there:
@@ -124,17 +149,16 @@ def _restore_model(
     attachment.minibatches = own["minibatches"]
 
 
-def _restore_elsewhere(job: Job, first: dict[str, Any], saved_size: int) -> None:
+def _restore_elsewhere(parts: JobParts, first: dict[str, Any], saved_size: int) -> None:
     epochs = [position["epoch"] for position in first["loaders"]]
-    for loader, epoch, position in zip(job.loaders, epochs, first["loaders"], strict=True):
+    for loader, epoch in zip(parts.loaders, epochs, strict=True):
         loader.epoch, loader.step = epoch, 0
-        del position
-    if job.is_main:
+    if parts.rank == 0:
         mid = any(position["step"] for position in first["loaders"])
         ranks = f"{saved_size} ranks" if saved_size else "a job that had lost ranks"
         warnings.warn(
-            f"checkpoint of {ranks} loaded into {job.size}: model, optimizer and epoch are taken"
-            " over, random states and the strategy's state start afresh"
+            f"checkpoint of {ranks} loaded into {parts.size}: model, optimizer and epoch are taken"
+            " over, random states and the strategy's state start fresh"
             + ("; the epoch that was interrupted starts again" if mid else ""),
             stacklevel=4,
         )

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from paceline.comm.communicator import FabricCommunicator
+from paceline.types import Communicator
 
 
-def pack(value: Any) -> torch.Tensor:
+def pack(value: object) -> torch.Tensor:
     """Return `value` as a uint8 tensor of shape (num_bytes,)."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
@@ -22,7 +22,7 @@ def unpack(data: torch.Tensor) -> Any:
     return torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
 
 
-def broadcast(value: Any, comm: FabricCommunicator) -> Any:
+def broadcast(value: object, comm: Communicator) -> Any:
     """Rank 0's `value` on every rank; what the others pass is not looked at."""
     data = pack(value if comm.rank == 0 else None)
     length = torch.tensor([data.numel()])

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from paceline.comm.communicator import FabricCommunicator
 from paceline.errors import ConfigError
 from paceline.train.attachment import Attachment
-from paceline.types import ReduceOp
+from paceline.types import Communicator, ReduceOp
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 INITIAL_SCALE = 65536.0
@@ -41,7 +40,7 @@ def check(precision: str | None) -> torch.dtype | None:
 class MixedPrecision:
     """Autocast around one prepared model; loss scaling for fp16. Has a state for checkpoints."""
 
-    def __init__(self, dtype: torch.dtype, attachment: Attachment, comm: FabricCommunicator) -> None:
+    def __init__(self, dtype: torch.dtype, attachment: Attachment, comm: Communicator) -> None:
         self.scale = INITIAL_SCALE if dtype == torch.float16 else 1.0
         self.skipped = 0
         """Minibatches whose update was left out because a gradient overflowed."""

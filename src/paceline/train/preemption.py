@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 import threading
 import time
 
@@ -27,8 +28,11 @@ _ANSWER_TIMEOUT_S = 60.0
 class Preempted(SystemExit):
     """Raised at a step boundary, after the checkpoint was saved; ends the process with EXIT_CODE."""
 
-    def __init__(self) -> None:
+    def __init__(self, checkpoint: str, step: int, *, is_main: bool) -> None:
         super().__init__(EXIT_CODE)
+        if is_main:
+            text = f"saved {checkpoint} after step {step}; run the same command again to continue"
+            print(f"paceline: SIGTERM: {text}", file=sys.stderr, flush=True)
 
 
 class StopAgreement:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from paceline.comm.communicator import FabricCommunicator
 from paceline.errors import ConfigError, Mismatch
 from paceline.strategies.base.strategy import TrainingStrategy
 from paceline.train import plain
 from paceline.train.attachment import Attachment
 from paceline.train.heap import keep_freed_memory
 from paceline.train.replica import FlatReplica
+from paceline.types import Communicator
 
 _NEAR_BUCKET_BYTES = 8 << 20
 
@@ -25,7 +25,7 @@ def attach(
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     strategy: TrainingStrategy,
-    comm: FabricCommunicator,
+    comm: Communicator,
     *,
     accumulation_steps: int,
 ) -> Attachment:
@@ -55,13 +55,13 @@ def attach(
     return Attachment(replica, strategy, comm, accumulation_steps=accumulation_steps)
 
 
-def _bucket_bytes(strategy: TrainingStrategy, comm: FabricCommunicator) -> int:
+def _bucket_bytes(strategy: TrainingStrategy, comm: Communicator) -> int:
     """Through shared memory a bucket starts in microseconds, and only the last one is waited for."""
     is_near = comm.fabric == "native" and len(set(comm.hosts)) == 1
     return min(strategy.bucket_bytes, _NEAR_BUCKET_BYTES) if is_near else strategy.bucket_bytes
 
 
-def broadcast_all(tensors: Sequence[torch.Tensor], comm: FabricCommunicator) -> None:
+def broadcast_all(tensors: Sequence[torch.Tensor], comm: Communicator) -> None:
     """Replace every tensor by rank 0's, one message per dtype."""
     for dtype, device in dict.fromkeys((t.dtype, t.device) for t in tensors):
         group = [t for t in tensors if (t.dtype, t.device) == (dtype, device) and t.numel()]
@@ -71,7 +71,7 @@ def broadcast_all(tensors: Sequence[torch.Tensor], comm: FabricCommunicator) -> 
             unflatten(flat, group)
 
 
-def average_buffers(tensors: Sequence[torch.Tensor], comm: FabricCommunicator) -> None:
+def average_buffers(tensors: Sequence[torch.Tensor], comm: Communicator) -> None:
     """Replace floating-point tensors by their mean over ranks, others by rank 0's."""
     floats = [t for t in tensors if t.is_floating_point() and t.numel()]
     for dtype, device in dict.fromkeys((t.dtype, t.device) for t in floats):
@@ -90,10 +90,10 @@ def unflatten(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
 
 
 def _check(
-    model: Any,
+    model: object,
     optimizers: Sequence[Any],
     strategy: TrainingStrategy,
-    comm: FabricCommunicator,
+    comm: Communicator,
     accumulation_steps: int,
 ) -> None:
     if not isinstance(model, nn.Module):
@@ -135,7 +135,7 @@ def _check(
 
 
 def _check_same_everywhere(
-    model: nn.Module, strategy: TrainingStrategy, comm: FabricCommunicator, accumulation_steps: int
+    model: nn.Module, strategy: TrainingStrategy, comm: Communicator, accumulation_steps: int
 ) -> None:
     """Different models on different ranks would otherwise end in a hang or in silent nonsense."""
     if comm.size == 1:

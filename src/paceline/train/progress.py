@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sized
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
 class ProgressBar:
-    """One line: epoch, batches done, time left. Does nothing unless `enabled` and somebody can see it.
+    """One line: epoch, batches done, time left. Does nothing unless `enabled` and on a terminal.
 
     `columns`: under a launcher with a terminal, the width that it offers; the bar is then a plain line that
     ends in a carriage return, which the launcher draws.
@@ -23,11 +24,11 @@ class ProgressBar:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
-    def begin(self, title: str, data: Any) -> None:
+    def begin(self, title: str, data: object) -> None:
         """Start the bar of one epoch over `data`, whose length may be unknown."""
         if not self.enabled:
             return
-        total = len(data) if hasattr(data, "__len__") else None
+        total = len(data) if isinstance(data, Sized) else None
         self.end()
         done = getattr(data, "step", 0)
         if self._columns:
@@ -62,7 +63,7 @@ class ProgressBar:
             self._progress.stop()
         self._progress = self._task = None
 
-    def print(self, *values: Any, **keywords: Any) -> None:
+    def print(self, *values: object, **keywords: Any) -> None:
         """Print without tearing the bar."""
         progress = self._progress
         if progress is not None:

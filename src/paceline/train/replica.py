@@ -19,14 +19,23 @@ _FIRST_BUCKET_BYTES = 1 << 20
 
 
 class GradientBucket:
-    """Gradients that are sent at once: a slice of a flat buffer, and the parameters that lie in it."""
+    """Gradients that are sent at once: see `paceline.types.Bucket`.
 
-    def __init__(self, index: int, gradient: torch.Tensor, members: list[int]) -> None:
+    Args:
+        index: Number of the bucket; buckets are sent in this order.
+        gradient: 1-D slice of a flat gradient buffer, with the used-flags behind it in the last bucket.
+        num_flags: How many elements at the end of `gradient` are used-flags; 0 in all buckets but the last.
+        members: Indices into `FlatReplica.trained`.
+    """
+
+    def __init__(self, index: int, gradient: torch.Tensor, num_flags: int, members: list[int]) -> None:
         self.index = index
         self.gradient = gradient
+        self.values = gradient[: gradient.numel() - num_flags]
+        self.used_flags = gradient[gradient.numel() - num_flags :] if num_flags else None
         self.members = members
-        """Indices into `FlatReplica.trained`."""
         self.missing = len(members)
+        """Members whose gradients have not arrived in this backward pass."""
 
 
 class FlatReplica:
@@ -160,7 +169,8 @@ class FlatReplica:
                 where[j][1] for j in range(members[-1] + 1, len(self.trained)) if where[j][0] == kind
             ]
             stop = following[0] if following else whole[kind].numel()
-            bucket = GradientBucket(index, whole[kind][start:stop], members)
+            num_flags = 0 if following else tails[kind]
+            bucket = GradientBucket(index, whole[kind][start:stop], num_flags, members)
             self.buckets.append(bucket)
             self.bucket_of.update(dict.fromkeys(members, bucket))
 

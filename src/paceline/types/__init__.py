@@ -5,7 +5,7 @@ is imported for annotations only, so `paceline schedule …` stays light.
 """
 
 from paceline.types.communicator import Communicator, Ledger, Meeting, Store
-from paceline.types.training import Bucket, Codec, Reducer, Replica, Strategy
+from paceline.types.training import Batch, Bucket, Codec, Reducer, Replica, Strategy
 from paceline.types.values import (
     DEFAULT_OPTIONS,
     CallOptions,
@@ -19,6 +19,7 @@ from paceline.types.values import (
 
 __all__ = [
     "DEFAULT_OPTIONS",
+    "Batch",
     "Bucket",
     "CallOptions",
     "Codec",

@@ -21,7 +21,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from paceline.train.data.loader import shard
+from paceline.train.data.shard import shard
 from paceline.train.job import Job
 
 

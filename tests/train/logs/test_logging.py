@@ -148,7 +148,7 @@ def test_formats_are_checked() -> None:
     assert check_formats(None) == ("jsonl", "csv")
     assert check_formats("csv,csv,jsonl") == ("csv", "jsonl")
     with pytest.raises(ConfigError, match="Did you mean 'tensorboard'"):
-        Logbook(None, "tensorbord")
+        Logbook(0, 1, formats="tensorbord")
 
 
 def test_tensorboard_reads_it_back(tmp_path: Path) -> None:

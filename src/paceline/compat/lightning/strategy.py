@@ -191,7 +191,7 @@ class PacelineStrategy(TrainerDDP, FabricDDP):  # type: ignore[misc]
         assert trainer is not None  # the Trainer's own step comes here
         step = trainer.global_step + 1
         if self.job.is_main and trainer.loggers and step % trainer.log_every_n_steps == 0:
-            row = self.job.logbook.measure(self.job)
+            row = self.job.measure()
             values = {
                 f"{embedding.KEY}/{name}": row[name]
                 for name in ("seconds", "samples_per_s", "payload_bytes", "wait_s", "staleness")
@@ -213,7 +213,7 @@ class PacelineStrategy(TrainerDDP, FabricDDP):  # type: ignore[misc]
         self._evaluation.close()
         self.job.synchronize()
         self.job.clock.stop()
-        self.job.logbook.sum_up(self.job)
+        self.job.sum_up()
 
     def on_validation_start(self) -> None:
         """Validate the consensus model."""

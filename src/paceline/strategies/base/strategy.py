@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from paceline import registry, spec
-from paceline.types import Bucket, Communicator
+from paceline.types import Bucket, Communicator, Replica
 
 PACKAGE = "paceline.strategies"
 
@@ -32,7 +32,7 @@ class TrainingStrategy(abc.ABC):
     """Whether gradients are laid out flat and `gradient_ready` is called. In `bucket.gradient` they are
     already multiplied by `replica.weight`, this rank's share of the minibatch's samples: their *sum* over
     ranks is the gradient of the mean loss. In the last bucket, flags follow that say which parameters were
-    used; they must be summed too."""
+    used; they must be summed too (`bucket.used_flags`)."""
     replicas_differ: ClassVar[bool] = False
     """Whether ranks hold different parameters between updates (then every rank saves its own)."""
     survives_loss: ClassVar[bool] = False
@@ -46,7 +46,7 @@ class TrainingStrategy(abc.ABC):
         """The name of the method: its file's."""
         return type(self).__module__.rsplit(".", 1)[-1]
 
-    def attach(self, replica: Any, comm: Communicator) -> None:
+    def attach(self, replica: Replica, comm: Communicator) -> None:
         """Meet the model: `replica` as in `paceline.types.Replica`, all ranks with equal parameters."""
         self.replica = replica
         self.comm = comm
@@ -67,7 +67,7 @@ class TrainingStrategy(abc.ABC):
         """The minibatch ended without an optimizer step on this rank."""
 
     def rest(self) -> None:  # noqa: B027
-        """This rank is about to wait for the others outside of this method (a barrier): hold nobody up."""
+        """This rank is about to wait in a barrier, outside of this method: delay no other rank."""
 
     def synchronize(self) -> None:  # noqa: B027
         """Drain: afterwards every replica holds the final model, bit for bit. All ranks call it."""

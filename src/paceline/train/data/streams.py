@@ -1,4 +1,4 @@
-"""Loaders over data without indices, and over data that the user divided himself."""
+"""Loaders over data without indices, and over data that each rank divides itself."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from paceline.comm.communicator import FabricCommunicator
 from paceline.errors import ConfigError
 from paceline.train import random_state
 from paceline.train.data.loader import ShardedLoader
 from paceline.train.data.sharding import share
+from paceline.types import Batch, Communicator
 
 
 class StreamLoader(ShardedLoader):
@@ -21,7 +21,7 @@ class StreamLoader(ShardedLoader):
     The stream must be the same on every rank. Resuming reads it again from the start of the epoch.
     """
 
-    def __init__(self, source: DataLoader[Any], comm: FabricCommunicator, *, seed: int) -> None:
+    def __init__(self, source: DataLoader[Any], comm: Communicator, *, seed: int) -> None:
         super().__init__(source, comm, seed=seed)
         batch_size = source.batch_size
         stream = _Share(source.dataset, comm.rank, comm.size, batch_size, source.drop_last)
@@ -60,7 +60,7 @@ class OwnLoader(ShardedLoader):
     rank makes the same steps and every sample counts once.
     """
 
-    def __init__(self, source: DataLoader[Any], comm: FabricCommunicator, *, seed: int) -> None:
+    def __init__(self, source: DataLoader[Any], comm: Communicator, *, seed: int) -> None:
         super().__init__(source, comm, seed=seed)
         self._iterated = source
 
@@ -68,7 +68,7 @@ class OwnLoader(ShardedLoader):
         items = iter(self.source)
         for _ in range(start):
             next(items)
-        batch: Any = None
+        batch: Batch = None
         upcoming = next(items, None)
         while True:
             own = 0 if upcoming is None else count_samples(upcoming)
@@ -91,7 +91,7 @@ class OwnLoader(ShardedLoader):
             upcoming = following
 
 
-def count_samples(batch: Any) -> int:
+def count_samples(batch: Batch) -> int:
     """Length of the first tensor in a batch; 1 when there is none."""
     if isinstance(batch, torch.Tensor):
         return len(batch) if batch.ndim else 1
@@ -129,7 +129,7 @@ class _Share(IterableDataset):
         held: list[Any] = []
         for sample in self._dataset:
             held.append(sample)
-            # Go on only when enough is left for every rank: a shorter rest joins this round.
+            # Continue only when enough is left for every rank: a shorter remainder joins this round.
             if len(held) == round_size + self._size:
                 yield self._part(held[:round_size], is_last=False)
                 del held[:round_size]

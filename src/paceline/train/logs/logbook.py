@@ -9,19 +9,18 @@ A resumed run appends; where steps repeat, the later row counts.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from paceline import registry
 from paceline.errors import ConfigError
-
-if TYPE_CHECKING:
-    from paceline.train.job import Job
+from paceline.types import Store
 
 FORMATS = ("jsonl", "csv")
 _PACKAGE = "paceline.train.logs.formats"
@@ -40,17 +39,59 @@ def check_formats(formats: Sequence[str] | str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+class LogFile(Protocol):
+    """What a log format opens."""
+
+    def write(self, row: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What a job has done so far."""
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    """Of training."""
+    samples: int = 0
+    """Of all ranks."""
+    payload_bytes: int = 0
+    """Sent by this rank while training."""
+    wait_s: float = 0.0
+    """Waited by this rank while training."""
+    staleness: float | None = None
+    """Updates by others that the last pull brought; None where the strategy has none."""
+
+
 class Logbook:
-    """Writes rows to `folder` in each of `formats`; nothing is made before the first row."""
+    """Writes rows; nothing is made before the first row.
+
+    Args:
+        rank: This rank; rank 0 writes the files.
+        size: Number of ranks.
+        folder: Where the files go; default `runs/<date>-<time>` below the current folder.
+        formats: Names of log formats, or one string with commas; default jsonl and csv.
+        store: The job's store, through which ranks hand over their last row; None: `gather` collects them.
+        gather: Collective: one row of every rank, off the clock; used where there is no store.
+    """
 
     def __init__(
-        self, folder: str | os.PathLike[str] | None = None, formats: Sequence[str] | str | None = None
+        self,
+        rank: int,
+        size: int,
+        *,
+        folder: str | os.PathLike[str] | None = None,
+        formats: Sequence[str] | str | None = None,
+        store: Store | None = None,
+        gather: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None,
     ) -> None:
+        self._rank, self._size, self._store, self._gather = rank, size, store, gather
         self._folder = None if folder is None else Path(folder)
         self._formats = check_formats(formats)
-        self._logs: list[Any] | None = None
+        self._logs: list[LogFile] | None = None
         self._first_step: int | None = None
-        self._before = (0.0, 0, 0, 0.0)
+        self._before = Counts()
         self._is_summed_up = False
         self._num_summaries = 0
 
@@ -61,82 +102,79 @@ class Logbook:
             self._folder = Path("runs") / time.strftime("%Y%m%d-%H%M%S")
         return self._folder
 
-    def resume(self, job: Job) -> None:
-        """The job goes on from a checkpoint: what was trained before it is not this run's."""
-        self._first_step, self._before = job.step + 1, _counts(job)
+    def resume(self, counts: Counts) -> None:
+        """The job continues from a checkpoint: what was trained before it is not this run's."""
+        self._first_step, self._before = counts.step + 1, counts
 
-    def record(self, job: Job, values: Mapping[str, Any]) -> None:
+    def record(self, counts: Counts, values: Mapping[str, Any]) -> None:
         """Write one row (rank 0; the others do nothing)."""
         self._is_summed_up = False
-        if not job.is_main:
+        if self._rank != 0:
             return
-        row = self.measure(job)
+        row = self.measure(counts)
         row.update((key, plain(value)) for key, value in values.items())
         if self._logs is None:
             self._logs = self._open("log")
         for log in self._logs:
             log.write(row)
 
-    def sum_up(self, job: Job) -> None:
+    def sum_up(self, statistics: Mapping[str, Any]) -> None:
         """Write one row per rank. All ranks call it at the end of training, and once more before they leave.
 
         Ranks hand their counts over through the job's store, not by a collective: one that died is missing
-        from the file and holds up nobody for long.
+        from the file and does not delay the others for long.
         """
-        if self._is_summed_up or job.step == 0:
+        if self._is_summed_up or statistics["steps"] == 0:
             return
         self._is_summed_up, self._num_summaries = True, self._num_summaries + 1
-        rows = self._collect(job, {k: v for k, v in job.stats().items() if _is_scalar(v)})
-        if job.is_main and (self._logs is not None or self._folder is not None):
+        rows = self._collect({k: v for k, v in statistics.items() if _is_scalar(v)})
+        if self._rank == 0 and (self._logs is not None or self._folder is not None):
             logs = self._open("ranks")
             for log in logs:
                 for row in rows:
                     log.write(row)
                 log.close()
 
-    def close(self, job: Job) -> None:
+    def close(self, statistics: Mapping[str, Any]) -> None:
         """End the files. A process that dies of an exception does not wait for the others."""
-        if job.meeting is not None and getattr(sys, "last_value", None) is None:
-            self.sum_up(job)
+        if self._store is not None and getattr(sys, "last_value", None) is None:
+            self.sum_up(statistics)
         for log in self._logs or ():
             log.close()
         self._logs = None
 
-    def _open(self, name: str) -> list[Any]:
+    def _open(self, name: str) -> list[LogFile]:
         modules = [registry.load(_PACKAGE, n, kind="log format") for n in self._formats]
         self.folder.mkdir(parents=True, exist_ok=True)
         return [m.open_log(self.folder, name, self._first_step) for m in modules]
 
-    def measure(self, job: Job) -> dict[str, Any]:
+    def measure(self, counts: Counts) -> dict[str, Any]:
         """What happened since this was called last: the columns that every row has."""
-        now = _counts(job)
-        seconds, samples, sent, waited = (new - old for new, old in zip(now, self._before, strict=True))
-        self._before = now
-        staleness = job.strategy.stats().get("staleness") if job.attachments else None
+        before, self._before = self._before, counts
+        seconds, samples = counts.seconds - before.seconds, counts.samples - before.samples
         return {
-            "epoch": job.epoch,
-            "step": job.step,
-            "seconds": round(job.clock.seconds, 6),
+            "epoch": counts.epoch,
+            "step": counts.step,
+            "seconds": round(counts.seconds, 6),
             "samples_per_s": round(samples / seconds, 3) if seconds > 0 else None,
-            "payload_bytes": sent,
-            "wait_s": round(waited, 6),
-            "staleness": staleness,
+            "payload_bytes": counts.payload_bytes - before.payload_bytes,
+            "wait_s": round(counts.wait_s - before.wait_s, 6),
+            "staleness": counts.staleness,
         }
 
-    def _collect(self, job: Job, mine: dict[str, Any]) -> list[dict[str, Any]]:
+    def _collect(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
         """Rank 0: the rows of all ranks that hand one over in time."""
-        if job.size == 1:
+        if self._size == 1:
             return [mine]
-        if job.meeting is None:  # no store, as in a simulation
-            if self._folder is None:
+        store = self._store
+        if store is None:  # as in a simulation
+            if self._folder is None or self._gather is None:
                 return [mine]
-            with job.clock.paused():
-                rows: list[dict[str, Any]] = job.gather_objects(mine)
-            return rows
-        store, keys = job.meeting.store, [f"summary/{self._num_summaries}/{r}" for r in range(job.size)]
+            return self._gather(mine)
+        keys = [f"summary/{self._num_summaries}/{r}" for r in range(self._size)]
         try:
-            store.set(keys[job.rank], json.dumps(mine))
-            if not job.is_main:
+            store.set(keys[self._rank], json.dumps(mine))
+            if self._rank != 0:
                 return []
             deadline = time.monotonic() + _OTHERS_S
             while not store.check(keys) and time.monotonic() < deadline:
@@ -146,7 +184,7 @@ class Logbook:
             return [mine]
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """A number for a tensor or array with one element; text for what is not a plain value."""
     item = getattr(value, "item", None)
     if callable(item) and getattr(value, "numel", lambda: getattr(value, "size", 1))() == 1:
@@ -154,9 +192,5 @@ def plain(value: Any) -> Any:
     return value if _is_scalar(value) else str(value)
 
 
-def _is_scalar(value: Any) -> bool:
+def _is_scalar(value: object) -> bool:
     return isinstance(value, (str, int, float, bool, type(None)))
-
-
-def _counts(job: Job) -> tuple[float, int, int, float]:
-    return job.clock.seconds, job.samples, job.clock.payload_bytes, job.clock.wait_s

@@ -33,6 +33,6 @@ class JsonLines:
         self._file.close()
 
 
-def _strict(value: Any) -> Any:
+def _strict(value: object) -> object:
     # JSON has no NaN, and a reader that follows the standard would reject the whole line.
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
