@@ -90,7 +90,7 @@ class Paceline:
         return calls[operation], algorithm
 
     def close(self) -> None:
-        """Nothing stays behind."""
+        """Release what the library holds."""
 
 
 class Gloo:
@@ -134,7 +134,7 @@ class Gloo:
         return calls[operation], "library's own"
 
     def close(self) -> None:
-        """Nothing stays behind."""
+        """Release what the library holds."""
 
 
 class Mpi:
@@ -212,7 +212,7 @@ def obey(library: Library, channel: Any) -> None:
 
 
 def main() -> None:
-    """Join, report, obey."""
+    """Join the benchmark, report that this rank is ready, and run what it is told."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--library", choices=LIBRARIES, required=True)
     parser.add_argument("--fabric", default="")

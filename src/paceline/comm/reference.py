@@ -12,7 +12,7 @@ from paceline.types import Rank, ReduceOp
 
 
 def all_reduce(op: ReduceOp, tensors: dict[Rank, torch.Tensor]) -> None:
-    """Everybody gets the combination of all."""
+    """Every rank gets the combination of all contributions."""
     total = reduced(list(tensors.values()), op)
     for t in tensors.values():
         t.copy_(total)
@@ -24,7 +24,7 @@ def reduce(op: ReduceOp, root: Rank, tensors: dict[Rank, torch.Tensor]) -> None:
 
 
 def broadcast(root: Rank, tensors: dict[Rank, torch.Tensor]) -> None:
-    """Everybody gets the root's tensor."""
+    """Every rank gets the root's tensor."""
     source = argument_of(root, tensors)
     for rank, t in tensors.items():
         if rank != root:
@@ -32,7 +32,7 @@ def broadcast(root: Rank, tensors: dict[Rank, torch.Tensor]) -> None:
 
 
 def gather(counts: list[int], arguments: dict[Rank, Any]) -> None:
-    """Whoever has an output gets every rank's source, in rank order."""
+    """Ranks that have an output get every rank's source, in rank order."""
     offsets = offsets_of(counts)
     for output, _ in arguments.values():
         if output is not None:

@@ -230,16 +230,17 @@ class TorchCommunicator(FabricCommunicator):
         # before, which members of different groups disagree about: then they wait for each other for ever.
         c10d: Any = dist.distributed_c10d
         backend = dist.get_backend(self.group)
-        group, _ = c10d._new_process_group_helper(
+        group, _ = c10d._new_process_group_helper(  # noqa: SLF001  as below
             len(ranks),
             ranks.index(self.rank),
             members,
             dist.Backend(backend),
-            c10d._get_default_store(),
+            c10d._get_default_store(),  # noqa: SLF001  torch offers no public way to name a group
             name,
-            timeout=c10d._get_default_timeout(backend),
+            timeout=c10d._get_default_timeout(backend),  # noqa: SLF001  as above
         )
-        c10d._world.pg_group_ranks[group] = {member: r for r, member in enumerate(members)}
+        ranks_of_groups = c10d._world.pg_group_ranks  # noqa: SLF001  as above
+        ranks_of_groups[group] = {member: r for r, member in enumerate(members)}
         hosts = [self.hosts[r] for r in ranks]
         return TorchCommunicator(hosts, group=group, device=self.device, owns_group=True, name=name)
 

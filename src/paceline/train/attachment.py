@@ -178,7 +178,8 @@ class Attachment:
             or (self._window.is_last_batch and self.has_loader)
         )
         self._reset_buckets()
-        Variable._execution_engine.queue_callback(self._end_backward)
+        # torch's own way to learn of the end of a backward pass; DDP uses it too.
+        Variable._execution_engine.queue_callback(self._end_backward)  # noqa: SLF001
 
     def _reset_buckets(self) -> None:
         self._taken.clear()

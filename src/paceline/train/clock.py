@@ -34,12 +34,12 @@ class TrainingClock:
         return self._ledger.wait_s - self._other_wait_s
 
     def start(self) -> None:
-        """Training runs."""
+        """From now on time and bytes count."""
         if self._since is None:
             self._since = self._comm.now()
 
     def stop(self) -> None:
-        """Training pauses."""
+        """From now on nothing counts."""
         self._gathered_s, self._since = self.seconds, None
 
     def set(self, seconds: float) -> None:

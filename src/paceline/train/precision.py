@@ -110,5 +110,5 @@ class MixedPrecision:
         return {"scale": self.scale, "good": self._good, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`."""
+        """Continue from what `state_dict` gave."""
         self.scale, self._good, self.skipped = state["scale"], state["good"], state["skipped"]

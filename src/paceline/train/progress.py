@@ -48,7 +48,7 @@ class ProgressBar:
         self._progress.start()
 
     def advance(self) -> None:
-        """One batch more."""
+        """One more batch is done."""
         if self._line is not None:
             self._line.advance()
         if self._progress is not None and self._task is not None:
@@ -84,7 +84,7 @@ class LineBar:
         self._first, self._began_s, self._drawn_s = done, time.monotonic(), 0.0
 
     def advance(self) -> None:
-        """One batch more."""
+        """One more batch is done."""
         self._done += 1
         now_s = time.monotonic()
         if now_s - self._drawn_s >= self._PERIOD_S:

@@ -40,7 +40,7 @@ class NativeWork:
 
     @property
     def operation(self) -> _core.Operation:
-        """The core's operation."""
+        """The operation as the core knows it, for layers that drive the core themselves."""
         return self._operation
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -83,7 +83,7 @@ class FinishedWork:
     __slots__ = ()
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Return at once."""
+        """Return at once: nothing is left to wait for."""
 
     def is_done(self) -> bool:
         return True

@@ -228,7 +228,7 @@ def _inode_or_empty(path: Path) -> str:
 def _open_store(identity: ProcessIdentity, environment: Mapping[str, str], timeout_s: float) -> Store:
     timeout = datetime.timedelta(seconds=timeout_s)
     if dist.is_initialized():
-        return dist.distributed_c10d._get_default_store()
+        return dist.distributed_c10d._get_default_store()  # noqa: SLF001  torch offers no public one
     if identity.size == 1:
         return HashStore()
     try:

@@ -110,8 +110,8 @@ def _skip_steps_that_overflowed(optimizer: torch.optim.Optimizer) -> None:
         scaler = _state.unscaled.pop(id(optimizer), None)
         if scaler is None:
             return step(*args, **kwargs)
-        infinite = scaler._found_inf_per_device(optimizer).values()
-        result = None if any(float(v) for v in infinite) else step(*args, **kwargs)
+        found = scaler._found_inf_per_device(optimizer)  # noqa: SLF001  torch has no public query
+        result = None if any(float(v) for v in found.values()) else step(*args, **kwargs)
         scaler.update()
         return result
 

@@ -181,7 +181,8 @@ class PacelineStrategy(TrainerDDP, FabricDDP):  # type: ignore[misc]
         if getattr(plugin, "scaler", None) is not None:
             result = TrainerDDP.optimizer_step(self, optimizer, closure, model, **options)
         else:
-            result = plugin._wrap_closure(model or self.lightning_module, optimizer, closure)
+            wrap = plugin._wrap_closure  # noqa: SLF001  Lightning's own way to run a closure early
+            result = wrap(model or self.lightning_module, optimizer, closure)
             optimizer.step(closure=lambda: result, **options)
         self._log()
         return result
@@ -249,7 +250,7 @@ class PacelineStrategy(TrainerDDP, FabricDDP):  # type: ignore[misc]
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Any], scheduler: object = None
     ) -> Any:
-        """`fabric.setup(model, optimizer)`."""
+        """What `fabric.setup(model, optimizer)` calls: `prepare` stands in for DDP."""
         self._prepare(module, list(optimizers))
         return module, optimizers, scheduler
 

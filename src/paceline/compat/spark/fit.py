@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,9 @@ from paceline.strategies.base.strategy import make
 from paceline.tasks.load import load
 from paceline.tasks.task import Task
 
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
 
 class Fitted(NamedTuple):
     """What `fit` returns: `model, history = fit(...)`."""
@@ -36,7 +39,7 @@ class Fitted(NamedTuple):
 
 
 def fit(
-    df: Any,
+    df: DataFrame,
     task: Task | str,
     *,
     strategy: str = "all_reduce",
@@ -55,20 +58,40 @@ def fit(
     max_restarts: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Fitted:
-    """Train `task` on the rows of DataFrame `df` with `workers` tasks in one barrier stage.
+    """Train a task on the rows of a Spark DataFrame, with the workers in one barrier stage.
 
-    `task`: a `paceline.Task`, or a task's name or file as for `paceline compare` (`data` goes to its
-    `build`). Its model, optimizer, loss and metrics are used; its test set, if any, is evaluated after each
-    epoch; its train set is replaced by `df`. `features`: one column of numbers, arrays, dense vectors or
-    binary, or several columns of numbers; `label`: one column. Rows take the shape and dtype of the task's
-    samples. Each worker trains on one partition (`df` is repartitioned when it has another number of them);
-    nothing is collected on the driver. `batch_size` counts over all workers.
+    Each worker trains on one partition; nothing is collected on the driver. Rows take the shape and dtype of
+    the task's samples.
 
-    `averaging="driver"` is the classic design instead of collectives: `strategy` must be
-    `local_sgd(period=…)`; the driver averages parameters by tree aggregation of `depth`, and broadcasts them;
-    the arguments after `data` are then refused.
-    `checkpoint`: a folder that all executors see; a stage that Spark runs again continues there.
-    Raises ConfigError for what cannot be trained, WorkerFailed with the traceback of the worker.
+    Args:
+        df: The training data; it is repartitioned when it has not one partition per worker.
+        task: A `paceline.Task`, or a task's name or file as for `paceline compare`. Its test set, if any, is
+            evaluated after each epoch; its training set is replaced by `df`.
+        strategy: A strategy string; default all_reduce.
+        workers: Number of workers; default 2.
+        features: One column of numbers, arrays, dense vectors or binary, or several columns of numbers;
+            default: guessed from the columns' names.
+        label: One column; default: guessed.
+        epochs: Passes over the rows; default: the task's.
+        batch_size: Rows per step over all workers; default: the task's.
+        seed: Of the initial weights and of the order of the rows; default 0.
+        averaging: `"collective"` (default), or `"driver"`: the classic design, in which the driver averages
+            parameters by tree aggregation. It needs `strategy="local_sgd(period=…)"` and refuses the
+            arguments from `checkpoint` on.
+        depth: Of that tree; default 2.
+        data: What a task's `build` reads.
+        checkpoint: A folder that all executors reach; a stage that Spark runs again continues there.
+        fabric: `"native"` or `"torch"`; default: chosen.
+        threads: Intra-op threads per worker; default: chosen.
+        max_restarts: How often Spark may run the stage again after a failure; default: Spark's setting.
+        environment: Further environment variables of the workers.
+
+    Raises:
+        ConfigError: What cannot be trained.
+        WorkerFailed: With the traceback of the worker.
+
+    Example:
+        `model, history = fit(df, "digits", strategy="local_sgd(period=8)", workers=4)`
     """
     engine = Spark()
     engine.check_installed()
@@ -80,21 +103,15 @@ def fit(
         raise ConfigError(f"fit: a paceline.Task or a task's name expected, got {type(task).__name__}")
     columns = _columns(df, built, features, label)
     settings = _settings(built, strategy, workers, epochs, batch_size, seed, averaging, depth)
-    frame = df.select(*columns.names)
-    if frame.rdd.getNumPartitions() != workers:
-        frame = frame.repartition(workers)
+    frame = _partitioned(df, columns, workers)
     if averaging == "driver":
-        for name, value in {
-            "checkpoint": checkpoint,
-            "fabric": fabric,
-            "threads": threads,
-            "max_restarts": max_restarts,
-            "environment": environment,
-        }.items():
-            if value is not None:
-                raise ConfigError(
-                    f"fit: {name}= is for workers of their own; with averaging='driver' Spark's tasks train"
-                )
+        _refuse_with_driver(
+            checkpoint=checkpoint,
+            fabric=fabric,
+            threads=threads,
+            max_restarts=max_restarts,
+            environment=environment,
+        )
         result = by_driver.train(frame, built, columns, settings)
     else:
         own = dataclasses.replace(built, train_set=built.test_set)  # its rows come from the DataFrame
@@ -117,7 +134,23 @@ def fit(
     return Fitted(built.model, result["history"])
 
 
-def _columns(df: Any, task: Task, features: Any, label: str | None) -> rows.Columns:
+def _refuse_with_driver(**given: object) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(
+                f"fit: {name}= is for workers of their own; with averaging='driver' Spark's tasks train"
+            )
+
+
+def _partitioned(df: DataFrame, columns: rows.Columns, workers: int) -> DataFrame:
+    """The chosen columns, one partition per worker."""
+    frame = df.select(*columns.names)
+    return frame if frame.rdd.getNumPartitions() == workers else frame.repartition(workers)
+
+
+def _columns(
+    df: DataFrame, task: Task, features: str | Sequence[str] | None, label: str | None
+) -> rows.Columns:
     if not hasattr(df, "mapInArrow") or not hasattr(df, "columns"):
         raise ConfigError(f"fit: a pyspark.sql.DataFrame expected, got {type(df).__name__}")
     use_own_python(df.sparkSession.sparkContext)

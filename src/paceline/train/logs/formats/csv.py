@@ -38,7 +38,7 @@ class Table:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Flush and close; further rows are an error."""
         self._file.close()
 
     def _open(self) -> None:

@@ -12,7 +12,7 @@ from paceline.train.logs.lines import cut_unfinished_line
 
 
 def open_log(folder: Path, name: str, first_step: int | None) -> JsonLines:
-    """Append to `name`.jsonl."""
+    """Open `name`.jsonl in `folder` for appending."""
     return JsonLines(folder / f"{name}.jsonl")
 
 
@@ -24,12 +24,12 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one object."""
+        """Append one row as a JSON object and flush it."""
         self._file.write(json.dumps({key: _strict(value) for key, value in row.items()}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Flush and close; further rows are an error."""
         self._file.close()
 
 
