@@ -1,7 +1,7 @@
-"""Threads that complete futures: the core tells them which operation has ended.
+"""Threads that complete futures when the core reports that their operation has ended.
 
-Callbacks of a future run in the thread that completes it and may wait for other operations, so a thread that
-has taken a completion leaves another one behind to take the next.
+Callbacks of a future run in the thread that completes it and may wait for other operations. So before a
+thread serves a completion, it makes sure that another thread is there to take the next one.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _JOIN_S = 5.0
 
 
 class Completable(Protocol):
-    """What wants to know that its operation is over."""
+    """Something to be told that its operation is over."""
 
     def completed(self) -> None:
-        """Called once, by some thread."""
+        """Called once, by any thread."""
 
 
 class Completer:
-    """Serves one engine. Its threads are joined at exit: a thread that lives on would abort the process."""
+    """Serves one engine. Its threads are joined at exit: one that still ran would abort the process."""
 
     def __init__(self, core: _core.Engine) -> None:
         self.core = core

@@ -1,51 +1,58 @@
-"""How the ranks of a new group find each other: through the store that torch.distributed hands over, only."""
+"""Makes a process group, whose ranks find each other through the store of torch.distributed alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore, _DistributedBackendOptions
 
 from paceline.comm.native import shared_memory
+from paceline.comm.native.shared_memory import SharedMemoryCommunicator
+from paceline.comm.process_group import patches
+from paceline.comm.process_group.fast_path import FastPathGroup
+from paceline.comm.process_group.group import PacelineGroup
 from paceline.comm.rendezvous.environment import ProcessIdentity
 from paceline.comm.rendezvous.interfaces import address_of, local_address_towards
 from paceline.comm.rendezvous.meeting import Meeting, host_identity, meet_in_store
 from paceline.errors import CommError
 
-if TYPE_CHECKING:
-    from paceline.comm.process_group.group import PacelineGroup
 
+def create(options: _DistributedBackendOptions, backend_options: object) -> PacelineGroup:
+    """Make the process group that `torch.distributed` asked for; collective over its members.
 
-def create(options: Any, backend_options: Any) -> PacelineGroup:
-    """Make the process group that `torch.distributed` asked for; collective over its members."""
-    from paceline.comm.process_group import patches
-    from paceline.comm.process_group.fast_path import QuickGroup
-    from paceline.comm.process_group.group import PacelineGroup
-
+    Args:
+        options: Torch's description of the group.
+        backend_options: What the user passed as `pg_options`; used for the group's NCCL backend, if any.
+    """
     patches.apply()
-    rank, size = options.group_rank, options.group_size
     timeout_s = options.timeout.total_seconds()
-    meeting = meet(options.store, rank, size, timeout_s)
+    meeting = meet(options.store, options.group_rank, options.group_size, timeout_s)
     comm = shared_memory.connect(meeting, timeout_s=timeout_s)
-    quick = isinstance(comm, shared_memory.SharedMemoryCommunicator)
-    group = (QuickGroup if quick else PacelineGroup)(comm, options.store, timeout_s=timeout_s)  # type: ignore[arg-type]
+    group: PacelineGroup
+    if isinstance(comm, SharedMemoryCommunicator):
+        group = FastPathGroup(comm, options.store, timeout_s=timeout_s)
+    else:
+        group = PacelineGroup(comm, options.store, timeout_s=timeout_s)
     if torch.cuda.is_available() and dist.is_nccl_available():
         group.other_backends["cuda"] = _nccl(options, backend_options)
     return group
 
 
-def _nccl(options: Any, given: Any) -> Any:
+def _nccl(options: _DistributedBackendOptions, given: object) -> dist.Backend:
     """The group's backend for CUDA tensors ("cpu:paceline,cuda:nccl"); it connects when it is first used."""
-    nccl: Any = dist.ProcessGroupNCCL
+    nccl: Any = dist.ProcessGroupNCCL  # a build of torch without NCCL does not have it
     chosen = given if isinstance(given, nccl.Options) else nccl.Options()
     chosen._timeout = options.timeout
     chosen.global_ranks_in_group = options.global_ranks_in_group
     chosen.group_name = options.group_id
-    return nccl(PrefixStore("cuda", options.store), options.group_rank, options.group_size, chosen)
+    backend: dist.Backend = nccl(
+        PrefixStore("cuda", options.store), options.group_rank, options.group_size, chosen
+    )
+    return backend
 
 
 def meet(store: Store, rank: int, size: int, timeout_s: float) -> Meeting:

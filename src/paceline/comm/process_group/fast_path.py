@@ -1,33 +1,33 @@
 # mypy: disable-error-code="override,no-any-return"
-"""The calls that training makes all the time, without whatever the common case does not need.
+"""The calls that training makes most often, with nothing that the common case does not need.
 
-A small operation takes a few microseconds, of which the core needs one: each property of a tensor that is
-asked for costs a tenth. Contiguous CPU tensors of the dtypes that the core knows take the short way here; all
-else, profiled calls and wrong arguments included, goes on to `PacelineGroup`.
+A small operation takes a few microseconds, of which the core needs one; reading one property of a tensor
+costs a tenth. Contiguous CPU tensors of the dtypes that the core knows take the short way here. Everything
+else goes on to `PacelineGroup`, including profiled calls and wrong arguments.
 """
 
 from __future__ import annotations
 
-import datetime
 import sys
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
+from paceline import _core
 from paceline.comm.native.codes import DTYPE_CODES, REDUCIBLE, Kind
 from paceline.comm.native.shared_memory import SharedMemoryCommunicator
 from paceline.comm.native.work import DONE
 from paceline.comm.process_group import instrumentation
-from paceline.comm.process_group.arguments import OPERATOR_CODES
+from paceline.comm.process_group.arguments import OPERATOR_CODES, OneList, OneTensor, Options
 from paceline.comm.process_group.group import PacelineGroup
-from paceline.comm.process_group.work import FINISHED, C10dWork
+from paceline.comm.process_group.identity import UNSET_TIMEOUT
+from paceline.comm.process_group.work import FINISHED, C10dWork, Result
 from paceline.errors import CommError
-from paceline.types import Work
 
 _profiler_enabled = torch._C._autograd._profiler_enabled
-_UNSET = datetime.timedelta(milliseconds=-1)
+_UNSET = UNSET_TIMEOUT  # a global of this module: the fast path reads it
 _STRIDED = torch.strided
 _code_of = DTYPE_CODES.get
 _operator_of = OPERATOR_CODES.get
@@ -35,12 +35,12 @@ _BROADCAST, _ALL_GATHER = int(Kind.BROADCAST), int(Kind.ALL_GATHER)
 _ALL_TO_ALL, _REDUCE_SCATTER = int(Kind.ALL_TO_ALL), int(Kind.REDUCE_SCATTER)
 
 
-def _is_plain(tensor: Any) -> bool:
+def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether the tensor's memory can be read and written as it is."""
     return tensor.is_cpu and tensor.layout is _STRIDED and tensor.is_contiguous()
 
 
-class QuickGroup(PacelineGroup):
+class FastPathGroup(PacelineGroup):
     """A group whose ranks share one host's memory."""
 
     def __init__(self, comm: SharedMemoryCommunicator, store: Store, *, timeout_s: float) -> None:
@@ -53,7 +53,7 @@ class QuickGroup(PacelineGroup):
         self._exchange_lists = (group.exchange_lists_now, group.exchange_lists)
         self._rank, self._size = comm.rank, comm.size
 
-    def _is_quick(self, tensors: Any) -> bool:
+    def _is_quick(self, tensors: OneTensor) -> bool:
         return (
             len(tensors) == 1
             and self._coalesced is None
@@ -71,38 +71,54 @@ class QuickGroup(PacelineGroup):
         send: tuple[int, ...],
         receive: tuple[int, ...],
         is_same: bool,
-        opts: Any,
+        opts: Options,
         root: int = 0,
     ) -> dist.Work:
         is_async = opts.asyncOp
-        pointers = source.data_ptr(), output.data_ptr()
         try:
             operation = self._exchange[is_async](
-                kind, *pointers, numel, code, root, send, receive, is_same, self._seconds(opts)
+                kind,
+                source.data_ptr(),
+                output.data_ptr(),
+                numel,
+                code,
+                root,
+                send,
+                receive,
+                is_same,
+                self._seconds(opts),
             )
         except CommError as error:
             return self._refused(error, [output])
         return self._started(operation, [output], (output, source), is_async)
 
-    def _seconds(self, opts: Any) -> float:
+    def _seconds(self, opts: Options) -> float:
         given = opts.timeout
         return self._timeout_s if given == _UNSET else given.total_seconds()
 
     def _started(
-        self, operation: Any, result: list[Any], kept: tuple[torch.Tensor, ...], is_async: bool
-    ) -> Any:
-        """Return the work of an operation of the core; a synchronous one is over."""
+        self,
+        operation: _core.Operation | None,
+        result: Result,
+        kept: tuple[torch.Tensor, ...],
+        is_async: bool,
+    ) -> dist.Work:
+        """Return the work of an operation of the core; None, and a synchronous one, is over."""
         self._sequence += 1
         if not is_async:
             return FINISHED
         return C10dWork(DONE if operation is None else self._comm.pending(operation, kept), result)
 
-    def _refused(self, error: CommError, result: list[Any]) -> dist.Work:
+    def _refused(self, error: CommError, result: Result) -> dist.Work:
+        """Return the work of an operation that the core could not start."""
         self._sequence += 1
-        failed: Work = self._comm.failed(error)
-        return C10dWork(failed, result)
+        return C10dWork(self._comm.failed(error), result)
 
-    def allreduce(self, tensors: Any, opts: Any = None, *rest: Any, **named: Any) -> dist.Work:
+    # `rest` and `named` hold what older forms of a call add; the methods of `PacelineGroup` know them.
+
+    def allreduce(
+        self, tensors: OneTensor, opts: Options = None, *rest: Options, **named: Options
+    ) -> dist.Work:
         if opts.__class__ is dist.AllreduceOptions and not rest and not named and self._is_quick(tensors):
             tensor, operator = tensors[0], _operator_of(hash(opts.reduceOp))
             if operator is not None:
@@ -115,7 +131,9 @@ class QuickGroup(PacelineGroup):
                     return self._started(operation, [tensor], (tensor,), is_async)
         return super().allreduce(tensors, opts, *rest, **named)
 
-    def broadcast(self, tensors: Any, opts: Any = None, *rest: Any, **named: Any) -> dist.Work:
+    def broadcast(
+        self, tensors: OneTensor, opts: Options = None, *rest: Options, **named: Options
+    ) -> dist.Work:
         if opts.__class__ is dist.BroadcastOptions and not rest and not named and self._is_quick(tensors):
             tensor, root = tensors[0], opts.rootRank
             code = _code_of(tensor.dtype)
@@ -125,7 +143,9 @@ class QuickGroup(PacelineGroup):
                 return self._exchanged(_BROADCAST, tensor, tensor, n, code, send, receive, True, opts, root)
         return super().broadcast(tensors, opts, *rest, **named)
 
-    def all_gather_single(self, output: torch.Tensor, source: torch.Tensor, opts: Any = None) -> dist.Work:
+    def all_gather_single(
+        self, output: torch.Tensor, source: torch.Tensor, opts: Options = None
+    ) -> dist.Work:
         if opts is not None and self._is_quick((output,)):
             code, n, size = _code_of(output.dtype), source.numel(), self._size
             if (
@@ -138,7 +158,9 @@ class QuickGroup(PacelineGroup):
                 return self._exchanged(_ALL_GATHER, output, source, n, code, (n,), (n,) * size, True, opts)
         return super().all_gather_single(output, source, opts)
 
-    def allgather(self, outputs: Any, inputs: Any, opts: Any = None, *rest: Any, **named: Any) -> dist.Work:
+    def allgather(
+        self, outputs: OneList, inputs: OneTensor, opts: Options = None, *rest: Options, **named: Options
+    ) -> dist.Work:
         if opts is not None and not rest and not named and len(outputs) == 1 and self._is_quick(inputs):
             source, targets = inputs[0], outputs[0]
             code, n, dtype = _code_of(source.dtype), source.numel(), source.dtype
@@ -168,7 +190,14 @@ class QuickGroup(PacelineGroup):
                 return self._started(operation, [list(targets)], (source, *targets), is_async)
         return super().allgather(outputs, inputs, opts, *rest, **named)
 
-    def alltoall(self, outputs: Any, inputs: Any, opts: Any = None, *rest: Any, **named: Any) -> dist.Work:
+    def alltoall(
+        self,
+        outputs: list[torch.Tensor],
+        inputs: list[torch.Tensor],
+        opts: Options = None,
+        *rest: Options,
+        **named: Options,
+    ) -> dist.Work:
         size = self._size
         if (
             opts is not None
@@ -205,11 +234,11 @@ class QuickGroup(PacelineGroup):
         self,
         output: torch.Tensor,
         source: torch.Tensor,
-        output_splits: Any = (),
-        input_splits: Any = (),
-        opts: Any = None,
-        *rest: Any,
-        **named: Any,
+        output_splits: Sequence[int] = (),
+        input_splits: Sequence[int] = (),
+        opts: Options = None,
+        *rest: Options,
+        **named: Options,
     ) -> dist.Work:
         is_even = not (output_splits or input_splits or rest or named)
         if opts is not None and is_even and self._is_quick((output,)):
@@ -230,7 +259,7 @@ class QuickGroup(PacelineGroup):
         return super().all_to_all_single(output, source, output_splits, input_splits, opts, *rest, **named)
 
     def reduce_scatter_single(
-        self, output: torch.Tensor, source: torch.Tensor, opts: Any = None
+        self, output: torch.Tensor, source: torch.Tensor, opts: Options = None
     ) -> dist.Work:
         if opts is not None and self._is_quick((output,)):
             code, operator = _code_of(output.dtype), _operator_of(hash(opts.reduceOp))

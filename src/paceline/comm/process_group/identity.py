@@ -1,6 +1,6 @@
-"""What a process group is besides its collectives: names, sequence numbers, timeouts, coalescing, its end.
+"""What a process group is besides its collectives: names, sequence numbers, timeouts, coalescing, shutdown.
 
-torch.distributed asks a registered C++ backend for these; a Python group without one has to answer itself.
+torch.distributed asks a registered C++ backend for these; a group in Python has to answer itself.
 """
 
 from __future__ import annotations
@@ -15,19 +15,26 @@ from torch._C._distributed_c10d import Store
 
 from paceline.comm.native.communicator import NativeCommunicator
 from paceline.comm.native.work import DONE
-from paceline.comm.process_group.arguments import Finish
-from paceline.comm.process_group.register import BACKEND
-from paceline.comm.process_group.self_messages import OwnMessages
-from paceline.comm.process_group.work import FINISHED, C10dWork
+from paceline.comm.process_group.arguments import Finish, Options
+from paceline.comm.process_group.names import BACKEND
+from paceline.comm.process_group.self_messages import SelfMessages
+from paceline.comm.process_group.work import FINISHED, C10dWork, Result
 from paceline.errors import CommError, ConfigError
-from paceline.types import Work
+from paceline.types import CallOptions, Work
 
 _CPU = torch.device("cpu")
-_UNSET = datetime.timedelta(milliseconds=-1)
+UNSET_TIMEOUT = datetime.timedelta(milliseconds=-1)
+"""What torch's options hold when the call names no timeout."""
 
 
 class GroupIdentity(dist.ProcessGroup):
-    """A member's view of a group: `_comm` moves the bytes, `_group_store` is its part of the store."""
+    """One member of a group.
+
+    Args:
+        comm: Moves the bytes.
+        store: The part of torch's store that belongs to the group.
+        timeout_s: Seconds until an operation that names no timeout fails.
+    """
 
     supports_splitting = False
     supports_coalescing = False
@@ -38,12 +45,15 @@ class GroupIdentity(dist.ProcessGroup):
         self._comm = comm
         self._group_store = store
         self._timeout_s = timeout_s
+        self._default_options = CallOptions(timeout_s=timeout_s)
         self._sequence = 0
         self._monitored = 0
         self._name = ""
         self._description = "undefined"
-        self._coalesced: list[dist.Work] | None = None
-        self._own = OwnMessages()
+        self._coalesced: list[C10dWork] | None = None
+        """Works since `_start_coalescing`, if it was called."""
+        self._to_self = SelfMessages()
+        # Backends are classes of C++ without a common type for what is called here.
         self.other_backends: dict[str, Any] = {}
         """By device type: backends for tensors that are not on the CPU."""
 
@@ -103,73 +113,75 @@ class GroupIdentity(dist.ProcessGroup):
         pass
 
     def _get_sequence_number_for_group(self) -> int:
-        """Collectives called so far: equal on all members unless they are out of step."""
+        """Number of collectives called so far: equal on all members unless they are out of step."""
         return self._sequence
 
     setSequenceNumberForGroup = _set_sequence_number_for_group
     getSequenceNumberForGroup = _get_sequence_number_for_group
 
     def set_timeout(self, timeout: datetime.timedelta) -> None:
-        """Deadline of operations that name none."""
+        """Set the timeout of operations that name none."""
         self._timeout_s = timeout.total_seconds()
+        self._default_options = CallOptions(timeout_s=self._timeout_s)
 
     _set_default_timeout = setTimeout = set_timeout
 
-    def _begin(self, opts: Any, timeout: Any = None, op: Any = None) -> Any:
-        """Set the deadline of the operation about to start; return torch's operator, if the call has one."""
-        seconds = self._timeout_s
+    def _options(self, opts: Options, timeout: datetime.timedelta | None = None) -> CallOptions:
+        """The options of the operation about to start: its timeout, if the call names one."""
         given = timeout if timeout is not None else getattr(opts, "timeout", None)
-        if given is not None and given != _UNSET and given.total_seconds() > 0:
-            seconds = given.total_seconds()
-        self._comm.timeout_s = seconds
-        if isinstance(opts, (dist.ReduceOp, dist.ReduceOp.RedOpType)):
-            return opts
-        return op if op is not None else getattr(opts, "reduceOp", dist.ReduceOp.SUM)
+        if given is not None and given != UNSET_TIMEOUT and given.total_seconds() > 0:
+            return CallOptions(timeout_s=given.total_seconds())
+        return self._default_options
 
-    def _root(self, opts: Any, rest: Sequence[Any], named: dict[str, Any]) -> int:
-        root = named.get("root", getattr(opts, "rootRank", opts))
-        if not isinstance(root, int):
-            root = 0
-        if not 0 <= root < self._comm.size:
-            raise ConfigError(f"invalid root rank: {root} in a group of {self._comm.size}")
-        return root
+    def _root(self, opts: Options, root: int | None) -> int:
+        """The root of an operation: named, in torch's options, or in their place."""
+        found = root if root is not None else getattr(opts, "rootRank", opts)
+        if not isinstance(found, int):
+            found = 0
+        if not 0 <= found < self._comm.size:
+            raise ConfigError(f"invalid root rank: {found} in a group of {self._comm.size}")
+        return found
 
     # Works
 
-    def _over(
+    def _work(
         self,
         native: Work,
-        result: Sequence[Any],
+        result: Result,
         finish: Finish | None = None,
-        opts: Any = None,
-        is_collective: bool = True,
-    ) -> Any:
-        """Return the work of a started operation; synchronous `opts` promise that it is waited for."""
-        if is_collective:
-            self._sequence += 1
-        is_waited_for = opts is not None and not getattr(opts, "asyncOp", True)
-        if native is DONE and finish is None and is_waited_for and self._coalesced is None:
+        opts: Options = None,
+    ) -> dist.Work:
+        """Return the work of a started collective. The caller of a synchronous one waits for it."""
+        self._sequence += 1
+        is_synchronous = opts is not None and not getattr(opts, "asyncOp", True)
+        if native is DONE and finish is None and is_synchronous and self._coalesced is None:
             return FINISHED
-        work = C10dWork(native, result, finish)
-        if finish is not None and not is_waited_for:
-            work._watch()
+        return self._kept(C10dWork(native, result, finish), must_watch=not is_synchronous)
+
+    def _kept(self, work: C10dWork, *, must_watch: bool = True) -> C10dWork:
+        """Return `work` after adding it to the coalesced ones, if any.
+
+        Work that has to copy something when it ends is watched unless its caller waits.
+        """
+        if work.finish is not None and must_watch:
+            work.watch()
         if self._coalesced is not None:
             self._coalesced.append(work)
         return work
 
-    def _together(self, works: list[Any], result: Sequence[Any]) -> dist.Work:
-        """Return one work for several operations: they run in order, so they are over when the last is."""
+    def _together(self, works: Sequence[dist.Work], result: Result) -> dist.Work:
+        """Return one work for several operations: they run in order, so all are over when the last is."""
         if not works:
             return C10dWork(DONE, result)
         *others, last = [w for w in works if isinstance(w, C10dWork)] or [C10dWork(DONE, result)]
-        if all(w._finish is None for w in others):
-            return C10dWork(last._native, result, last._finish)
+        if all(w.finish is None for w in others):
+            return C10dWork(last.native, result, last.finish)
 
         def finish() -> None:
             for w in (*others, last):
                 w.wait()
 
-        return C10dWork(last._native, result, finish)
+        return C10dWork(last.native, result, finish)
 
     def _start_coalescing(self, device: torch.device) -> None:
         self._coalesced = []
@@ -181,7 +193,7 @@ class GroupIdentity(dist.ProcessGroup):
             for w in works:
                 w.wait()
 
-        return C10dWork(works[-1]._native if works else DONE, [], finish)  # type: ignore[attr-defined]
+        return C10dWork(works[-1].native if works else DONE, [], finish)
 
     # Checks
 
@@ -223,7 +235,7 @@ class GroupIdentity(dist.ProcessGroup):
     def monitored_barrier(
         self, timeout: datetime.timedelta | None = None, wait_all_ranks: bool = False
     ) -> None:
-        """As barrier, but rank 0 names who did not come; the group stays usable. Goes through the store.
+        """As barrier, but rank 0 names the missing ranks and the group stays usable; it uses the store alone.
 
         Raises CommError on rank 0 for the first missing rank, or for all with `wait_all_ranks`; on the others
         when rank 0 does not answer.
@@ -232,7 +244,7 @@ class GroupIdentity(dist.ProcessGroup):
         self._monitored += 1
         mine, store, rank = f"monitored/{self._monitored}", self._group_store, self._comm.rank
         if rank == 0:
-            self._await_everybody(mine, limit, wait_all_ranks)
+            self._await_all(mine, limit, wait_all_ranks)
             store.set(f"{mine}/0", "passed")
             return
         store.set(f"{mine}/{rank}", "here")
@@ -247,7 +259,7 @@ class GroupIdentity(dist.ProcessGroup):
                 f" send/recv from rank 0. Please check rank 0 logs for faulty rank. ({answer})"
             )
 
-    def _await_everybody(self, mine: str, limit: datetime.timedelta, wait_all_ranks: bool) -> None:
+    def _await_all(self, mine: str, limit: datetime.timedelta, wait_all_ranks: bool) -> None:
         missing: list[int] = []
         deadline = datetime.datetime.now() + limit
         for r in range(1, self._comm.size):
@@ -270,7 +282,7 @@ class GroupIdentity(dist.ProcessGroup):
             self._group_store.set(f"{mine}/0", error)
             raise CommError(error)
 
-    # The end
+    # Shutdown
 
     def abort(self) -> None:
         """Fail what is in flight, here and on the other members; the group cannot be used any more."""

@@ -1,4 +1,4 @@
-"""What surrounds every collective of the backend: profiles, other devices, invisibility to Dynamo."""
+"""What surrounds every collective of the backend: profiles, tensors on other devices, and Dynamo."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
+import torch.distributed as dist
 
 from paceline.comm.process_group.arguments import Elsewhere
-from paceline.comm.process_group.register import BACKEND
+from paceline.comm.process_group.names import BACKEND
+
+Parameters = ParamSpec("Parameters")
 
 _profiler_enabled = torch._C._autograd._profiler_enabled
+_RecordFunction = torch._C._profiler._RecordFunctionFast
 
 # Method of a ProcessGroup -> its name in profiles, which are those of gloo.
 RECORDED = {
@@ -38,7 +42,10 @@ RECORDED = {
 
 
 def record_calls(cls: type) -> None:
-    """Make the methods of `cls` show in profiles as "paceline:all_reduce" and the like."""
+    """Make the methods of `cls` appear in profiles, as "paceline:all_reduce" and the like.
+
+    The methods are also redirected to another backend of the group for tensors on its device.
+    """
     for name, title in RECORDED.items():
         method = cls.__dict__[name]
         wrapped = _recorded(method, f"{BACKEND}:{title}")
@@ -46,29 +53,30 @@ def record_calls(cls: type) -> None:
             setattr(cls, alias, wrapped)
 
 
-def _recorded(method: Callable[..., Any], title: str) -> Callable[..., Any]:
+def _recorded(method: Callable[Parameters, dist.Work], title: str) -> Callable[Parameters, dist.Work]:
     name = method.__name__
 
     @functools.wraps(method)
-    def call(self: Any, *args: Any, **named: Any) -> Any:
+    def call(*args: Parameters.args, **named: Parameters.kwargs) -> dist.Work:
         if not _profiler_enabled():
             try:
-                return method(self, *args, **named)
+                return method(*args, **named)
             except Elsewhere as error:
-                other = self.other_backends.get(error.device.type)
+                group, *others = args
+                other = group.other_backends.get(error.device.type)  # type: ignore[attr-defined]
                 if other is None:
                     raise
-                return getattr(other, name)(*args, **named)
-        with torch._C._profiler._RecordFunctionFast(title, list(tensors_in(args))):
-            work = method(self, *args, **named)
-            if not getattr(args[-1], "asyncOp", True):
-                work.wait()  # the record lasts as long as the call
+                return getattr(other, name)(*others, **named)  # type: ignore[no-any-return]
+        with _RecordFunction(title, list(tensors_in(args[1:]))):
+            work = method(*args, **named)
+            if not all(getattr(argument, "asyncOp", True) for argument in args):
+                work.wait()  # a synchronous call: the record lasts as long as the operation
             return work
 
     return call
 
 
-def tensors_in(values: Iterable[Any]) -> Iterable[torch.Tensor]:
+def tensors_in(values: Iterable[object]) -> Iterable[torch.Tensor]:
     """Yield the tensors of nested lists."""
     for value in values:
         if isinstance(value, torch.Tensor):

@@ -1,6 +1,6 @@
-"""Functions of torch.distributed that ask for the backend's name: they refuse every name but gloo's.
+"""Two functions of torch.distributed that refuse every backend except gloo: they learn to serve this one.
 
-They are wrapped when the first group of this backend is made. Groups of other backends see no difference.
+They are wrapped when the first group of this backend is made. For groups of other backends nothing changes.
 """
 
 from __future__ import annotations
@@ -14,39 +14,44 @@ import torch.distributed as dist
 
 from paceline.comm.process_group.identity import GroupIdentity
 
+_is_applied = False
 
-def _group(group: Any) -> Any:
+
+def _chosen(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     return group if group is not None else dist.group.WORLD
 
 
 def apply() -> None:
     """Make monitored_barrier and _set_pg_timeout serve groups of this backend; idempotent."""
-    distributed_c10d: Any = importlib.import_module("torch.distributed.distributed_c10d")
-    theirs: Any = distributed_c10d.monitored_barrier
-    if getattr(theirs, "_serves_paceline", False):
+    global _is_applied  # noqa: PLW0603  torch is patched once per process
+    if _is_applied:
         return
+    _is_applied = True
+    # A module of torch whose functions are replaced: its type does not allow that.
+    distributed_c10d: Any = importlib.import_module("torch.distributed.distributed_c10d")
+    original_barrier = distributed_c10d.monitored_barrier
+    original_set_timeout = distributed_c10d._set_pg_timeout
 
-    @functools.wraps(theirs)
+    @functools.wraps(original_barrier)
     def monitored_barrier(
-        group: Any = None, timeout: timedelta | float | None = None, wait_all_ranks: bool = False
-    ) -> Any:
-        chosen = _group(group)
+        group: dist.ProcessGroup | None = None,
+        timeout: timedelta | float | None = None,
+        wait_all_ranks: bool = False,
+    ) -> object:
+        chosen = _chosen(group)
         if not isinstance(chosen, GroupIdentity):
-            return theirs(group, timeout, wait_all_ranks)
+            return original_barrier(group, timeout, wait_all_ranks)
         limit = timedelta(seconds=timeout) if isinstance(timeout, (int, float)) else timeout
-        return chosen.monitored_barrier(limit, wait_all_ranks=wait_all_ranks)
+        chosen.monitored_barrier(limit, wait_all_ranks=wait_all_ranks)
+        return None
 
-    set_timeout = distributed_c10d._set_pg_timeout
-
-    @functools.wraps(set_timeout)
-    def _set_pg_timeout(timeout: timedelta, group: Any = None) -> Any:
-        chosen = _group(group)
+    @functools.wraps(original_set_timeout)
+    def set_pg_timeout(timeout: timedelta, group: dist.ProcessGroup | None = None) -> object:
+        chosen = _chosen(group)
         if isinstance(chosen, GroupIdentity):
-            return chosen.set_timeout(timeout)
-        return set_timeout(timeout, group)
+            chosen.set_timeout(timeout)
+            return None
+        return original_set_timeout(timeout, group)
 
-    monitored_barrier._serves_paceline = True  # type: ignore[attr-defined]
-    modules: tuple[Any, ...] = (distributed_c10d, dist)
-    for module in modules:
-        module.monitored_barrier = monitored_barrier
-    distributed_c10d._set_pg_timeout = _set_pg_timeout
+    dist.monitored_barrier = distributed_c10d.monitored_barrier = monitored_barrier
+    distributed_c10d._set_pg_timeout = set_pg_timeout

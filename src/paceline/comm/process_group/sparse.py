@@ -2,56 +2,60 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 import torch.distributed as dist
 
-from paceline.comm.native.work import DONE
-from paceline.comm.process_group.work import C10dWork
+from paceline.comm.native.communicator import NativeCommunicator
+from paceline.comm.process_group.arguments import Operator
 from paceline.errors import ConfigError
-
-if TYPE_CHECKING:
-    from paceline.comm.process_group.group import PacelineGroup
+from paceline.types import CallOptions
 
 _SUM = hash(dist.ReduceOp.SUM)
 
 
-def all_reduce(group: PacelineGroup, tensor: torch.Tensor, op: Any) -> dist.Work:
-    """Replace a COO `tensor` by the sum over ranks, coalesced; ranks may have different numbers of entries.
+def all_reduce(
+    comm: NativeCommunicator, tensor: torch.Tensor, op: Operator, options: CallOptions
+) -> torch.Tensor:
+    """Replace a COO `tensor` by the sum over ranks, coalesced, and return the sum.
 
-    Raises ConfigError for other layouts than COO and other operators than SUM. Blocks until done: how much is
-    to be gathered is known only when every rank has said how many entries it has.
+    Ranks may have different numbers of entries. Blocks until done: how much there is to gather is known only
+    when every rank has told its number of entries.
+
+    Args:
+        comm: The ranks.
+        tensor: Sparse COO tensor on the CPU; of the same shape and sparse dimensions on all ranks.
+        op: SUM is the only one supported.
+        options: Options of the operations of the fabric.
+
+    Raises:
+        ConfigError: For other layouts, devices and operators, and if the shapes differ between ranks.
     """
     if tensor.layout is not torch.sparse_coo or hash(op) != _SUM or not tensor.is_cpu:
         raise ConfigError(
             f"unsupported layout: paceline backend reduces sparse COO tensors on the CPU with SUM, got"
             f" {tensor.layout} on {tensor.device} with {op}"
         )
-    comm = group._comm
     with torch.no_grad():
         mine = tensor.detach().coalesce()
-        shape = torch.tensor([mine._nnz(), mine.sparse_dim(), *mine.shape], dtype=torch.int64)
+        own_values, own_indices = mine.values(), mine.indices()
+        num_entries = own_indices.shape[1]
+        shape = torch.tensor([num_entries, mine.sparse_dim(), *mine.shape], dtype=torch.int64)
         shapes = torch.empty(comm.size * shape.numel(), dtype=torch.int64)
-        comm.start_all_gather(shapes, shape).wait()
+        comm.start_all_gather(shapes, shape, options).wait()
         rows = shapes.view(comm.size, -1)
         if not bool((rows[:, 1:] == rows[0, 1:]).all()):
             raise ConfigError("Sparse dimensions do not match: ranks gave sparse tensors of different shapes")
         counts = rows[:, 0].tolist()
-        entry = (
-            mine.values().numel() // max(mine._nnz(), 1)
-            if mine._nnz()
-            else mine.values()[0:0].shape[1:].numel()
-        )
+        entry_numel = own_values.shape[1:].numel()
         depth = mine.sparse_dim()
         indices = torch.empty(sum(counts), depth, dtype=torch.int64)
-        values = torch.empty(sum(counts), *mine.values().shape[1:], dtype=tensor.dtype)
-        own = mine.indices().t().contiguous()
-        first = comm.start_all_gather_v(indices, own, [c * depth for c in counts])
-        second = comm.start_all_gather_v(values, mine.values().contiguous(), [c * entry for c in counts])
+        values = torch.empty(sum(counts), *own_values.shape[1:], dtype=tensor.dtype)
+        own = own_indices.t().contiguous()
+        first = comm.start_all_gather_v(indices, own, [c * depth for c in counts], options)
+        numels = [c * entry_numel for c in counts]
+        second = comm.start_all_gather_v(values, own_values.contiguous(), numels, options)
         first.wait()
         second.wait()
         total = torch.sparse_coo_tensor(indices.t(), values, tensor.shape).coalesce()
         tensor.copy_(total)
-    group._sequence += 1
-    return C10dWork(DONE, [total])
+    return total

@@ -11,6 +11,7 @@ import torch
 from paceline import collectives
 from paceline.comm import reference
 from paceline.comm.communicator import FabricCommunicator
+from paceline.comm.messages import framing
 from paceline.comm.simulated.cluster import SimulatedReply
 from paceline.comm.simulated.group import Apply, CollectiveCall, SimulatedGroup, SimulatedWork
 from paceline.types import DEFAULT_OPTIONS, CallOptions, Handler, Message, Rank, ReduceOp
@@ -142,14 +143,14 @@ class SimulatedCommunicator(FabricCommunicator):
         )
 
     def send_call(self, peer: Rank, channel: str, message: Message) -> SimulatedReply:
-        self._count_wire(peer, sum(t.nbytes for t in message.tensors))
         reply = self._cluster.call(self._own, self._group.members[peer], self._name + channel, message)
         reply.ledger = self.ledger
+        self._count_wire(peer, framing.num_bytes(message))
         return reply
 
     def send_post(self, peer: Rank, channel: str, message: Message) -> None:
-        self._count_wire(peer, sum(t.nbytes for t in message.tensors))
         self._cluster.post(self._own, self._group.members[peer], self._name + channel, message)
+        self._count_wire(peer, framing.num_bytes(message))
 
     def deferred(self) -> SimulatedReply:
         """Return a promise that a handler returns now and sets later."""

@@ -1,0 +1,3 @@
+"""Names by which torch.distributed knows this backend."""
+
+BACKEND = "paceline"
