@@ -31,7 +31,7 @@ def test_checkpoints_validation_and_loggers(tmp_path: Path, spec: str) -> None:
     first, second = results
     assert first["whole"] == second["whole"]  # synchronised at the end
     assert first["resumed"] == first["whole"] == second["resumed"]  # bit for bit
-    assert first["validated"] == second["validated"]  # everybody validates the consensus model
+    assert first["validated"] == second["validated"]  # every rank validates the consensus model
     if spec == "all_reduce":
         assert first["saved"] == first["whole"]
     assert first["stats"]["steps"] == 24 and first["stats"]["samples"] == 4 * 96

@@ -41,7 +41,7 @@ def wait_body(comm, algorithm, first, how):
 
 
 def check(size, network, algorithm, first, how, words):
-    """Everybody hears of rank 1; `words`: what the rank that gave up first says."""
+    """Every rank hears of rank 1; `words`: what the rank that gave up first says."""
     processes, pipes = start(size, wait_body, algorithm, first, how, network=network)
     try:
         for rank in (r for r in range(size) if r != CULPRIT):
@@ -65,7 +65,9 @@ def check(size, network, algorithm, first, how, words):
         ("aab", 2, None, "rank 1"),  # rank 2 waits for rank 0, whose deadline is far
         pytest.param("bab", 2, None, "rank 1", marks=pytest.mark.slow),  # for rank 0, in shared memory
         pytest.param("abb", 2, None, "it", marks=pytest.mark.slow),  # for rank 1
-        pytest.param("abcd", 3, "ring", "rank 1", marks=pytest.mark.slow),  # everybody for the left neighbour
+        pytest.param(
+            "abcd", 3, "ring", "rank 1", marks=pytest.mark.slow
+        ),  # every rank waits for its left neighbour
         pytest.param("abcd", 3, "double_binary_tree", "it", marks=pytest.mark.slow),  # for rank 1
     ],
 )

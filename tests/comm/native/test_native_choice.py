@@ -111,7 +111,9 @@ def test_the_measured_table_is_the_same_everywhere_and_kept(tmp_path):
     assert tables[0] == tables[1] == tables[2]
     (path,) = tmp_path.glob("paceline/algorithms-*.json")
     path.write_text('{"version": 1, "choices": [{"operation": 3}]}')
-    tables = run(3, selection_body, str(tmp_path), network=True)  # a damaged file is measured anew
+    tables = run(
+        3, selection_body, str(tmp_path), network=True
+    )  # after a damaged file, links are measured again
     assert tables[0] == tables[1] == tables[2] == json.loads(path.read_text())
 
 

@@ -19,7 +19,7 @@ DTYPES = [
     torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64, torch.bool, torch.complex64,
     torch.complex128,
 ]  # fmt: skip
-# Eager, one staged slice, several slices with a rest.
+# Eager, one staged slice, several slices with a remainder.
 SIZES = [0, 1, 3, 1021, 30011, 700_001]
 
 
@@ -189,7 +189,7 @@ def test_operations_on_hosts_with_several_ranks(hosts):
 
 
 def split_body(comm):
-    """Groups within a host, across hosts, and of everybody."""
+    """Groups within a host, across hosts, and of all ranks."""
     for ranks in ([0, 1], [0, 2], [1, 2], [0, 1, 2], [2]):
         part = comm.split(ranks)
         assert (part is not None) == (comm.rank in ranks)

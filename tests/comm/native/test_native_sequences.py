@@ -1,6 +1,6 @@
 """Random sequences of operations on several groups at once, waited for in any order, against plain values.
 
-Over shared memory, TCP and both: groups of everybody, in two orders, within a host and across hosts.
+Over shared memory, TCP and both: groups of all ranks, in two orders, within a host and across hosts.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def begin(name: str, step: Step) -> list[Made]:
     if name != "round":
         made = next(f for f in OPERATIONS if f.__name__ == name)(step)
         return [] if made is None else [made]
-    # Everybody sends to its neighbour; some are ready to receive before anything can have come.
+    # Every rank sends to its neighbour; some are ready to receive before anything can have come.
     made = [receive(step, (step.rank - 1) % step.size)] if step.rank % 2 else []
     made.append((step.group.send(step.tensor(), (step.rank + 1) % step.size, tag=step.number), None, None))
     return made if step.rank % 2 else [*made, receive(step, (step.rank - 1) % step.size)]

@@ -34,7 +34,7 @@ def test_no_link_takes_longer_than_with_other_shares(rates):
     slack = 1.0 + 0.02 * p  # weights are rounded to hundredths
     assert best <= slack * port_s([1 / p] * p, rates)
     assert best >= 1 / min(rates) * (1 - 1e-9), "nobody can send less than its contribution"
-    for r in range(p):  # moving a tenth from anybody to anybody else helps nobody
+    for r in range(p):  # moving a tenth from one rank to another helps none
         for other in range(p):
             if r != other and shares[r] >= 0.1:
                 moved = list(shares)
