@@ -6,16 +6,16 @@ import itertools
 
 import pytest
 
-from paceline.train.minibatch import TRANSITIONS, AccumulationWindow, Event, MinibatchState, Phase
+from paceline.train.minibatch import TRANSITIONS, AccumulationWindow, MinibatchEvent, MinibatchState, Phase
 
 
 def state_in(phase: Phase) -> MinibatchState:
     state = MinibatchState()
     ways = {
         Phase.IDLE: (),
-        Phase.BACKWARD: (Event.BACKWARD_BEGINS,),
-        Phase.UNSENT: (Event.BACKWARD_BEGINS, Event.GRADIENTS_KEPT),
-        Phase.COMPLETE: (Event.BACKWARD_BEGINS, Event.GRADIENTS_REDUCED),
+        Phase.BACKWARD: (MinibatchEvent.BACKWARD_BEGINS,),
+        Phase.UNSENT: (MinibatchEvent.BACKWARD_BEGINS, MinibatchEvent.GRADIENTS_KEPT),
+        Phase.COMPLETE: (MinibatchEvent.BACKWARD_BEGINS, MinibatchEvent.GRADIENTS_REDUCED),
     }
     for event in ways[phase]:
         state.advance(event)
@@ -23,8 +23,10 @@ def state_in(phase: Phase) -> MinibatchState:
     return state
 
 
-@pytest.mark.parametrize(("phase", "event"), list(itertools.product(Phase, Event)), ids=lambda x: x.name)
-def test_every_transition_of_the_table_and_no_other(phase: Phase, event: Event) -> None:
+@pytest.mark.parametrize(
+    ("phase", "event"), list(itertools.product(Phase, MinibatchEvent)), ids=lambda x: x.name
+)
+def test_every_transition_of_the_table_and_no_other(phase: Phase, event: MinibatchEvent) -> None:
     state = state_in(phase)
     if (phase, event) in TRANSITIONS:
         state.advance(event)
@@ -37,7 +39,7 @@ def test_every_transition_of_the_table_and_no_other(phase: Phase, event: Event) 
 @pytest.mark.parametrize("before", [Phase.IDLE, Phase.UNSENT, Phase.COMPLETE])
 def test_a_backward_that_raised_leaves_the_phase_in_which_it_began(before: Phase) -> None:
     state = state_in(before)
-    state.advance(Event.BACKWARD_BEGINS)
+    state.advance(MinibatchEvent.BACKWARD_BEGINS)
     state.backward_was_abandoned()
     assert state.phase is before
     state.backward_was_abandoned()  # nothing runs: nothing changes

@@ -137,7 +137,7 @@ class Gloo:
         """Release what the library holds."""
 
 
-class Mpi:
+class MpiLibrary:
     """Whatever MPI the mpi4py of this environment loads."""
 
     def __init__(self, fabric: str) -> None:
@@ -181,7 +181,7 @@ class Mpi:
 
 
 IN_PLACE = ("all_reduce", "reduce", "broadcast", "copy")
-LIBRARIES: dict[str, Callable[[str], Any]] = {"paceline": Paceline, "gloo": Gloo, "mpi": Mpi}
+LIBRARIES: dict[str, Callable[[str], Any]] = {"paceline": Paceline, "gloo": Gloo, "mpi": MpiLibrary}
 
 
 def shape(num_bytes: int, size: int) -> tuple[int, int]:

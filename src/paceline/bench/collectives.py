@@ -36,7 +36,7 @@ _MAX_ITERATIONS = 5000
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class CollectiveTiming:
     """One measurement."""
 
     operation: str
@@ -67,7 +67,7 @@ class Limit:
 class Result:
     """All rows, and on what they were measured."""
 
-    rows: list[Row]
+    rows: list[CollectiveTiming]
     limits: list[Limit]
     hardware: dict[str, Any]
 
@@ -244,7 +244,7 @@ def measure(
     fabrics: Sequence[str] = ("native",),
     blocks: int = 7,
     block_s: float = 0.05,
-    on_row: Callable[[Row], None] = lambda row: None,
+    on_row: Callable[[CollectiveTiming], None] = lambda row: None,
 ) -> Result:
     """Measure every operation, size (bytes) and number of ranks with Paceline's fabrics and the peers.
 
@@ -256,7 +256,7 @@ def measure(
                 raise ConfigError(f"unknown {what} {name!r}; known: {', '.join(known)}")
     if min(sizes, default=0) < 1 or min(ranks, default=0) < 1 or blocks < 1:
         raise ConfigError("sizes, ranks and blocks must be positive numbers")
-    rows: list[Row] = []
+    rows: list[CollectiveTiming] = []
     limits: list[Limit] = []
     for size in ranks:
         teams: list[Team] = []
@@ -276,7 +276,9 @@ def measure(
     return Result(rows, limits, describe())
 
 
-def _contest(teams: Sequence[Team], operation: str, num_bytes: int, blocks: int, block_s: float) -> list[Row]:
+def _contest(
+    teams: Sequence[Team], operation: str, num_bytes: int, blocks: int, block_s: float
+) -> list[CollectiveTiming]:
     """All libraries on one operation and size; their blocks alternate."""
     rows = []
     entries = [(t, "private") for t in teams]
@@ -297,7 +299,7 @@ def _contest(teams: Sequence[Team], operation: str, num_bytes: int, blocks: int,
             median_s = statistics.median(seconds)
             bus = num_bytes * bus_share(operation, team.ranks) / median_s if operation != "barrier" else 0.0
             rows.append(
-                Row(
+                CollectiveTiming(
                     operation,
                     num_bytes,
                     team.ranks,

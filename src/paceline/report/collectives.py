@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from rich.console import Console
 from rich.table import Table
 
-from paceline.bench.collectives import Result, Row
+from paceline.bench.collectives import CollectiveTiming, Result
 from paceline.report.charts import colour
 
 _WIDTH = 120
@@ -28,7 +28,7 @@ def time_text(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us" if seconds < 1e-3 else f"{seconds * 1e3:.4g} ms"
 
 
-def label(row: Row) -> str:
+def label(row: CollectiveTiming) -> str:
     """Library, with fabric and buffers where they tell Paceline's rows apart."""
     if row.library != "paceline":
         return row.library

@@ -19,7 +19,7 @@ from torch.autograd import Variable
 from paceline import _core
 from paceline.errors import ConfigError
 from paceline.strategies.base.strategy import TrainingStrategy
-from paceline.train.minibatch import AccumulationWindow, Event, MinibatchState, Phase
+from paceline.train.minibatch import AccumulationWindow, MinibatchEvent, MinibatchState, Phase
 from paceline.train.replica import FlatReplica, GradientBucket
 from paceline.types import Communicator
 
@@ -105,7 +105,7 @@ class Attachment:
     def _end_minibatch(self) -> None:
         self._stepped.clear()
         self._minibatch.awaits_step = False
-        self._minibatch.advance(Event.MINIBATCH_ENDS)
+        self._minibatch.advance(MinibatchEvent.MINIBATCH_ENDS)
         self.minibatches += 1
 
     @contextmanager
@@ -170,7 +170,7 @@ class Attachment:
         return hook
 
     def _begin_backward(self) -> None:
-        self._minibatch.advance(Event.BACKWARD_BEGINS)
+        self._minibatch.advance(MinibatchEvent.BACKWARD_BEGINS)
         self._window.backwards += 1
         self.comm.charge_compute()
         self._sends = not self._only_accumulates and (
@@ -191,17 +191,17 @@ class Attachment:
         if self._minibatch.phase is not Phase.BACKWARD:
             return  # it raised, and the loop has gone on to another batch
         if not self._sends:
-            self._minibatch.advance(Event.GRADIENTS_KEPT)
+            self._minibatch.advance(MinibatchEvent.GRADIENTS_KEPT)
             return
         self._complete()
 
     def _complete(self) -> None:
         """Send what was not sent during backward, wait, and give unused gradients back as None."""
         self._window.backwards = 0
-        self._minibatch.advance(Event.GRADIENTS_REDUCED)
+        self._minibatch.advance(MinibatchEvent.GRADIENTS_REDUCED)
         self._minibatch.awaits_step = bool(self.replica.optimizers)
         if not self.replica.optimizers:
-            self._minibatch.advance(Event.MINIBATCH_ENDS)
+            self._minibatch.advance(MinibatchEvent.MINIBATCH_ENDS)
         if self.replica.buckets and self._size > 1:
             for bucket in self.replica.buckets[self._next_bucket :]:
                 self._fill(bucket)

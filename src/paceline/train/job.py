@@ -26,7 +26,7 @@ from paceline.train.clock import TrainingClock
 from paceline.train.data.loader import ShardedLoader
 from paceline.train.data.shard import shard
 from paceline.train.evaluate import Forward, evaluate
-from paceline.train.logs.logbook import Counts, Logbook
+from paceline.train.logs.logbook import Logbook, TrainingCounts
 from paceline.train.precision import MixedPrecision
 from paceline.train.precision import check as check_precision
 from paceline.train.preemption import Preempted, StopAgreement
@@ -460,9 +460,9 @@ class Job:
         """Write one row per rank to the log; all ranks call it at the end of training."""
         self.logbook.sum_up(self.stats())
 
-    def _counts(self) -> Counts:
+    def _counts(self) -> TrainingCounts:
         staleness = self.attachments[-1].strategy.stats().get("staleness") if self.attachments else None
-        return Counts(
+        return TrainingCounts(
             epoch=self.epoch,
             step=self.step,
             seconds=self.clock.seconds,

@@ -14,7 +14,7 @@ class Phase(enum.Enum):
     COMPLETE = "reduced over all ranks, waiting for the optimizers"
 
 
-class Event(enum.Enum):
+class MinibatchEvent(enum.Enum):
     """What moves a minibatch from one phase to the next."""
 
     BACKWARD_BEGINS = "the first gradient of a backward pass arrived"
@@ -23,17 +23,26 @@ class Event(enum.Enum):
     MINIBATCH_ENDS = "all optimizers stepped, or their steps were skipped"
 
 
-TRANSITIONS: dict[tuple[Phase, Event], Phase] = {
-    (Phase.IDLE, Event.BACKWARD_BEGINS): Phase.BACKWARD,
-    (Phase.UNSENT, Event.BACKWARD_BEGINS): Phase.BACKWARD,  # one more micro-batch of the window
-    (Phase.COMPLETE, Event.BACKWARD_BEGINS): Phase.BACKWARD,  # a second loss before the step
-    (Phase.BACKWARD, Event.GRADIENTS_KEPT): Phase.UNSENT,
-    (Phase.BACKWARD, Event.GRADIENTS_REDUCED): Phase.COMPLETE,
-    (Phase.UNSENT, Event.GRADIENTS_REDUCED): Phase.COMPLETE,  # the step came before the window was full
-    (Phase.COMPLETE, Event.MINIBATCH_ENDS): Phase.IDLE,
-    (Phase.UNSENT, Event.MINIBATCH_ENDS): Phase.UNSENT,  # the minibatch before it ends; this one goes on
-    (Phase.IDLE, Event.MINIBATCH_ENDS): Phase.IDLE,
-    (Phase.BACKWARD, Event.MINIBATCH_ENDS): Phase.BACKWARD,  # an optimizer that steps inside backward
+TRANSITIONS: dict[tuple[Phase, MinibatchEvent], Phase] = {
+    (Phase.IDLE, MinibatchEvent.BACKWARD_BEGINS): Phase.BACKWARD,
+    (Phase.UNSENT, MinibatchEvent.BACKWARD_BEGINS): Phase.BACKWARD,  # one more micro-batch of the window
+    (Phase.COMPLETE, MinibatchEvent.BACKWARD_BEGINS): Phase.BACKWARD,  # a second loss before the step
+    (Phase.BACKWARD, MinibatchEvent.GRADIENTS_KEPT): Phase.UNSENT,
+    (Phase.BACKWARD, MinibatchEvent.GRADIENTS_REDUCED): Phase.COMPLETE,
+    (
+        Phase.UNSENT,
+        MinibatchEvent.GRADIENTS_REDUCED,
+    ): Phase.COMPLETE,  # the step came before the window was full
+    (Phase.COMPLETE, MinibatchEvent.MINIBATCH_ENDS): Phase.IDLE,
+    (
+        Phase.UNSENT,
+        MinibatchEvent.MINIBATCH_ENDS,
+    ): Phase.UNSENT,  # the minibatch before it ends; this one goes on
+    (Phase.IDLE, MinibatchEvent.MINIBATCH_ENDS): Phase.IDLE,
+    (
+        Phase.BACKWARD,
+        MinibatchEvent.MINIBATCH_ENDS,
+    ): Phase.BACKWARD,  # an optimizer that steps inside backward
 }
 
 
@@ -50,11 +59,11 @@ class MinibatchState:
         self.awaits_step = False
         """Whether reduced gradients wait for the optimizers, also while a further backward pass runs."""
 
-    def advance(self, event: Event) -> None:
+    def advance(self, event: MinibatchEvent) -> None:
         """Move on; an AssertionError for what cannot happen in this phase."""
         after = TRANSITIONS.get((self.phase, event))
         assert after is not None, f"{event.name} in phase {self.phase.name}"
-        if event is Event.BACKWARD_BEGINS:
+        if event is MinibatchEvent.BACKWARD_BEGINS:
             self._before_backward = self.phase
         self.phase = after
 

@@ -14,7 +14,7 @@ from one_process import World
 
 from paceline import collectives
 from paceline.comm.native import uneven
-from paceline.comm.native.codes import DTYPE_CODES, OP_CODES, Kind
+from paceline.comm.native.codes import DTYPE_CODES, OP_CODES, OperationKind
 from paceline.comm.native.plan import plan
 from paceline.schedule import contract
 from paceline.schedule.interpret import interpret
@@ -76,7 +76,7 @@ def check_program(world: World, case: Case) -> list[tuple[torch.Tensor | None, A
         operations.append(
             comm._group.run(
                 low,
-                Kind[case.operation.upper()],
+                OperationKind[case.operation.upper()],
                 sources[r].data_ptr(),
                 outputs[r].data_ptr(),
                 outputs[r].numel(),

@@ -11,7 +11,7 @@ import torch
 from shm_ranks import run
 
 from paceline.comm.native import tuning
-from paceline.comm.native.choice import Choice, Table
+from paceline.comm.native.choice import Choice, ChoiceTable
 from paceline.errors import ConfigError
 from paceline.types import ReduceOp
 
@@ -97,7 +97,7 @@ def selection_body(comm, folder):
     comm.all_reduce(t).wait()
     assert torch.all(t == comm.size)
     # What the table says is what runs.
-    comm.selection = Table((Choice("all_reduce", 4000, "ring", "told to"),), "here")
+    comm.selection = ChoiceTable((Choice("all_reduce", 4000, "ring", "told to"),), "here")
     seen = []
     inner = comm._run
     comm._run = lambda algorithm, *rest, **more: seen.append(algorithm) or inner(algorithm, *rest, **more)

@@ -35,7 +35,7 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class ChoiceTable:
     """Choices by operation and size. Between two sizes that of the nearer one (by ratio) holds."""
 
     choices: tuple[Choice, ...] = ()
@@ -52,7 +52,7 @@ class Table:
         return json.dumps({"version": _VERSION, "choices": [dataclasses.asdict(c) for c in self.choices]})
 
     @classmethod
-    def from_json(cls, text: str, source: str) -> Table:
+    def from_json(cls, text: str, source: str) -> ChoiceTable:
         """Raises ValueError, KeyError or TypeError for anything else than a table."""
         value = json.loads(text)
         if value["version"] != _VERSION:

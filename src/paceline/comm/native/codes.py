@@ -37,7 +37,7 @@ REDUCIBLE = [[_core.is_reducible(d, o) for o in range(len(OP_CODES))] for d in r
 ANY_RANK = -1
 
 
-class Kind(enum.IntEnum):
+class OperationKind(enum.IntEnum):
     """The operations of a group."""
 
     ALL_REDUCE = 0

@@ -13,8 +13,8 @@ import torch
 from paceline import _core, collectives
 from paceline.comm.ledger import Ledger
 from paceline.comm.native import uneven
-from paceline.comm.native.choice import DIRECT, Choice, Table, check_operation
-from paceline.comm.native.codes import OP_CODES, Kind
+from paceline.comm.native.choice import DIRECT, Choice, ChoiceTable, check_operation
+from paceline.comm.native.codes import OP_CODES, OperationKind
 from paceline.comm.native.communicator import NativeCommunicator, engine
 from paceline.comm.native.plan import plan
 from paceline.comm.native.work import DONE
@@ -113,7 +113,7 @@ class NetworkCommunicator(NativeCommunicator):
         super().__init__(rank, hosts, self._group, timeout_s=timeout_s, ledger=ledger)
         self._network = network
         self._world_ranks = world_ranks
-        self.selection = Table()
+        self.selection = ChoiceTable()
         """Measured choices; empty: the rule of `algorithm_for`. The same on all ranks."""
 
     def algorithm_for(self, operation: str, num_bytes: int) -> str:
@@ -184,10 +184,17 @@ class NetworkCommunicator(NativeCommunicator):
         if shares is not None:
             counts = uneven.counts(tensor.numel(), shares)
             return self._combine(
-                "all_reduce", Kind.ALL_REDUCE, tensor, tensor, 0, op, counts, options=options
+                "all_reduce", OperationKind.ALL_REDUCE, tensor, tensor, 0, op, counts, options=options
             )
         return self._run(
-            name, "all_reduce", Kind.ALL_REDUCE, tensor, tensor, tensor.numel(), op=op, options=options
+            name,
+            "all_reduce",
+            OperationKind.ALL_REDUCE,
+            tensor,
+            tensor,
+            tensor.numel(),
+            op=op,
+            options=options,
         )
 
     def start_reduce(
@@ -197,7 +204,15 @@ class NetworkCommunicator(NativeCommunicator):
         if program is None:
             return super().start_reduce(tensor, root, op, options)
         return self._run(
-            program, "reduce", Kind.REDUCE, tensor, tensor, tensor.numel(), root=root, op=op, options=options
+            program,
+            "reduce",
+            OperationKind.REDUCE,
+            tensor,
+            tensor,
+            tensor.numel(),
+            root=root,
+            op=op,
+            options=options,
         )
 
     def start_broadcast(
@@ -207,7 +222,14 @@ class NetworkCommunicator(NativeCommunicator):
         if program is None:
             return super().start_broadcast(tensor, root, options)
         return self._run(
-            program, "broadcast", Kind.BROADCAST, tensor, tensor, tensor.numel(), root=root, options=options
+            program,
+            "broadcast",
+            OperationKind.BROADCAST,
+            tensor,
+            tensor,
+            tensor.numel(),
+            root=root,
+            options=options,
         )
 
     def start_all_gather(
@@ -217,7 +239,7 @@ class NetworkCommunicator(NativeCommunicator):
         if program is None:
             return super().start_all_gather(output, source, options)
         return self._run(
-            program, "all_gather", Kind.ALL_GATHER, output, source, source.numel(), options=options
+            program, "all_gather", OperationKind.ALL_GATHER, output, source, source.numel(), options=options
         )
 
     def start_all_gather_v(
@@ -231,7 +253,7 @@ class NetworkCommunicator(NativeCommunicator):
         if program is None:
             return super().start_all_gather_v(output, source, counts, options)
         return self._run(
-            program, "all_gather_v", Kind.ALL_GATHER, output, source, tuple(counts), options=options
+            program, "all_gather_v", OperationKind.ALL_GATHER, output, source, tuple(counts), options=options
         )
 
     def start_reduce_scatter(
@@ -240,7 +262,7 @@ class NetworkCommunicator(NativeCommunicator):
         program = self._program("reduce_scatter", source, options)
         if program is None:
             return super().start_reduce_scatter(output, source, op, options)
-        kind = Kind.REDUCE_SCATTER
+        kind = OperationKind.REDUCE_SCATTER
         return self._run(
             program, "reduce_scatter", kind, output, source, output.numel(), op=op, options=options
         )
@@ -256,7 +278,7 @@ class NetworkCommunicator(NativeCommunicator):
         program = self._program("reduce_scatter", source, options)
         if program is None:
             return super().start_reduce_scatter_v(output, source, counts, op, options)
-        kind = Kind.REDUCE_SCATTER
+        kind = OperationKind.REDUCE_SCATTER
         return self._run(
             program, "reduce_scatter_v", kind, output, source, tuple(counts), op=op, options=options
         )
@@ -270,7 +292,7 @@ class NetworkCommunicator(NativeCommunicator):
         self,
         algorithm: str,
         operation: str,
-        kind: Kind,
+        kind: OperationKind,
         output: torch.Tensor,
         source: torch.Tensor,
         counts: int | tuple[int, ...],

@@ -22,7 +22,7 @@ import torch
 
 from paceline import collectives
 from paceline.comm.native import uneven
-from paceline.comm.native.choice import DIRECT, OPERATIONS, Choice, Table
+from paceline.comm.native.choice import DIRECT, OPERATIONS, Choice, ChoiceTable
 from paceline.comm.native.network import NetworkCommunicator
 from paceline.errors import ConfigError
 from paceline.schedule import topologies
@@ -39,7 +39,7 @@ _PROBE_BYTES = 256 << 10
 MOST_RANKS = 64  # simulating all candidates for more takes too long to do it at every job's start
 
 
-def adopt(comm: NetworkCommunicator, *, again: bool = False) -> Table:
+def adopt(comm: NetworkCommunicator, *, again: bool = False) -> ChoiceTable:
     """Give `comm` this cluster's table: read, or measured now. Collective.
 
     `again` measures even if there is a file. Rank 0 reads and writes the file; the others get it from there.
@@ -48,7 +48,7 @@ def adopt(comm: NetworkCommunicator, *, again: bool = False) -> Table:
     text = _read(path) if comm.rank == 0 and not again else ""
     text = _from_rank_0(comm, text)
     if text:
-        table = Table.from_json(text, str(path))
+        table = ChoiceTable.from_json(text, str(path))
     else:
         table = tune(comm)
         if comm.rank == 0:
@@ -69,7 +69,7 @@ def cache_file(hosts: Sequence[str]) -> Path:
 
 def tune(
     comm: NetworkCommunicator, operations: Sequence[str] = OPERATIONS, sizes: Sequence[int] = SIZES
-) -> Table:
+) -> ChoiceTable:
     """Measure links, simulate all candidates, race the best. Collective; a second or two."""
     links, rates = measure_links(comm)
     choices: list[Choice] = []
@@ -91,8 +91,8 @@ def tune(
                 finalists.append(DIRECT)
             measured = {name: _race(comm, operation, num_bytes, name) for name in finalists}
             choices.append(_choice(operation, num_bytes, measured, "fastest when measured here", rates))
-    text = Table(tuple(choices)).to_json() if comm.rank == 0 else ""
-    return Table.from_json(_from_rank_0(comm, text), "measured")
+    text = ChoiceTable(tuple(choices)).to_json() if comm.rank == 0 else ""
+    return ChoiceTable.from_json(_from_rank_0(comm, text), "measured")
 
 
 def _choice(
@@ -228,13 +228,13 @@ def _read(path: Path) -> str:
     """The file's text if it is a table of this version."""
     try:
         text = path.read_text()
-        Table.from_json(text, str(path))
+        ChoiceTable.from_json(text, str(path))
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return text
 
 
-def _write(path: Path, table: Table) -> None:
+def _write(path: Path, table: ChoiceTable) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}")

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from paceline import _core
-from paceline.comm.native.codes import DTYPE_CODES, REDUCIBLE, Kind
+from paceline.comm.native.codes import DTYPE_CODES, REDUCIBLE, OperationKind
 from paceline.comm.native.shared_memory import SharedMemoryCommunicator
 from paceline.comm.native.work import DONE
 from paceline.comm.process_group import instrumentation
@@ -31,8 +31,8 @@ _UNSET = UNSET_TIMEOUT  # a global of this module: the fast path reads it
 _STRIDED = torch.strided
 _code_of = DTYPE_CODES.get
 _operator_of = OPERATOR_CODES.get
-_BROADCAST, _ALL_GATHER = int(Kind.BROADCAST), int(Kind.ALL_GATHER)
-_ALL_TO_ALL, _REDUCE_SCATTER = int(Kind.ALL_TO_ALL), int(Kind.REDUCE_SCATTER)
+_BROADCAST, _ALL_GATHER = int(OperationKind.BROADCAST), int(OperationKind.ALL_GATHER)
+_ALL_TO_ALL, _REDUCE_SCATTER = int(OperationKind.ALL_TO_ALL), int(OperationKind.REDUCE_SCATTER)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -47,7 +47,7 @@ class LogFile(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Counts:
+class TrainingCounts:
     """What a job has done so far."""
 
     epoch: int = 0
@@ -91,7 +91,7 @@ class Logbook:
         self._formats = check_formats(formats)
         self._logs: list[LogFile] | None = None
         self._first_step: int | None = None
-        self._before = Counts()
+        self._before = TrainingCounts()
         self._is_summed_up = False
         self._num_summaries = 0
 
@@ -102,11 +102,11 @@ class Logbook:
             self._folder = Path("runs") / time.strftime("%Y%m%d-%H%M%S")
         return self._folder
 
-    def resume(self, counts: Counts) -> None:
+    def resume(self, counts: TrainingCounts) -> None:
         """The job continues from a checkpoint: what was trained before it is not this run's."""
         self._first_step, self._before = counts.step + 1, counts
 
-    def record(self, counts: Counts, values: Mapping[str, Any]) -> None:
+    def record(self, counts: TrainingCounts, values: Mapping[str, Any]) -> None:
         """Write one row (rank 0; the others do nothing)."""
         self._is_summed_up = False
         if self._rank != 0:
@@ -148,7 +148,7 @@ class Logbook:
         self.folder.mkdir(parents=True, exist_ok=True)
         return [m.open_log(self.folder, name, self._first_step) for m in modules]
 
-    def measure(self, counts: Counts) -> dict[str, Any]:
+    def measure(self, counts: TrainingCounts) -> dict[str, Any]:
         """What happened since this was called last: the columns that every row has."""
         before, self._before = self._before, counts
         seconds, samples = counts.seconds - before.seconds, counts.samples - before.samples
