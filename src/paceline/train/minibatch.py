@@ -32,17 +32,17 @@ TRANSITIONS: dict[tuple[Phase, MinibatchEvent], Phase] = {
     (
         Phase.UNSENT,
         MinibatchEvent.GRADIENTS_REDUCED,
-    ): Phase.COMPLETE,  # the step came before the window was full
+    ): Phase.COMPLETE,  # the step came early
     (Phase.COMPLETE, MinibatchEvent.MINIBATCH_ENDS): Phase.IDLE,
     (
         Phase.UNSENT,
         MinibatchEvent.MINIBATCH_ENDS,
-    ): Phase.UNSENT,  # the minibatch before it ends; this one goes on
+    ): Phase.UNSENT,  # the one before it ends
     (Phase.IDLE, MinibatchEvent.MINIBATCH_ENDS): Phase.IDLE,
     (
         Phase.BACKWARD,
         MinibatchEvent.MINIBATCH_ENDS,
-    ): Phase.BACKWARD,  # an optimizer that steps inside backward
+    ): Phase.BACKWARD,  # a step inside backward
 }
 
 

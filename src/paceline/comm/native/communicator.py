@@ -16,7 +16,8 @@ from paceline import _core
 from paceline.comm.communicator import FabricCommunicator
 from paceline.comm.ledger import Ledger
 from paceline.comm.native.choice import Choice
-from paceline.comm.native.codes import ANY_RANK, DTYPE_CODES, OP_CODES, REDUCIBLE, OperationKind
+from paceline.comm.native.codes import ANY_RANK, DTYPE_CODES, OP_CODES, REDUCIBLE
+from paceline.comm.native.codes import OperationKind as Kind
 from paceline.comm.native.work import DONE, FailedWork, NativeWork
 from paceline.errors import CommError, ConfigError
 from paceline.types import DEFAULT_OPTIONS, CallOptions, Rank, ReduceOp, Work
@@ -116,7 +117,7 @@ class NativeCommunicator(FabricCommunicator):
         pointer = tensor.data_ptr()
         try:
             operation = self._submit(
-                OperationKind.ALL_REDUCE,
+                Kind.ALL_REDUCE,
                 pointer,
                 pointer,
                 tensor.numel(),
@@ -133,14 +134,14 @@ class NativeCommunicator(FabricCommunicator):
     def start_reduce(
         self, tensor: torch.Tensor, root: Rank, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
     ) -> Work:
-        return self._combine("reduce", OperationKind.REDUCE, tensor, tensor, root, op, (), options=options)
+        return self._combine("reduce", Kind.REDUCE, tensor, tensor, root, op, (), options=options)
 
     def start_reduce_scatter(
         self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
     ) -> Work:
         counts = (output.numel(),) * self.size
         return self._combine(
-            "reduce_scatter", OperationKind.REDUCE_SCATTER, output, source, 0, op, counts, options=options
+            "reduce_scatter", Kind.REDUCE_SCATTER, output, source, 0, op, counts, options=options
         )
 
     def start_reduce_scatter_v(
@@ -152,7 +153,7 @@ class NativeCommunicator(FabricCommunicator):
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> Work:
         return self._combine(
-            "reduce_scatter_v", OperationKind.REDUCE_SCATTER, output, source, 0, op, counts, options=options
+            "reduce_scatter_v", Kind.REDUCE_SCATTER, output, source, 0, op, counts, options=options
         )
 
     def start_broadcast(
@@ -162,7 +163,7 @@ class NativeCommunicator(FabricCommunicator):
         send = (n,) if self.rank == root else ()
         receive = () if self.rank == root else self.only(root, n)
         return self._exchange(
-            OperationKind.BROADCAST, tensor, tensor, n, root, send, receive, same=True, options=options
+            Kind.BROADCAST, tensor, tensor, n, root, send, receive, same=True, options=options
         )
 
     def start_all_gather(
@@ -170,7 +171,7 @@ class NativeCommunicator(FabricCommunicator):
     ) -> Work:
         n = source.numel()
         return self._exchange(
-            OperationKind.ALL_GATHER, output, source, n, 0, (n,), (n,) * self.size, same=True, options=options
+            Kind.ALL_GATHER, output, source, n, 0, (n,), (n,) * self.size, same=True, options=options
         )
 
     def start_all_gather_v(
@@ -182,7 +183,7 @@ class NativeCommunicator(FabricCommunicator):
     ) -> Work:
         send = (source.numel(),)
         return self._exchange(
-            OperationKind.ALL_GATHER,
+            Kind.ALL_GATHER,
             output,
             source,
             output.numel(),
@@ -203,7 +204,7 @@ class NativeCommunicator(FabricCommunicator):
         n = source.numel()
         receive = (n,) * self.size if output is not None else ()
         return self._exchange(
-            OperationKind.GATHER, output, source, n, root, self.only(root, n), receive, options=options
+            Kind.GATHER, output, source, n, root, self.only(root, n), receive, options=options
         )
 
     def start_scatter(
@@ -216,7 +217,7 @@ class NativeCommunicator(FabricCommunicator):
         n = output.numel()
         send = (n,) * self.size if source is not None else ()
         return self._exchange(
-            OperationKind.SCATTER, output, source, n, root, send, self.only(root, n), options=options
+            Kind.SCATTER, output, source, n, root, send, self.only(root, n), options=options
         )
 
     def start_all_to_all(
@@ -224,7 +225,7 @@ class NativeCommunicator(FabricCommunicator):
     ) -> Work:
         n = source.numel() // self.size
         return self._exchange(
-            OperationKind.ALL_TO_ALL,
+            Kind.ALL_TO_ALL,
             output,
             source,
             n,
@@ -248,13 +249,13 @@ class NativeCommunicator(FabricCommunicator):
                 f"{self.who()}: all_to_all_v: {sent} elements sent to this rank itself, {expected} expected"
             )
         return self._exchange(
-            OperationKind.ALL_TO_ALL, output, source, 0, 0, source_counts, output_counts, options=options
+            Kind.ALL_TO_ALL, output, source, 0, 0, source_counts, output_counts, options=options
         )
 
     def start_barrier(self, options: CallOptions = DEFAULT_OPTIONS) -> Work:
         try:
             operation = self.core_group.exchange(
-                OperationKind.BARRIER, 0, 0, 0, 0, 0, (), (), True, self.deadline_s(options)
+                Kind.BARRIER, 0, 0, 0, 0, 0, (), (), True, self.deadline_s(options)
             )
         except CommError as error:
             return self.failed(error)

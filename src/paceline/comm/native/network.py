@@ -14,7 +14,8 @@ from paceline import _core, collectives
 from paceline.comm.ledger import Ledger
 from paceline.comm.native import uneven
 from paceline.comm.native.choice import DIRECT, Choice, ChoiceTable, check_operation
-from paceline.comm.native.codes import OP_CODES, OperationKind
+from paceline.comm.native.codes import OP_CODES
+from paceline.comm.native.codes import OperationKind as Kind
 from paceline.comm.native.communicator import NativeCommunicator, engine
 from paceline.comm.native.plan import plan
 from paceline.comm.native.work import DONE
@@ -184,12 +185,12 @@ class NetworkCommunicator(NativeCommunicator):
         if shares is not None:
             counts = uneven.counts(tensor.numel(), shares)
             return self._combine(
-                "all_reduce", OperationKind.ALL_REDUCE, tensor, tensor, 0, op, counts, options=options
+                "all_reduce", Kind.ALL_REDUCE, tensor, tensor, 0, op, counts, options=options
             )
         return self._run(
             name,
             "all_reduce",
-            OperationKind.ALL_REDUCE,
+            Kind.ALL_REDUCE,
             tensor,
             tensor,
             tensor.numel(),
@@ -206,7 +207,7 @@ class NetworkCommunicator(NativeCommunicator):
         return self._run(
             program,
             "reduce",
-            OperationKind.REDUCE,
+            Kind.REDUCE,
             tensor,
             tensor,
             tensor.numel(),
@@ -224,7 +225,7 @@ class NetworkCommunicator(NativeCommunicator):
         return self._run(
             program,
             "broadcast",
-            OperationKind.BROADCAST,
+            Kind.BROADCAST,
             tensor,
             tensor,
             tensor.numel(),
@@ -239,7 +240,7 @@ class NetworkCommunicator(NativeCommunicator):
         if program is None:
             return super().start_all_gather(output, source, options)
         return self._run(
-            program, "all_gather", OperationKind.ALL_GATHER, output, source, source.numel(), options=options
+            program, "all_gather", Kind.ALL_GATHER, output, source, source.numel(), options=options
         )
 
     def start_all_gather_v(
@@ -253,7 +254,7 @@ class NetworkCommunicator(NativeCommunicator):
         if program is None:
             return super().start_all_gather_v(output, source, counts, options)
         return self._run(
-            program, "all_gather_v", OperationKind.ALL_GATHER, output, source, tuple(counts), options=options
+            program, "all_gather_v", Kind.ALL_GATHER, output, source, tuple(counts), options=options
         )
 
     def start_reduce_scatter(
@@ -262,7 +263,7 @@ class NetworkCommunicator(NativeCommunicator):
         program = self._program("reduce_scatter", source, options)
         if program is None:
             return super().start_reduce_scatter(output, source, op, options)
-        kind = OperationKind.REDUCE_SCATTER
+        kind = Kind.REDUCE_SCATTER
         return self._run(
             program, "reduce_scatter", kind, output, source, output.numel(), op=op, options=options
         )
@@ -278,7 +279,7 @@ class NetworkCommunicator(NativeCommunicator):
         program = self._program("reduce_scatter", source, options)
         if program is None:
             return super().start_reduce_scatter_v(output, source, counts, op, options)
-        kind = OperationKind.REDUCE_SCATTER
+        kind = Kind.REDUCE_SCATTER
         return self._run(
             program, "reduce_scatter_v", kind, output, source, tuple(counts), op=op, options=options
         )
@@ -292,7 +293,7 @@ class NetworkCommunicator(NativeCommunicator):
         self,
         algorithm: str,
         operation: str,
-        kind: OperationKind,
+        kind: Kind,
         output: torch.Tensor,
         source: torch.Tensor,
         counts: int | tuple[int, ...],
