@@ -46,7 +46,7 @@ def _nccl(options: _DistributedBackendOptions, given: object) -> dist.Backend:
     """The group's backend for CUDA tensors ("cpu:paceline,cuda:nccl"); it connects when it is first used."""
     nccl: Any = dist.ProcessGroupNCCL  # a build of torch without NCCL does not have it
     chosen = given if isinstance(given, nccl.Options) else nccl.Options()
-    chosen._timeout = options.timeout
+    chosen._timeout = options.timeout  # noqa: SLF001  torch has no public name for it
     chosen.global_ranks_in_group = options.global_ranks_in_group
     chosen.group_name = options.group_id
     backend: dist.Backend = nccl(

@@ -26,7 +26,7 @@ from paceline.comm.process_group.identity import UNSET_TIMEOUT
 from paceline.comm.process_group.work import FINISHED, C10dWork, Result
 from paceline.errors import CommError
 
-_profiler_enabled = torch._C._autograd._profiler_enabled
+_profiler_enabled = torch._C._autograd._profiler_enabled  # noqa: SLF001  torch has no public name for it
 _UNSET = UNSET_TIMEOUT  # a global of this module: the fast path reads it
 _STRIDED = torch.strided
 _code_of = DTYPE_CODES.get

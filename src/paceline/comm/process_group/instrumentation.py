@@ -16,8 +16,8 @@ from paceline.comm.process_group.names import BACKEND
 
 Parameters = ParamSpec("Parameters")
 
-_profiler_enabled = torch._C._autograd._profiler_enabled
-_RecordFunction = torch._C._profiler._RecordFunctionFast
+_profiler_enabled = torch._C._autograd._profiler_enabled  # noqa: SLF001  torch has no public name for it
+_RecordFunction = torch._C._profiler._RecordFunctionFast  # noqa: SLF001  as above
 
 # Method of a ProcessGroup -> its name in profiles, which are those of gloo.
 RECORDED = {
@@ -87,8 +87,8 @@ def tensors_in(values: Iterable[object]) -> Iterable[torch.Tensor]:
 
 def hide_from_dynamo(*modules: types.ModuleType) -> None:
     """Keep Dynamo from tracing our functions when C++ calls them inside a compiled region: that crashes."""
-    dynamo: Any = torch._C._dynamo.eval_frame
-    skip = dynamo._FrameExecStrategy(dynamo._FrameAction.SKIP, dynamo._FrameAction.SKIP)
+    dynamo: Any = torch._C._dynamo.eval_frame  # noqa: SLF001  torch has no public name for it, nor stubs
+    skip = dynamo._FrameExecStrategy(dynamo._FrameAction.SKIP, dynamo._FrameAction.SKIP)  # noqa: SLF001  as above
     for module in modules:
         for value in vars(module).values():
             members = vars(value).values() if inspect.isclass(value) else (value,)

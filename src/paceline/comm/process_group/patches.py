@@ -30,7 +30,7 @@ def apply() -> None:
     # A module of torch whose functions are replaced: its type does not allow that.
     distributed_c10d: Any = importlib.import_module("torch.distributed.distributed_c10d")
     original_barrier = distributed_c10d.monitored_barrier
-    original_set_timeout = distributed_c10d._set_pg_timeout
+    original_set_timeout = distributed_c10d._set_pg_timeout  # noqa: SLF001  torch has no public name for it
 
     @functools.wraps(original_barrier)
     def monitored_barrier(
@@ -54,4 +54,4 @@ def apply() -> None:
         return original_set_timeout(timeout, group)
 
     dist.monitored_barrier = distributed_c10d.monitored_barrier = monitored_barrier
-    distributed_c10d._set_pg_timeout = set_pg_timeout
+    distributed_c10d._set_pg_timeout = set_pg_timeout  # noqa: SLF001  as above

@@ -14,7 +14,7 @@ import torch
 
 
 def _when(done: torch.futures.Future[int], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    torch.jit._wait(done)
+    torch.jit._wait(done)  # noqa: SLF001  torch has no public name for it
     return tensors
 
 
@@ -25,7 +25,7 @@ def _fork() -> Callable[..., Any]:
     def start(
         done: torch.futures.Future[int], tensors: list[torch.Tensor]
     ) -> torch.futures.Future[list[torch.Tensor]]:
-        return torch.jit._fork(when, done, tensors)
+        return torch.jit._fork(when, done, tensors)  # noqa: SLF001  as above
 
     compiled: Callable[..., Any] = torch.jit.script(start)
     return compiled
