@@ -1,8 +1,8 @@
 """PyTorch's own distributed tests over gloo and over this backend, side by side.
 
-    python tests/pytorch_suite.py run --backend paceline --json runs/pytorch_paceline.json [--only NAME …]
-    python tests/pytorch_suite.py run --backend gloo --json runs/pytorch_gloo.json
-    python tests/pytorch_suite.py table runs/pytorch_gloo.json runs/pytorch_paceline.json
+    python tests/tools/pytorch_suite.py run --backend paceline --json runs/pytorch_paceline.json [--only NAME …]
+    python tests/tools/pytorch_suite.py run --backend gloo --json runs/pytorch_gloo.json
+    python tests/tools/pytorch_suite.py table runs/pytorch_gloo.json runs/pytorch_paceline.json
 
 `run` adds to the file what it does not hold yet, and stops after --seconds, so it can go in pieces. Each test
 has three ranks, as PyTorch runs them. `table` exits with 1 if a test passes with gloo and not with paceline.
