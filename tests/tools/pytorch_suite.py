@@ -1,6 +1,7 @@
 """PyTorch's own distributed tests over gloo and over this backend, side by side.
 
-    python tests/tools/pytorch_suite.py run --backend paceline --json runs/pytorch_paceline.json [--only NAME …]
+    python tests/tools/pytorch_suite.py run --backend paceline --json runs/pytorch_paceline.json
+        [--only NAME …]
     python tests/tools/pytorch_suite.py run --backend gloo --json runs/pytorch_gloo.json
     python tests/tools/pytorch_suite.py table runs/pytorch_gloo.json runs/pytorch_paceline.json
 
