@@ -1,6 +1,6 @@
 """Starts and ends interpreters: every exit must be clean, with and without destroy_process_group.
 
-    python tests/tools/exit_script.py [--times 100]
+python tests/tools/exit_script.py [--times 100]
 """
 
 from __future__ import annotations
