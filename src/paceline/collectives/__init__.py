@@ -76,8 +76,9 @@ def supports(name: str, operation: str, num_ranks: int, **options: Any) -> bool 
     if num_ranks < 1:
         return No(f"at least one rank expected, got {num_ranks}")
     module = find(name)
-    _check_options(name, module.supports, options)
-    answer: bool | No = module.supports(operation, num_ranks, **options)
+    own = {k: v for k, v in options.items() if k not in ("channels", "instances")}
+    _check_options(name, module.supports, own)
+    answer: bool | No = module.supports(operation, num_ranks, **own)
     return answer
 
 
@@ -88,10 +89,9 @@ def build(name: str, operation: str, num_ranks: int, *, root: int = 0, **options
     """
     module = find(name)
     _check_options(name, module.build, options)
-    own = {k: v for k, v in options.items() if k not in ("channels", "instances")}
     if min(options.get("channels", 1), options.get("instances", 1)) < 1:
         raise ConfigError(f"{name}: at least one channel and one instance expected, got {options}")
-    answer = supports(name, operation, num_ranks, **own)
+    answer = supports(name, operation, num_ranks, **options)
     if not answer:
         raise ConfigError(f"{name} cannot do {operation} on {num_ranks} ranks: {answer}")
     if not 0 <= root < num_ranks:
