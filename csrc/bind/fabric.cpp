@@ -329,11 +329,6 @@ void bind_fabric(nb::module_& m) {
       .def("exchange_lists_now", &exchange_lists<when_done>, release());
   shared_methods(group);
 
-  nb::class_<Plan>(m, "Plan")
-      .def("__init__", [](Plan* self, const std::vector<std::int64_t>& words, int num_ranks) {
-        new (self) Plan(Plan::parse(words, num_ranks));
-      });
-
   nb::class_<Network>(m, "Network")
       .def(nb::init<std::shared_ptr<Engine>, int, int, const nb::bytes&, const nb::bytes&, const std::string&,
                     const std::string&>())

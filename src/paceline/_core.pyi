@@ -75,7 +75,22 @@ class Entry:
 Address = tuple[int, int, int, int, int]
 
 class Plan:
-    def __init__(self, words: Sequence[int], num_ranks: int, /) -> None: ...
+    VERBS: tuple[str, ...]
+    def __init__(self, *, num_ranks: int, scratch_bytes: int, output_bytes: int) -> None: ...
+    def add(
+        self,
+        *,
+        verb: str,
+        lane: int,
+        channel: int,
+        recv_peer: int,
+        send_peer: int,
+        num_bytes: int,
+        dst: Sequence[tuple[int, int, int]],
+        src: Sequence[tuple[int, int, int]],
+        operand: Sequence[tuple[int, int, int]],
+        deps: Sequence[int],
+    ) -> None: ...
 
 class Network:
     def __init__(

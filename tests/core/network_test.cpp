@@ -95,26 +95,26 @@ struct Member {
   }
 };
 
-// A ring all_reduce in place, as schedule/lower.py writes it: partial sums go round, then results.
+// A ring all_reduce in place, as schedule/lowering/lower.py writes it: partial sums go round, then results.
 std::shared_ptr<const Plan> ring(int rank, int size, std::size_t numel) {
   auto plan = std::make_shared<Plan>();
-  const auto chunk = [&](int c) -> Plan::Pieces {
+  const auto chunk = [&](int c) -> Plan::Ranges {
     const auto k = static_cast<std::size_t>((c + 2 * size) % size), p = static_cast<std::size_t>(size);
     return {{Plan::output, numel * k / p * 4, numel * (k + 1) / p * 4 - numel * k / p * 4}};
   };
   const int left = (rank + size - 1) % size, right = (rank + 1) % size;
-  const auto add = [&](Verb verb, int from, int to, int c, bool reads, bool writes) {
+  plan->num_ranks = size;
+  const auto add = [&](Verb verb, int recv_peer, int send_peer, int c, bool reads, bool writes) {
     Plan::Instruction i{};
-    i.verb = verb, i.from = from, i.to = to, i.num_bytes = chunk(c)[0].num_bytes;
-    if (reads) i.source = chunk(c);
-    if (writes) i.destination = chunk(c);
-    plan->instructions.push_back(std::move(i));
+    i.verb = verb, i.recv_peer = recv_peer, i.send_peer = send_peer, i.num_bytes = chunk(c)[0].num_bytes;
+    if (reads) i.src = chunk(c);
+    if (writes) i.dst = chunk(c);
+    plan->add(std::move(i));
   };
-  plan->num_lanes = 1;
   add(Verb::send, -1, right, rank, true, false);
-  for (int k = 1; k < size; ++k) add(Verb::receive_reduce_send, left, right, rank - k, true, k == size - 1);
-  for (int k = 0; k < size - 2; ++k) add(Verb::receive_send, left, right, rank - k, false, true);
-  add(Verb::receive, left, -1, rank + 2, false, true);
+  for (int k = 1; k < size; ++k) add(Verb::recv_reduce_send, left, right, rank - k, true, k == size - 1);
+  for (int k = 0; k < size - 2; ++k) add(Verb::recv_send, left, right, rank - k, false, true);
+  add(Verb::recv, left, -1, rank + 2, false, true);
   return plan;
 }
 

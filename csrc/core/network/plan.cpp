@@ -1,47 +1,55 @@
 #include "core/network/plan.h"
 
+#include <algorithm>
+
 #include "core/base/failure.h"
 
 namespace paceline {
+namespace {
 
-Plan Plan::parse(const std::vector<std::int64_t>& words, int num_ranks) {
-  std::size_t at = 0;
-  const auto wrong = [&] {
-    return Failed({FailureKind::config, -1, "the program is damaged at word " + std::to_string(at)});
+constexpr std::size_t most_bytes = std::size_t{1} << 48;
+constexpr int most_lanes = 1 << 20;
+constexpr int most_channels = 256;
+
+bool receives(Verb verb) {
+  return verb == Verb::recv || verb == Verb::recv_reduce || verb == Verb::recv_send || verb == Verb::recv_reduce_send;
+}
+bool posts(Verb verb) { return verb == Verb::send || verb == Verb::recv_send || verb == Verb::recv_reduce_send; }
+
+}  // namespace
+
+const std::vector<std::string>& verb_names() {
+  static const std::vector<std::string> names = {"send", "recv", "recv_reduce", "recv_send", "recv_reduce_send",
+                                                 "copy", "reduce"};
+  return names;
+}
+
+Verb verb_named(const std::string& name) {
+  const auto& names = verb_names();
+  const auto found = std::find(names.begin(), names.end(), name);
+  if (found == names.end())
+    throw Failed({FailureKind::config, -1, "the executor does not run the verb '" + name + "'"});
+  return static_cast<Verb>(found - names.begin());
+}
+
+void Plan::add(Instruction instruction) {
+  const auto number = static_cast<int>(instructions.size());
+  const auto require = [&](bool is_fine, const char* what) {
+    if (is_fine) return;
+    throw Failed({FailureKind::config, -1, "instruction " + std::to_string(number) + ": " + what + " is out of range"});
   };
-  const auto take = [&](std::int64_t low, std::int64_t high) {
-    if (at >= words.size() || words[at] < low || words[at] > high) throw wrong();
-    return words[at++];
-  };
-  constexpr std::int64_t huge = std::int64_t{1} << 48;
-  Plan plan;
-  plan.scratch_bytes = static_cast<std::size_t>(take(0, huge));
-  plan.output_bytes = static_cast<std::size_t>(take(0, huge));
-  plan.num_lanes = static_cast<int>(take(0, 1 << 20));
-  const std::int64_t count = take(0, 1 << 24);
-  for (std::int64_t i = 0; i < count; ++i) {
-    Instruction one{};
-    one.verb = static_cast<Verb>(take(0, static_cast<std::int64_t>(Verb::reduce)));
-    if (one.verb >= Verb::expose && one.verb <= Verb::reclaim) throw wrong();  // needs memory that peers reach
-    one.lane = static_cast<int>(take(0, plan.num_lanes - 1));
-    one.channel = static_cast<int>(take(0, 255));
-    one.from = static_cast<int>(take(-1, num_ranks - 1));
-    one.to = static_cast<int>(take(-1, num_ranks - 1));
-    one.num_bytes = static_cast<std::size_t>(take(0, huge));
-    std::int64_t lengths[4];
-    for (auto& n : lengths) n = take(0, 1 << 24);
-    Pieces* lists[3] = {&one.destination, &one.source, &one.other};
-    for (int k = 0; k < 3; ++k)
-      for (std::int64_t j = 0; j < lengths[k]; ++j) {
-        const auto memory = static_cast<Memory>(take(0, 2));
-        const auto offset = static_cast<std::size_t>(take(0, huge));
-        lists[k]->push_back({memory, offset, static_cast<std::size_t>(take(0, huge))});
-      }
-    for (std::int64_t j = 0; j < lengths[3]; ++j) one.after.push_back(static_cast<int>(take(0, count - 1)));
-    plan.instructions.push_back(std::move(one));
-  }
-  if (at != words.size()) throw wrong();
-  return plan;
+  const auto is_peer = [&](int rank, bool is_used) { return is_used ? rank >= 0 && rank < num_ranks : rank == -1; };
+  require(instruction.lane >= 0 && instruction.lane < most_lanes, "lane");
+  require(instruction.channel >= 0 && instruction.channel < most_channels, "channel");
+  require(is_peer(instruction.recv_peer, receives(instruction.verb)), "recv_peer");
+  require(is_peer(instruction.send_peer, posts(instruction.verb)), "send_peer");
+  require(instruction.num_bytes <= most_bytes, "num_bytes");
+  for (const Ranges* ranges : {&instruction.dst, &instruction.src, &instruction.operand})
+    for (const BufferRange& range : *ranges)
+      require(range.buffer <= scratch && range.offset <= most_bytes && range.num_bytes <= most_bytes, "a byte range");
+  for (const int dependency : instruction.deps) require(dependency >= 0 && dependency < number, "a dependency");
+  num_lanes = std::max(num_lanes, instruction.lane + 1);
+  instructions.push_back(std::move(instruction));
 }
 
 }  // namespace paceline

@@ -1,39 +1,44 @@
-// One rank's list of instructions, resolved to byte ranges: what the executor runs. See schedule/lowered.py.
+// One rank's part of a lowered program, with chunks resolved to byte ranges: what the executor runs.
+// The words are those of src/paceline/schedule/lowering/lowered.py, where the format is documented;
+// src/paceline/comm/native/plan.py fills a Plan from a lowered program, field by field and by name.
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace paceline {
 
-enum class Verb : std::uint8_t {
-  send, receive, receive_reduce, receive_send, receive_reduce_send, expose, read, read_reduce, reclaim, copy, reduce,
-};
+// The verbs that the executor runs. The others of lowered.py (expose, read, read_reduce, reclaim) need memory that
+// peers can address; no executor runs them.
+enum class Verb : std::uint8_t { send, recv, recv_reduce, recv_send, recv_reduce_send, copy, reduce };
+const std::vector<std::string>& verb_names();  // in the order of the values
+Verb verb_named(const std::string& name);      // throws Failed(config) for any other name
 
 struct Plan {
-  enum Memory : std::uint8_t { input, output, scratch };
-  struct Piece {  // of one of the three buffers
-    Memory memory;
+  enum Buffer : std::uint8_t { input, output, scratch };
+  struct BufferRange {
+    Buffer buffer;
     std::size_t offset, num_bytes;
   };
-  using Pieces = std::vector<Piece>;
+  using Ranges = std::vector<BufferRange>;
   struct Instruction {
-    Verb verb;
-    int lane, channel;
-    int from = -1, to = -1;  // ranks
-    std::size_t num_bytes;   // of its message, or of what it moves locally
-    Pieces destination, source, other;
-    std::vector<int> after;  // instructions that must be done
+    Verb verb = Verb::copy;
+    int lane = 0, channel = 0;
+    int recv_peer = -1, send_peer = -1;  // ranks; -1: none
+    std::size_t num_bytes = 0;           // of its message, or of what it moves locally
+    Ranges dst, src, operand;
+    std::vector<int> deps;  // earlier instructions that must be done
   };
 
+  int num_ranks = 1;
   std::size_t scratch_bytes = 0;
-  std::size_t output_bytes = 0;  // what a mean is divided in at the end
+  std::size_t output_bytes = 0;  // the part of the output that a mean divides at the end
   int num_lanes = 0;
   std::vector<Instruction> instructions;
 
-  // Words: scratch_bytes, output_bytes, lanes, number of instructions; for each instruction verb, lane, channel,
-  // from, to, num_bytes, four lengths, the pieces as (memory, offset, num_bytes), then `after`. Throws Failed(config).
-  static Plan parse(const std::vector<std::int64_t>& words, int num_ranks);
+  // Appends an instruction; throws Failed(config) for a value that no executor could run.
+  void add(Instruction instruction);
 };
 
 }  // namespace paceline

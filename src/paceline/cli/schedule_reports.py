@@ -1,4 +1,4 @@
-"""What `paceline schedule list | show | simulate | compare` find out, as plain values and as text."""
+"""Results of `paceline schedule list | show | simulate | compare`, as plain values and as text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHORT_LIST = 64
 
 
 def describe_algorithm(name: str, module: ModuleType) -> dict[str, Any]:
-    """Name, operations, aliases, options, and the lines of its docstring that say paper, cost and ranks."""
+    """Return name, operations, aliases, options, and the paper, cost and ranks that its docstring names."""
     text = inspect.getdoc(module) or ""
     summary, _, rest = text.partition("\n")
     fields: dict[str, str] = {}
@@ -36,13 +36,14 @@ def describe_algorithm(name: str, module: ModuleType) -> dict[str, Any]:
             fields[key] = line[head.end() :].strip()
         elif key and line.strip():
             fields[key] += " " + line.strip()
-    known = inspect.signature(module.build).parameters
+    from paceline import collectives
+
     return {
         "name": name,
         "summary": summary,
         "operations": list(module.OPERATIONS),
         "aliases": list(getattr(module, "ALIASES", ())),
-        "options": [p for p in known if p not in ("operation", "num_ranks", "root")],
+        "options": collectives.option_names(name),
         "ranks": fields.get("ranks", "").replace("[tested]", "").strip().rstrip("."),
         "source": fields.get("source", ""),
         "cost": fields.get("cost", ""),
@@ -50,7 +51,7 @@ def describe_algorithm(name: str, module: ModuleType) -> dict[str, Any]:
 
 
 def print_list(operation: str | None, *, as_json: bool) -> None:
-    """The `list` command."""
+    """Print every algorithm, or those for `operation`, as text or JSON."""
     from paceline import collectives
     from paceline.schedule import contract
 
@@ -74,7 +75,7 @@ def print_list(operation: str | None, *, as_json: bool) -> None:
 
 
 def network(text: str, num_ranks: int | None) -> Topology:
-    """The topology, or a ConfigError that asks for --ranks where its size is open."""
+    """Return the topology; the ConfigError asks for --ranks if that is missing."""
     from paceline.schedule import topologies
 
     try:
@@ -97,14 +98,14 @@ def show(
     folder: Path,
     files: Mapping[str, Path | None],
 ) -> dict[str, Any]:
-    """Steps as text and values; writes the picture, the page and the trace."""
+    """Return the steps as text and values; write the picture, the page and the trace."""
     from paceline import collectives
     from paceline.schedule.drawing import draw
     from paceline.schedule.simulation.simulate import simulate
     from paceline.schedule.simulation.trace import chrome_trace
 
     net = network(topology, num_ranks)
-    options = arguments.with_hosts(name, options, net)
+    options = collectives.with_hosts(name, options, net.hosts)
     program = arguments.build(name, operation, num_ranks, root=root, **options)
     hosts = hosts_of(name, options, num_ranks)
     caption = describe_algorithm(name, collectives.find(name))["summary"]
@@ -141,11 +142,11 @@ def show(
 
 
 def _plain(op: Any) -> dict[str, Any]:
-    from paceline.schedule.program import Buffer, Kind
+    from paceline.schedule.program import Buffer, TransferKind
 
     row = {field: int(getattr(op, field)) for field in op.__slots__}
     named = {
-        "kind": Kind(op.kind).name.lower(),
+        "kind": TransferKind(op.kind).name.lower(),
         "src_buffer": Buffer(op.src_buffer).name.lower(),
         "dst_buffer": Buffer(op.dst_buffer).name.lower(),
     }
@@ -153,10 +154,10 @@ def _plain(op: Any) -> dict[str, Any]:
 
 
 def hosts_of(name: str, options: Mapping[str, Any], num_ranks: int) -> list[str] | None:
-    """Each rank's host as an algorithm that knows hosts groups them, else None."""
+    """Return each rank's host as the algorithm groups them; None for one that knows no hosts."""
     from paceline import collectives
 
-    if "hosts" not in inspect.signature(collectives.find(name).build).parameters:
+    if "hosts" not in collectives.option_names(name):
         return None
     from paceline.schedule.hosts import members
 
@@ -189,7 +190,7 @@ def simulate(
     trace: Path | None,
     per_rank: bool,
 ) -> dict[str, Any]:
-    """The `simulate` command."""
+    """Simulate one algorithm; return times, steps and bytes."""
     from paceline import collectives
     from paceline.schedule.simulation.simulate import Conditions
     from paceline.schedule.simulation.simulate import simulate as run_it
@@ -197,7 +198,7 @@ def simulate(
 
     net = network(topology, num_ranks)
     p = net.num_ranks
-    options = arguments.with_hosts(name, options, net)
+    options = collectives.with_hosts(name, options, net.hosts)
     program = arguments.build(name, operation, p, root=root, **options)
     run = run_it(program, net, num_bytes, conditions=conditions, record=trace is not None)
     closed, uniform = None, net.uniform()
@@ -229,7 +230,7 @@ def simulate(
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """The text form of `simulate`."""
+    """Return the text form of what `simulate` returned."""
     closed = report["closed_form_time_s"]
     what = f"{report['algorithm']} {report['operation']} of {arguments.human_bytes(report['num_bytes'])}"
     lines = [
@@ -252,7 +253,7 @@ def compare(
     root: int,
     conditions: Conditions,
 ) -> dict[str, Any]:
-    """The `compare` command."""
+    """Compare algorithms at every size; return the rows, the crossovers and what was skipped."""
     from paceline import collectives, spec
     from paceline.schedule import contract
     from paceline.schedule.simulation.compare import compare as compare_them
@@ -263,9 +264,8 @@ def compare(
     candidates, skipped = {}, {}
     for text in texts:
         name, options = arguments.algorithm(text)
-        options = arguments.with_hosts(name, options, net)
-        plain = {k: v for k, v in options.items() if k not in ("channels", "instances")}
-        answer = collectives.supports(name, operation, net.num_ranks, **plain)
+        options = collectives.with_hosts(name, options, net.hosts)
+        answer = collectives.supports(name, operation, net.num_ranks, **options)
         reason = "" if answer else str(answer)
         reason = reason or arguments.oversized(name, operation, net.num_ranks, **options)
         if reason:
@@ -294,7 +294,7 @@ def compare(
 
 
 def print_comparison(report: Mapping[str, Any]) -> None:
-    """The table form of `compare`."""
+    """Print what `compare` returned as a table."""
     from rich.console import Console
     from rich.table import Table
 

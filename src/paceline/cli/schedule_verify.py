@@ -1,4 +1,4 @@
-"""`paceline schedule verify`: prove what is shipped, as it will be executed."""
+"""`paceline schedule verify`: prove shipped programs in all their lowered forms."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def run(name: str | None, *, every: bool, operation: str | None, ranks: Sequence
         word = "all correct" if report["ok"] else f"{len(report['failures'])} NOT CORRECT"
         typer.echo(
             f"{report['programs']} programs of {len(report['algorithms'])} algorithms, "
-            f"{report['lowered']} lowered forms, {report['instructions']} instructions: {word} "
+            f"{report['lowered']} lowered forms ({report['executable']} executable, others modelled only), "
+            f"{report['instructions']} instructions: {word} "
             f"({report['seconds']:.1f} s)"
         )
     if summary.failures:
@@ -47,7 +48,7 @@ def _cases(name: str | None, *, every: bool, operation: str | None, ranks: Seque
     from paceline.schedule import contract
 
     if (name is None) != every:
-        raise ConfigError("give the name of one algorithm, or --all (not both); `paceline schedule list`")
+        raise ConfigError("give the name of one algorithm or --all; `paceline schedule list` lists them")
     operations = None
     if operation is not None:
         contract.base_operation(operation)
@@ -57,12 +58,12 @@ def _cases(name: str | None, *, every: bool, operation: str | None, ranks: Seque
     else:
         algorithm, options = arguments.algorithm(name)
         answers = [
-            (p, o, collectives.supports(algorithm, o, p, **_without_copies(options)))
+            (p, o, collectives.supports(algorithm, o, p, **options))
             for p in ranks
             for o in operations or collectives.find(algorithm).OPERATIONS
         ]
         found = list(sweep.cases(ranks, algorithms=[algorithm], operations=operations))
-        if options:  # in place of the variants that the algorithm is usually tried with
+        if options:  # these instead of the algorithm's VARIANTS
             found = [
                 sweep.Case(algorithm, o, p, root, options)
                 for p, o, answer in answers
@@ -72,12 +73,8 @@ def _cases(name: str | None, *, every: bool, operation: str | None, ranks: Seque
         if not found:
             raise ConfigError(f"{name} on {answers[0][0]} ranks: {answers[0][2]}")
     if not found:
-        raise ConfigError(f"no algorithm does {operation} on these numbers of ranks")
+        raise ConfigError(f"no algorithm supports {operation} on these numbers of ranks")
     return found
-
-
-def _without_copies(options: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in options.items() if k not in ("channels", "instances")}
 
 
 def _with_progress(cases: Sequence[Case], *, shown: bool) -> Iterable[Case]:
@@ -104,6 +101,7 @@ def _report(cases: Sequence[Case], summary: Summary, ranks: Sequence[int], secon
         "ranks": list(ranks),
         "programs": summary.programs,
         "lowered": summary.lowered,
+        "executable": summary.executable,
         "instructions": summary.instructions,
         "messages": summary.messages,
         "dependencies": summary.dependencies,

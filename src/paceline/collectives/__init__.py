@@ -2,31 +2,43 @@
 
 A file exports (adding one is all it takes; a folder on `paceline.collectives.__path__` works too):
 
-    build(operation, num_ranks, *, root=0, channels=1, instances=1, …) -> Program
+    build(operation, num_ranks, *, root=0, …) -> Program
     supports(operation, num_ranks, …) -> True, or a false `No` that says why
-    cost(operation, num_ranks, *, root=0, channels=1, instances=1, …) -> Cost, the claim that tests count
+    cost(operation, num_ranks, *, root=0, …) -> Cost, the claim that tests count
     OPERATIONS    the operations it is meant for
     ALIASES       other names of the same algorithm (optional)
     VARIANTS      sets of its own options that tests and `verify_all` try (optional; default: no options)
 
-`channels` × `instances` copies of the program work side by side on parts of each chunk, on channels of their
-own. Algorithms that know hosts also take `hosts`, a host's name or number for every rank.
-`collectives.sweep.verify_all` proves all of them.
+`…` are the algorithm's own options, which its file explains. One that knows hosts has the option `hosts`.
+
+Every algorithm also has the options `channels` and `instances`: `channels` × `instances` copies of its
+program run side by side, each on a part of every chunk and on channels of its own. The functions of this
+module apply them, so an algorithm's file need not mention them. One that does (multi_channel_ring has
+`channels`) gives that option a meaning of its own.
+
+Wherever a user names an algorithm it is written like `ring_chunked(segments=4)`, which `parse` reads.
+`verification.sweep.verify_all` proves all algorithms.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
+from numbers import Integral
 from types import ModuleType
 from typing import Any
 
 from paceline import registry, spec
 from paceline.errors import ConfigError
 from paceline.schedule.cost import Cost, No
-from paceline.schedule.program import Program
+from paceline.schedule.program import Program, replicate
+
+COPIES = ("channels", "instances")
+"""Options that every algorithm has: how many copies of the program run side by side."""
 
 
 def names() -> list[str]:
@@ -47,12 +59,18 @@ def aliases() -> dict[str, str]:
 def find(name: str) -> ModuleType:
     """Return the algorithm called `name`, which may be an alias; ConfigError names the nearest."""
     known = _known(tuple(__path__))
-    if name not in known:  # perhaps a file that was added since
+    if name not in known:  # perhaps its file was added since
         _known.cache_clear()
         known = _known(tuple(__path__))
     if name not in known:
         raise ConfigError(registry.unknown("algorithm", name, known))
     return importlib.import_module(f"{__name__}.{known[name]}")
+
+
+@lru_cache(maxsize=8)
+def _known(path: tuple[str, ...]) -> dict[str, str]:
+    """Name or alias → name, of the plug-ins in the folders `path`."""
+    return {n: n for n in names()} | aliases()
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
@@ -65,53 +83,92 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     return wanted.name, dict(wanted.arguments)
 
 
-@lru_cache(maxsize=8)
-def _known(path: tuple[str, ...]) -> dict[str, str]:
-    """Name or alias → name, of the plug-ins in the folders `path`."""
-    return {n: n for n in names()} | aliases()
+def option_names(name: str) -> list[str]:
+    """Names of the options of algorithm `name`: `channels`, `instances`, then its own."""
+    own = inspect.signature(find(name).build).parameters
+    return [*COPIES, *(p for p in own if p not in ("operation", "num_ranks", "root", *COPIES))]
+
+
+def with_hosts(name: str, given: Mapping[str, Any], hosts: Sequence[str]) -> dict[str, Any]:
+    """Return the options `given`, with `hosts` added if the algorithm knows hosts and the user named none.
+
+    Nothing is added where all ranks share one host, or none do: then the algorithm groups them as it likes.
+    """
+    is_grouped = 1 < len(set(hosts)) < len(hosts)
+    if is_grouped and "hosts" not in given and "hosts" in option_names(name):
+        return {**given, "hosts": hosts}
+    return dict(given)
 
 
 def supports(name: str, operation: str, num_ranks: int, **options: Any) -> bool | No:
-    """True, or a false value that says why algorithm `name` cannot do it."""
+    """True, or a false value that says why algorithm `name` cannot do it with these options.
+
+    Raises ConfigError for an option that the algorithm does not have, or a value of the wrong kind.
+    """
+    module = find(name)
+    check_options(name, options)
     if num_ranks < 1:
         return No(f"at least one rank expected, got {num_ranks}")
-    module = find(name)
-    own = {k: v for k, v in options.items() if k not in ("channels", "instances")}
-    _check_options(name, module.supports, own)
-    answer: bool | No = module.supports(operation, num_ranks, **own)
+    answer: bool | No = module.supports(operation, num_ranks, **_taken(module.supports, options))
     return answer
 
 
 def build(name: str, operation: str, num_ranks: int, *, root: int = 0, **options: Any) -> Program:
-    """Program of algorithm `name`; ConfigError if it does not support this.
+    """Build the program of algorithm `name`.
 
-    `options`: `channels`, `instances`, and the algorithm's own (`segments`, `base`, `hosts` …).
+    Args:
+        name: An algorithm's name or alias.
+        operation: all_reduce, broadcast, …, see `schedule.contract.OPERATIONS`.
+        num_ranks: P, at least 1.
+        root: Root of broadcast, reduce, gather and scatter, 0 … P−1; others ignore it.
+        options: `channels`, `instances`, and the algorithm's own (`segments`, `base`, `hosts` …).
+
+    Raises:
+        ConfigError: The algorithm does not support this; the message says why.
     """
-    module = find(name)
-    _check_options(name, module.build, options)
-    if min(options.get("channels", 1), options.get("instances", 1)) < 1:
-        raise ConfigError(f"{name}: at least one channel and one instance expected, got {options}")
     answer = supports(name, operation, num_ranks, **options)
     if not answer:
         raise ConfigError(f"{name} cannot do {operation} on {num_ranks} ranks: {answer}")
     if not 0 <= root < num_ranks:
         raise ConfigError(f"{name} {operation}: root {root} is not one of the ranks 0 … {num_ranks - 1}")
-    program: Program = module.build(operation, num_ranks, root=root, **options)
-    return program
+    module = find(name)
+    own = _taken(module.build, options)
+    program: Program = module.build(operation, num_ranks, root=root, **own)
+    return replicate(program, _copies(own, options))
 
 
 def cost(name: str, operation: str, num_ranks: int, *, root: int = 0, **options: Any) -> Cost:
-    """Claimed cost of algorithm `name`."""
+    """Claimed cost of algorithm `name`; arguments as of `build`, which must accept them."""
     module = find(name)
-    _check_options(name, module.cost, options)
-    claim: Cost = module.cost(operation, num_ranks, root=root, **options)
-    return claim
+    check_options(name, options)
+    own = _taken(module.cost, options)
+    claim: Cost = module.cost(operation, num_ranks, root=root, **own)
+    return replace(claim, messages=claim.messages * _copies(own, options))
 
 
-def _check_options(name: str, function: Callable[..., Any], options: dict[str, Any]) -> None:
-    """Refuse options that the algorithm does not have; ConfigError says which it has."""
-    if options:
-        taken = [p.name for p in inspect.signature(function).parameters.values() if p.default is not p.empty]
-        for option in options:
-            if option not in taken:
-                raise ConfigError(registry.unknown(f"option of {name}", option, taken))
+def _taken(function: Callable[..., object], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `options` that the algorithm's `function` has."""
+    parameters = inspect.signature(function).parameters
+    return {option: value for option, value in options.items() if option in parameters}
+
+
+def _copies(own: Mapping[str, Any], options: Mapping[str, Any]) -> int:
+    """How many copies of its program to make, for the `options` that are not the algorithm's `own`."""
+    return math.prod(options.get(option, 1) for option in COPIES if option not in own)
+
+
+def check_options(name: str, given: Mapping[str, Any]) -> None:
+    """ConfigError for an option that algorithm `name` does not have, and for a value of the wrong kind."""
+    if not given:
+        return
+    known = option_names(name)
+    parameters = inspect.signature(find(name).build).parameters
+    for option, value in given.items():
+        if option not in known:
+            raise ConfigError(registry.unknown(f"option of {name}", option, known))
+        kind = "int" if option in COPIES else str(parameters[option].annotation)
+        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not is_whole and (kind == "int" or (kind == "int | None" and value is not None)):
+            raise ConfigError(f"{name}: {option}: a whole number expected, got {value}")
+        if option in COPIES and value < 1:
+            raise ConfigError(f"{name}: at least one {option[:-1]} expected, got {value}")

@@ -2,7 +2,7 @@
 
 Source: Guo et al., SIGCOMM 2009; Gloo's bcube all-reduce.
 Cost: 2·log_B P steps of B−1 messages, 2(P−1)/P of the bytes sent per rank; base 2 is halving-doubling.
-Ranks: a power of the base; by default the base is the smallest that P is a power of.   [tested]
+Ranks: a power of the base, which is by default the smallest that P is a power of.   [tested]
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from paceline.schedule.program import (
     copy,
     ranks,
     reduce,
-    replicate,
     together,
 )
 
@@ -30,7 +29,7 @@ VARIANTS: tuple[dict[str, int], ...] = ({}, {"base": 2}, {"base": 3}, {"base": 4
 
 
 def stages(num_ranks: int, base: int | None) -> tuple[int, int] | None:
-    """(base, how many digits P − 1 has in it), or None if P is no power of the base."""
+    """(base, number of digits of P − 1 in that base), or None if P is not a power of the base."""
     for b in range(2, num_ranks + 1) if base is None else (base,):
         digits, power = 0, 1
         while power < num_ranks and b > 1:
@@ -40,16 +39,13 @@ def stages(num_ranks: int, base: int | None) -> tuple[int, int] | None:
     return (2, 0) if num_ranks == 1 else None
 
 
-def build(
-    operation: str,
-    num_ranks: int,
-    *,
-    root: int = 0,
-    channels: int = 1,
-    instances: int = 1,
-    base: int | None = None,
-) -> Program:
-    """Reduce-scatter from the highest digit down, all-gather back up."""
+def build(operation: str, num_ranks: int, *, root: int = 0, base: int | None = None) -> Program:
+    """Reduce-scatter from the highest digit down, all-gather back up.
+
+    Args:
+        base: Ranks that exchange in one stage, at least 2; by default the smallest that P is a power of.
+            A larger base takes fewer steps with more messages each.
+    """
     op, p, me = base_operation(operation), num_ranks, ranks(num_ranks)
     found = stages(p, base)
     assert found is not None
@@ -57,7 +53,7 @@ def build(
     work = SCRATCH if op == "reduce_scatter" else OUTPUT
 
     def stage(k: int, gathers: bool) -> Step:
-        """Digit k: the ranks that differ in it divide B·B^k chunks among them, B^k for each."""
+        """Stage of digit k: the B ranks that differ only in it share B·B^k chunks, B^k for each."""
         width = b**k
         digit = me // width % b
         start = me // (width * b) * (width * b)  # first chunk that the group still shares
@@ -83,8 +79,7 @@ def build(
         else:
             yield from (stage(k, True) for k in range(digits))
 
-    program = Program("bcube", operation, p, p, steps, num_scratch=p if work is SCRATCH else 0)
-    return replicate(program, channels * instances)
+    return Program("bcube", operation, p, p, steps, num_scratch=p if work is SCRATCH else 0)
 
 
 def supports(operation: str, num_ranks: int, *, base: int | None = None) -> bool | No:
@@ -95,19 +90,11 @@ def supports(operation: str, num_ranks: int, *, base: int | None = None) -> bool
     return few_enough(num_ranks, found[0] - 1) and only(OPERATIONS, operation)
 
 
-def cost(
-    operation: str,
-    num_ranks: int,
-    *,
-    root: int = 0,
-    channels: int = 1,
-    instances: int = 1,
-    base: int | None = None,
-) -> Cost:
-    """Claimed cost."""
+def cost(operation: str, num_ranks: int, *, root: int = 0, base: int | None = None) -> Cost:
+    """log_B P steps of B − 1 messages for each phase: reduce-scatter, all-gather."""
     p = num_ranks
     b, digits = stages(p, base) or (2, 0)
     phases = 2 if operation == "all_reduce" else 1
     share = Fraction(p - 1, p)
-    messages = phases * digits * (b - 1) * channels * instances
+    messages = phases * digits * (b - 1)
     return Cost(phases * digits, messages, phases * share, Fraction(0) if "gather" in operation else share)

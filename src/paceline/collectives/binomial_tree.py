@@ -1,4 +1,4 @@
-"""Binomial tree: in each step every rank that has something gives it to one that has nothing, or the reverse.
+"""Binomial tree: in each step every rank that has the data sends it to one that has not, or the reverse.
 
 Source: textbook; Thakur, Rabenseifner & Gropp, IJHPCA 19(1), 2005.
 Cost: ⌈lg P⌉ steps; broadcast and reduce move all the bytes over each edge, gather and scatter only those of
@@ -24,7 +24,6 @@ from paceline.schedule.program import (
     copy,
     ranks,
     reduce,
-    replicate,
 )
 
 OPERATIONS = ("broadcast", "reduce", "gather", "scatter")
@@ -32,17 +31,20 @@ ALIASES = ("binomial",)
 
 
 def rounds(num_ranks: int) -> int:
-    """⌈lg P⌉."""
+    """Return the number of steps, ⌈lg P⌉."""
     return (num_ranks - 1).bit_length()
 
 
 def edges(num_ranks: int, k: int) -> IntArray:
-    """Round k of a broadcast, seen from the root: ranks 2^k … 2^(k+1) − 1 hear from 2^k ranks below."""
+    """Receivers of round k of a broadcast, relative to the root: ranks 2^k … 2^(k+1) − 1.
+
+    Each receives from the rank 2^k below it.
+    """
     return np.arange(1 << k, min(2 << k, num_ranks), dtype=np.intp)
 
 
-def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Program:
-    """Binomial tree for a rooted operation."""
+def build(operation: str, num_ranks: int, *, root: int = 0) -> Program:
+    """Build the program for a rooted operation, with any root."""
     p = num_ranks
     chunks = p if operation in ("gather", "scatter") else 1
     make = {"broadcast": _broadcast, "reduce": _reduce, "gather": _gather, "scatter": _scatter}[operation]
@@ -51,8 +53,7 @@ def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, i
     def steps() -> Iterator[Step]:
         return make(p, root)
 
-    program = Program("binomial_tree", operation, p, chunks, steps, root, num_scratch=scratch)
-    return replicate(program, channels * instances)
+    return Program("binomial_tree", operation, p, chunks, steps, root, num_scratch=scratch)
 
 
 def _broadcast(p: int, root: int) -> Iterator[Step]:
@@ -72,7 +73,7 @@ def _reduce(p: int, root: int) -> Iterator[Step]:
 
 
 def _subtrees(p: int, k: int) -> tuple[IntArray, IntArray]:
-    """Every (child, rank below it or itself) of round k of the halving tree, seen from the root."""
+    """Every (child, rank of its subtree) of round k, relative to the root; both shape (n,)."""
     child = np.arange(1 << k, p, 2 << k, dtype=np.intp)
     below = child[:, None] + np.arange(1 << k)
     inside = below < p
@@ -104,25 +105,26 @@ def supports(operation: str, num_ranks: int) -> bool | No:
     return only(OPERATIONS, operation)
 
 
-def cost(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Cost:
-    """Claimed cost."""
-    p, n, copies = num_ranks, rounds(num_ranks), channels * instances
+def cost(operation: str, num_ranks: int, *, root: int = 0) -> Cost:
+    """⌈lg P⌉ steps; the messages and bytes are those of the busiest rank."""
+    p, n = num_ranks, rounds(num_ranks)
     if operation == "broadcast":
-        return Cost(n, n * copies, Fraction(n))
+        return Cost(n, n, Fraction(n))
     if operation == "reduce":
         once, waits = Fraction(min(n, 1)), Fraction(reductions_in_a_row(p))
-        return Cost(n, min(n, 1) * copies, once, Fraction(n), path_sent=Fraction(n), path_reduced=waits)
+        return Cost(n, min(n, 1), once, Fraction(n), path_sent=Fraction(n), path_reduced=waits)
     if operation == "scatter":
-        return Cost(n, n * copies, Fraction(p - 1, p))
-    # Round k joins the subtree of rank 2^k (seen from the root) to the root's.
+        return Cost(n, n, Fraction(p - 1, p))
+    # In round k rank 2^k (relative to the root) sends its whole subtree to the root.
     most = max((min(1 << k, p - (1 << k)) for k in range(n)), default=0)
-    return Cost(n, min(n, 1) * copies, Fraction(most, p), path_sent=Fraction(p - 1, p))
+    return Cost(n, min(n, 1), Fraction(most, p), path_sent=Fraction(p - 1, p))
 
 
 def reductions_in_a_row(p: int) -> int:
-    """How many reductions of a reduce to one rank cannot overlap transfers.
+    """Return how many reductions of a reduce to one rank cannot overlap transfers.
 
-    Of the ranks that receive in the first step (r < P − 2^(⌈lg P⌉ − 1)) the one with most bits set passes on,
-    reduced, in as many later steps; the last reduction is the root's.
+    The longest chain starts at a rank r that receives in the first step (r < P − 2^(⌈lg P⌉ − 1)). A reduction
+    follows there and at each rank that its sum passes afterwards, one for each bit set in r; the last of them
+    is the root.
     """
     return (p - (1 << (rounds(p) - 1))).bit_length() if p > 1 else 0

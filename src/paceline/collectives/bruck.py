@@ -14,22 +14,21 @@ import numpy as np
 
 from paceline.schedule.contract import base_operation
 from paceline.schedule.cost import Cost, No, few_enough, only
-from paceline.schedule.program import INPUT, SCRATCH, Program, Step, copy, ranks, replicate, together, turn
+from paceline.schedule.program import INPUT, SCRATCH, Program, Step, copy, ranks, together, turn
 
 OPERATIONS = ("all_gather", "all_to_all", "all_gather_v", "all_to_all_v")
 
 
-def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Program:
-    """Bruck's algorithm."""
+def build(operation: str, num_ranks: int, *, root: int = 0) -> Program:
+    """Build the program for any number of ranks."""
     p, op = num_ranks, base_operation(operation)
     make = _all_gather if op == "all_gather" else _all_to_all
     scratch = 0 if op == "all_gather" else p
-    program = Program("bruck", operation, p, p, lambda: make(p), num_scratch=scratch)
-    return replicate(program, channels * instances)
+    return Program("bruck", operation, p, p, lambda: make(p), num_scratch=scratch)
 
 
 def _all_gather(p: int) -> Iterator[Step]:
-    """Rank r has blocks r, r + 1 … (mod P) and hands as many as are missing to the rank 2^k below."""
+    """Rank r holds blocks r, r + 1 … (mod P); in step k it sends the rank 2^k below those that it lacks."""
     me = ranks(p)
     yield copy(me, me, 0, to=me, source=INPUT)
     for k in range((p - 1).bit_length()):
@@ -43,7 +42,7 @@ def _all_gather(p: int) -> Iterator[Step]:
 
 
 def _all_to_all(p: int) -> Iterator[Step]:
-    """SCRATCH[i] is on its way to i ranks further on; step k carries it 2^k ranks if i has that bit."""
+    """SCRATCH[i] is for the rank i places further on; step k moves it by 2^k ranks if bit k of i is set."""
     me = ranks(p)
     distance = np.repeat(ranks(p), p)
     rank = np.tile(me, p)
@@ -56,16 +55,16 @@ def _all_to_all(p: int) -> Iterator[Step]:
 
 
 def supports(operation: str, num_ranks: int) -> bool | No:
-    """Any number of ranks."""
+    """Any number of ranks; for all_to_all as long as P² transfers fit in memory."""
     if base_operation(operation) == "all_to_all" and not (answer := few_enough(num_ranks, num_ranks)):
         return answer
     return only(OPERATIONS, operation)
 
 
-def cost(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Cost:
-    """Claimed cost."""
+def cost(operation: str, num_ranks: int, *, root: int = 0) -> Cost:
+    """⌈lg P⌉ steps of one message per rank."""
     p, n = num_ranks, (num_ranks - 1).bit_length()
     if base_operation(operation) == "all_gather":
-        return Cost(n, n * channels * instances, Fraction(p - 1, p))
+        return Cost(n, n, Fraction(p - 1, p))
     ones = sum(i.bit_count() for i in range(p))
-    return Cost(n, n * channels * instances, Fraction(ones, p))
+    return Cost(n, n, Fraction(ones, p))

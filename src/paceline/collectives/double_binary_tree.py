@@ -1,7 +1,7 @@
 """Double binary tree: two trees at once, each for half of the data, pipelined in segments.
 
-Inner ranks of one tree are leaves of the other, except the roots, and one rank when P is odd, so nearly
-every rank sends and receives about twice the bytes in all.
+Inner ranks of one tree are leaves of the other, except the roots and, when P is odd, one more rank. Nearly
+every rank therefore sends and receives about twice the bytes in all.
 Source: Sanders, Speck & Träff, Parallel Computing 35(12), 2009; all-reduce as in NCCL 2.4.
 Cost, with D the depth of a tree (about lg P) and m segments: all_reduce 2D + m − 1 steps; reduce and
 broadcast D + m − 1 with the root above both trees of the other ranks.
@@ -26,7 +26,6 @@ from paceline.schedule.program import (
     copy,
     ranks,
     reduce,
-    replicate,
     together,
 )
 
@@ -34,7 +33,7 @@ OPERATIONS = ("all_reduce", "reduce", "broadcast")
 
 
 def tree(p: int) -> tuple[IntArray, IntArray]:
-    """In-order binary tree on ranks 0 … P−1 with odd ranks as leaves: parents (−1 at root 0) and depths."""
+    """In-order binary tree of ranks 0 … p−1 with odd ranks as leaves: parents (−1 at root 0) and depths."""
     parent = np.full(p, -1, dtype=np.intp)
     for r in range(1, p):
         bit = r & -r
@@ -49,8 +48,8 @@ def tree(p: int) -> tuple[IntArray, IntArray]:
 
 
 def trees(operation: str, p: int, root: int) -> list[tuple[IntArray, IntArray]]:
-    """Both trees: (parent, depth) for every real rank. The second is the first, mirrored or turned by one."""
-    n = p if operation == "all_reduce" else p - 1  # ranks in a tree; a root stands above both
+    """Both trees: (parent, depth) of every rank. The second is the first, mirrored or rotated by one rank."""
+    n = p if operation == "all_reduce" else p - 1  # ranks in a tree: the root of a rooted one is above both
     if n < 1:
         return [(np.full(p, -1), np.zeros(p, dtype=np.intp))] * 2
     parent, depth = tree(n)
@@ -65,23 +64,20 @@ def trees(operation: str, p: int, root: int) -> list[tuple[IntArray, IntArray]]:
     return found
 
 
-def build(
-    operation: str,
-    num_ranks: int,
-    *,
-    root: int = 0,
-    channels: int = 1,
-    instances: int = 1,
-    segments: int = 4,
-) -> Program:
-    """Two pipelined trees; tree k has its own channel and the chunks k·segments … (k + 1)·segments − 1."""
+def build(operation: str, num_ranks: int, *, root: int = 0, segments: int = 4) -> Program:
+    """Two pipelined trees; tree k has its own channel and the chunks k·segments … (k + 1)·segments − 1.
+
+    Args:
+        segments: Parts of each half of the buffer that follow one another, at least 1; default 4. More
+            segments keep all levels of the tree busy for long buffers, at a latency for each.
+    """
     p, m = num_ranks, segments
     both = trees(operation, p, root)
     depth = max(int(level.max()) for _, level in both)
     work = SCRATCH if operation == "reduce" else OUTPUT
 
     def transfers(t: int, climbs: bool, first: int) -> Step:
-        """Step t: segment s leaves a rank of depth d at step first + s + (D − d up, d − 1 down)."""
+        """Step t: segment s passes depth d at step first + s + D − d (up) or first + s + d − 1 (down)."""
         parts = []
         for k, (parent, level) in enumerate(both):
             segment = t - first - (depth - level if climbs else level - 1)
@@ -106,10 +102,9 @@ def build(
             yield copy(root, root, 0, source=work, count=2 * m)
 
     scratch = 2 * m if work is SCRATCH else 0
-    program = Program(
+    return Program(
         "double_binary_tree", operation, p, 2 * m, steps, root, num_scratch=scratch, num_channels=2
     )
-    return replicate(program, channels * instances)
 
 
 def supports(operation: str, num_ranks: int, *, segments: int = 4) -> bool | No:
@@ -117,17 +112,9 @@ def supports(operation: str, num_ranks: int, *, segments: int = 4) -> bool | No:
     return pipelined(OPERATIONS, operation, segments)
 
 
-def cost(
-    operation: str,
-    num_ranks: int,
-    *,
-    root: int = 0,
-    channels: int = 1,
-    instances: int = 1,
-    segments: int = 4,
-) -> Cost:
-    """Claimed cost: half of the bytes over every edge of a tree, once per direction."""
-    p, copies = num_ranks, channels * instances
+def cost(operation: str, num_ranks: int, *, root: int = 0, segments: int = 4) -> Cost:
+    """Half of the bytes over every edge of a tree, once per direction."""
+    p = num_ranks
     if p == 1:
         return Cost(0, 0, Fraction(0))
     both = trees(operation, p, root)
@@ -138,4 +125,4 @@ def cost(
     edges = int(np.max(parents * climbs + children * falls))
     steps = (2 if operation == "all_reduce" else 1) * depth + segments - 1
     received = Fraction(int(np.max(children)), 2) if climbs else Fraction(0)
-    return Cost(steps, edges * segments * copies, Fraction(edges, 2), received, has_closed_form=False)
+    return Cost(steps, edges * segments, Fraction(edges, 2), received, has_closed_form=False)

@@ -1,7 +1,7 @@
-"""Flat tree: the root talks to everyone at once.
+"""Flat tree: the root exchanges messages with all other ranks at once.
 
-Source: textbook (the linear algorithms of Open MPI and MPICH); on shared memory with zero-copy reads every
-rank reads the root's buffer, or the root everyone's, and nothing is copied twice.
+Source: textbook (the linear algorithms of Open MPI and MPICH). Lowered zero-copy, every rank reads the root's
+buffer, or the root reads all of theirs, and nothing is copied twice.
 Cost: 1 step of P−1 messages, concurrent on shared memory, serial on one port.
 Ranks: any.   [tested]
 """
@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from paceline.schedule.cost import Cost, No, only
-from paceline.schedule.program import INPUT, SCRATCH, Program, Step, copy, ranks, reduce, replicate, together
+from paceline.schedule.program import INPUT, SCRATCH, Program, Step, copy, ranks, reduce, together
 
 OPERATIONS = ("broadcast", "reduce", "gather", "scatter")
 ALIASES = ("linear",)
 
 
-def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Program:
-    """Flat tree; `reduce` adds up in the order of ranks, starting after the root."""
+def build(operation: str, num_ranks: int, *, root: int = 0) -> Program:
+    """Build the program; `reduce` adds up in the order of ranks, starting after the root."""
     p, me = num_ranks, ranks(num_ranks)
     others = (me[1:] + root) % p
 
@@ -37,8 +37,7 @@ def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, i
 
     chunks = p if operation in ("gather", "scatter") else 1
     scratch = chunks if operation == "reduce" else 0
-    program = Program("flat_tree", operation, p, chunks, steps, root, num_scratch=scratch)
-    return replicate(program, channels * instances)
+    return Program("flat_tree", operation, p, chunks, steps, root, num_scratch=scratch)
 
 
 def supports(operation: str, num_ranks: int) -> bool | No:
@@ -46,15 +45,15 @@ def supports(operation: str, num_ranks: int) -> bool | No:
     return only(OPERATIONS, operation)
 
 
-def cost(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Cost:
-    """Claimed cost, of the busiest rank: the root, or any other where the root only listens."""
-    others, copies = num_ranks - 1, channels * instances
+def cost(operation: str, num_ranks: int, *, root: int = 0) -> Cost:
+    """One step, with the messages of the busiest rank: the root, or any other if the root only receives."""
+    others = num_ranks - 1
     some = int(others > 0)
     if operation == "broadcast":
-        return Cost(some, others * copies, Fraction(others))
+        return Cost(some, others, Fraction(others))
     if operation == "scatter":
-        return Cost(some, others * copies, Fraction(others, num_ranks))
+        return Cost(some, others, Fraction(others, num_ranks))
     if operation == "gather":
         path = Fraction(others, num_ranks)  # into the root
-        return Cost(some, some * copies, Fraction(some, num_ranks), path_sent=path)
-    return Cost(some, some * copies, Fraction(some), Fraction(others), path_sent=Fraction(others))
+        return Cost(some, some, Fraction(some, num_ranks), path_sent=path)
+    return Cost(some, some, Fraction(some), Fraction(others), path_sent=Fraction(others))

@@ -1,9 +1,9 @@
 """Halving-doubling: reduce-scatter over doubling distances, then all-gather over halving ones.
 
 Source: Rabenseifner, ICCS 2004; Thakur, Rabenseifner & Gropp, IJHPCA 19(1), 2005.
-Cost: 2 lg P steps, 2(P−1)/P of the bytes sent per rank for a power of two; otherwise 2^⌊lg P⌋ ranks take
-part, the others are folded into their neighbours: 2⌊lg P⌋ + 2 steps and up to as many bytes again.
-reduce_scatter and all_gather go over the distances the other way round, so that rank r ends with block r.
+Cost: 2 lg P steps, 2(P−1)/P of the bytes sent per rank for a power of two. Otherwise 2^⌊lg P⌋ ranks take
+part and the others are folded into their neighbours: 2⌊lg P⌋ + 2 steps and up to twice the bytes.
+reduce_scatter and all_gather take the distances in the opposite order, so that rank r ends with block r.
 Ranks: any.   [tested]
 """
 
@@ -27,15 +27,14 @@ from paceline.schedule.program import (
     copy,
     ranks,
     reduce,
-    replicate,
     together,
 )
 
 OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather", "reduce_scatter_v", "all_gather_v")
 
 
-def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Program:
-    """Halving-doubling with folding."""
+def build(operation: str, num_ranks: int, *, root: int = 0) -> Program:
+    """Build the program; ranks beyond a power of two are folded into their neighbours."""
     op, p = base_operation(operation), num_ranks
     core = 1 << (p.bit_length() - 1)
     extra = p - core
@@ -58,18 +57,17 @@ def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, i
         yield from double(p, op)
         if op == "all_reduce":
             yield copy(folded + 1, folded, 0, count=chunks)
-        else:  # all but the block that it brought
+        else:  # all blocks except its own
             before = copy(folded + 1, folded, 0, count=folded)
             after = copy(folded + 1, folded, folded + 1, count=p - 1 - folded)
             yield together(before, after)
 
     scratch = p if work is SCRATCH else 0
-    program = Program("halving_doubling", operation, p, chunks, steps, num_scratch=scratch)
-    return replicate(program, channels * instances)
+    return Program("halving_doubling", operation, p, chunks, steps, num_scratch=scratch)
 
 
 def halve(p: int, op: str, work: Buffer) -> Iterator[Step]:
-    """Reduce-scatter: each round a rank hands its partner half of what it still has."""
+    """Reduce-scatter: in each round a rank sends its partner half of the range that both still share."""
     for real, partner, low, middle, high, is_upper in _rounds(p, op):
         start = np.where(is_upper, low, middle)
         end = np.where(is_upper, middle, high)
@@ -77,7 +75,7 @@ def halve(p: int, op: str, work: Buffer) -> Iterator[Step]:
 
 
 def double(p: int, op: str) -> Iterator[Step]:
-    """All-gather: the same rounds backwards; each a rank copies all it has to its partner."""
+    """All-gather: the same rounds in reverse; in each a rank copies all that it holds to its partner."""
     for real, partner, low, middle, high, is_upper in reversed(list(_rounds(p, op))):
         start = np.where(is_upper, middle, low)
         end = np.where(is_upper, high, middle)
@@ -85,7 +83,11 @@ def double(p: int, op: str) -> Iterator[Step]:
 
 
 def _rounds(p: int, op: str) -> Iterator[tuple[IntArray, ...]]:
-    """Real rank, partner, the range that both have, cut in the middle, and who keeps the upper half."""
+    """For every round: rank, partner, low, middle and high end of the range that both share, is_upper.
+
+    Each has shape (2^⌊lg P⌋,). `partner` is an index into the ranks that take part; `is_upper` says which
+    ranks keep the upper half.
+    """
     count = p.bit_length() - 1
     core = 1 << count
     extra = p - core
@@ -107,22 +109,21 @@ def supports(operation: str, num_ranks: int) -> bool | No:
     return only(OPERATIONS, operation)
 
 
-def cost(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Cost:
-    """Claimed cost; for blocks of a number of ranks that is no power of two, of the busiest rank."""
+def cost(operation: str, num_ranks: int, *, root: int = 0) -> Cost:
+    """⌊lg P⌋ rounds per phase, and folding; the bytes are those of the busiest rank."""
     op, p = base_operation(operation), num_ranks
     rounds = p.bit_length() - 1
     core = 1 << rounds
     fold = int(p != core)
-    copies = channels * instances
     share = Fraction(core - 1, core)
     if op == "all_reduce":
-        messages = (2 * rounds + fold) * copies
+        messages = 2 * rounds + fold
         path = 2 * (share + fold)
         return Cost(2 * (rounds + fold), messages, 2 * share + fold, share + fold, path_sent=path)
-    messages = (rounds + fold) * copies
+    messages = rounds + fold
     if not fold:
         return Cost(rounds, messages, share, share if op == "reduce_scatter" else Fraction(0))
-    # Rank 1 has two blocks and its group of 2^k ranks 2^k + min(2^k, extra): it is the busiest.
+    # The busiest is rank 1, which has two blocks; its group of 2^k ranks has 2^k + min(2^k, extra) blocks.
     grouped = sum((1 << k) + min(1 << k, p - core) for k in range(rounds))
     if op == "all_gather":
         path = Fraction(grouped + p, p)

@@ -1,9 +1,9 @@
 """Hierarchical all-reduce in four steps: local reduce-scatter, inter-host reduce-scatter, and both gathers.
 
 Source: the four-step all-reduce of two-level clusters; Cho et al., "BlueConnect", SysML 2019.
-Cost: 4 steps. With L the fewest and L' the most ranks of a host and M hosts the busiest rank sends
+Cost: 4 steps. With M hosts, the smallest of L and the largest of L' ranks, the busiest rank sends
 (L−1)/L + (L'−1)/L + 2(M−1)/(LM) of the bytes, only the last part between hosts.
-Ranks: any, on any hosts: L ranks of each host own shards, further ones give and take.   [tested]
+Ranks: any, on any hosts. L ranks of each host own shards; the others only send and receive them.   [tested]
 """
 
 from __future__ import annotations
@@ -15,22 +15,19 @@ import numpy as np
 
 from paceline.schedule.cost import Cost, No, only
 from paceline.schedule.hosts import VARIANTS, Hosts, fits, members
-from paceline.schedule.program import INPUT, Program, Step, copy, ranks, reduce, replicate
+from paceline.schedule.program import INPUT, Program, Step, copy, ranks, reduce
 
 __all__ = ["OPERATIONS", "VARIANTS", "build", "cost", "supports"]
 OPERATIONS = ("all_reduce",)
 
 
-def build(
-    operation: str,
-    num_ranks: int,
-    *,
-    root: int = 0,
-    channels: int = 1,
-    instances: int = 1,
-    hosts: Hosts = None,
-) -> Program:
-    """Shard i belongs to the i-th rank of every host; of its M chunks, chunk h to the one on host h."""
+def build(operation: str, num_ranks: int, *, root: int = 0, hosts: Hosts = None) -> Program:
+    """Shard i belongs to the i-th rank of every host; of its M chunks, chunk h belongs to the one on host h.
+
+    Args:
+        hosts: Host of every rank, or the number of hosts, see `schedule.hosts.Hosts`; by default as many
+            hosts as ranks per host, as nearly as P allows. Give the real hosts to spare the network.
+    """
     p, groups = num_ranks, members(num_ranks, hosts)
     m, shards = len(groups), min(len(g) for g in groups)
     owners = np.array([g[:shards] for g in groups])  # shape (M, L)
@@ -50,8 +47,7 @@ def build(
         yield copy(dst, src, chunk)
         yield copy(owner, rank, shard * m, count=m)
 
-    program = Program("hierarchical", operation, p, shards * m, steps)
-    return replicate(program, channels * instances)
+    return Program("hierarchical", operation, p, shards * m, steps)
 
 
 def supports(operation: str, num_ranks: int, *, hosts: Hosts = None) -> bool | No:
@@ -59,20 +55,12 @@ def supports(operation: str, num_ranks: int, *, hosts: Hosts = None) -> bool | N
     return fits(num_ranks, hosts) and only(OPERATIONS, operation)
 
 
-def cost(
-    operation: str,
-    num_ranks: int,
-    *,
-    root: int = 0,
-    channels: int = 1,
-    instances: int = 1,
-    hosts: Hosts = None,
-) -> Cost:
-    """Claimed cost."""
+def cost(operation: str, num_ranks: int, *, root: int = 0, hosts: Hosts = None) -> Cost:
+    """Two steps within hosts that have more than one rank, two between hosts if there is more than one."""
     groups = members(num_ranks, hosts)
     m, few, most = len(groups), min(len(g) for g in groups), max(len(g) for g in groups)
     steps = 2 * (most > 1) + 2 * (m > 1)
     messages = (few - 1) + (most - 1) + 2 * (m - 1)
     inter = Fraction(m - 1, m * few)
     sent = Fraction(few - 1 + most - 1, few) + 2 * inter
-    return Cost(steps, messages * channels * instances, sent, Fraction(most - 1, few) + inter)
+    return Cost(steps, messages, sent, Fraction(most - 1, few) + inter)

@@ -1,4 +1,4 @@
-"""Multi-channel ring: several rings at once, each with its share of the data, every other one backwards.
+"""Multi-channel ring: several rings at once, each with its share of the data, in alternating directions.
 
 Source: the ring of Patarasuk & Yuan, JPDC 69(2), 2009, over both directions of every link.
 Cost: as ring; `channels` times as many messages, each a `channels`-th of the size.
@@ -8,6 +8,7 @@ Ranks: any.   [tested]
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from paceline.collectives import ring
 from paceline.schedule.contract import base_operation
@@ -21,7 +22,6 @@ from paceline.schedule.program import (
     copy,
     ranks,
     reduce,
-    replicate,
     together,
     turn,
 )
@@ -29,14 +29,18 @@ from paceline.schedule.program import (
 OPERATIONS = ring.OPERATIONS
 
 
-def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 2, instances: int = 1) -> Program:
-    """`channels` rings in alternating directions."""
+def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 2) -> Program:
+    """Build `channels` rings in alternating directions.
+
+    Args:
+        channels: Number of rings, at least 1; default 2, one for each direction of the links.
+    """
     op, p, n = base_operation(operation), num_ranks, channels
     work = SCRATCH if op == "reduce_scatter" else OUTPUT
     me = ranks(p)
 
     def everywhere(transfer: str, t: int) -> Step:
-        """Step t of every ring; ring k moves part k of a chunk one rank on, in its direction d."""
+        """Step t of every ring; ring k moves part k of a chunk by one rank in its direction d, +1 or −1."""
         parts = []
         for k in range(n):
             d = 1 if k % 2 == 0 else -1
@@ -60,8 +64,7 @@ def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 2, i
 
     scratch = p * n if work is SCRATCH else 0
     name = "multi_channel_ring"
-    program = Program(name, operation, p, p * n, steps, num_scratch=scratch, num_channels=n)
-    return replicate(program, instances)
+    return Program(name, operation, p, p * n, steps, num_scratch=scratch, num_channels=n)
 
 
 def supports(operation: str, num_ranks: int) -> bool | No:
@@ -69,6 +72,7 @@ def supports(operation: str, num_ranks: int) -> bool | No:
     return only(OPERATIONS, operation)
 
 
-def cost(operation: str, num_ranks: int, *, root: int = 0, channels: int = 2, instances: int = 1) -> Cost:
-    """Claimed cost."""
-    return ring.cost(operation, num_ranks, channels=channels, instances=instances)
+def cost(operation: str, num_ranks: int, *, root: int = 0, channels: int = 2) -> Cost:
+    """As ring, with `channels` times the messages."""
+    claim = ring.cost(operation, num_ranks)
+    return replace(claim, messages=claim.messages * channels)

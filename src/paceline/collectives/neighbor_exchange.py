@@ -1,4 +1,4 @@
-"""Neighbour exchange: pairs swap, in turn with the left and the right neighbour, what they heard last.
+"""Neighbour exchange: ranks swap the newest blocks with their left and their right neighbour in turn.
 
 Source: Chen et al., "Performance evaluation of allgather algorithms on terascale Linux cluster", 2005.
 Cost: P/2 steps, (P−1)/P of the bytes sent per rank, neighbours only.
@@ -13,14 +13,14 @@ from fractions import Fraction
 import numpy as np
 
 from paceline.schedule.cost import Cost, No, only
-from paceline.schedule.program import INPUT, Program, Step, copy, ranks, replicate
+from paceline.schedule.program import INPUT, Program, Step, copy, ranks
 
 OPERATIONS = ("all_gather", "all_gather_v")
 ALIASES = ("neighbour_exchange",)
 
 
-def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Program:
-    """Neighbour exchange all-gather."""
+def build(operation: str, num_ranks: int, *, root: int = 0) -> Program:
+    """Build the all-gather for an even number of ranks, or one."""
     p, me = num_ranks, ranks(num_ranks)
 
     def steps() -> Iterator[Step]:
@@ -30,13 +30,13 @@ def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, i
         right_first = np.where(me % 2 == 0, 1, -1)
         peer = (me + right_first) % p
         yield copy(me, peer, me)
-        pair = me // 2  # the two blocks that a rank heard last
+        pair = me // 2  # the two blocks that a rank received last
         for t in range(1, p // 2):
             peer = (me + right_first * (1 if t % 2 == 0 else -1)) % p
             yield copy(me, peer, 2 * pair, count=2)
             pair = pair[peer]
 
-    return replicate(Program("neighbor_exchange", operation, p, p, steps), channels * instances)
+    return Program("neighbor_exchange", operation, p, p, steps)
 
 
 def supports(operation: str, num_ranks: int) -> bool | No:
@@ -46,7 +46,7 @@ def supports(operation: str, num_ranks: int) -> bool | No:
     return only(OPERATIONS, operation)
 
 
-def cost(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Cost:
-    """Claimed cost."""
+def cost(operation: str, num_ranks: int, *, root: int = 0) -> Cost:
+    """P/2 steps of one message per rank."""
     p = num_ranks
-    return Cost(p // 2, p // 2 * channels * instances, Fraction(p - 1, p))
+    return Cost(p // 2, p // 2, Fraction(p - 1, p))

@@ -1,8 +1,8 @@
-"""Recursive doubling: everyone exchanges everything with a partner at distance 1, 2, 4 …
+"""Recursive doubling: every rank exchanges the whole buffer with a partner at distance 1, 2, 4 …
 
 Source: Thakur, Rabenseifner & Gropp, IJHPCA 19(1), 2005. Gloo calls it pairwise exchange.
-Cost: lg P steps of all the bytes for a power of two. Otherwise 2^⌊lg P⌋ ranks take part; each other one is
-folded into its neighbour before and unfolded after: ⌊lg P⌋ + 2 steps.
+Cost: lg P steps of all the bytes for a power of two. Otherwise 2^⌊lg P⌋ ranks take part; each of the others
+sends to its neighbour before and receives the result after: ⌊lg P⌋ + 2 steps.
 Ranks: any.   [tested]
 """
 
@@ -14,17 +14,17 @@ from fractions import Fraction
 import numpy as np
 
 from paceline.schedule.cost import Cost, No, only
-from paceline.schedule.program import INPUT, Program, Step, copy, ranks, reduce, replicate
+from paceline.schedule.program import INPUT, Program, Step, copy, ranks, reduce
 
 OPERATIONS = ("all_reduce",)
 ALIASES = ("pairwise_exchange",)
 
 
-def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Program:
-    """Recursive doubling with folding; one chunk."""
+def build(operation: str, num_ranks: int, *, root: int = 0) -> Program:
+    """Build the program, of one chunk; ranks beyond a power of two are folded into their neighbours."""
     p, rounds = num_ranks, num_ranks.bit_length() - 1
     core = 1 << rounds  # ranks that take part
-    extra = p - core  # as many of the first 2·extra ranks, the even ones, are folded into their neighbours
+    extra = p - core  # of the first 2·extra ranks the even ones are folded into their neighbours
 
     def steps() -> Iterator[Step]:
         v = ranks(core)
@@ -36,7 +36,7 @@ def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, i
             yield reduce(real, real[v ^ (1 << k)], 0)
         yield copy(folded + 1, folded, 0)
 
-    return replicate(Program("recursive_doubling", operation, p, 1, steps), channels * instances)
+    return Program("recursive_doubling", operation, p, 1, steps)
 
 
 def supports(operation: str, num_ranks: int) -> bool | No:
@@ -44,11 +44,11 @@ def supports(operation: str, num_ranks: int) -> bool | No:
     return only(OPERATIONS, operation)
 
 
-def cost(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Cost:
-    """Claimed cost."""
+def cost(operation: str, num_ranks: int, *, root: int = 0) -> Cost:
+    """⌊lg P⌋ steps of all the bytes, and two for folding."""
     rounds = num_ranks.bit_length() - 1
     is_folded = num_ranks != 1 << rounds
     sends = rounds + is_folded
     steps = rounds + 2 * is_folded
     share = Fraction(sends)  # folding overlaps reductions and transfers in a way that has no closed form
-    return Cost(steps, sends * channels * instances, share, share, has_closed_form=not is_folded)
+    return Cost(steps, sends, share, share, has_closed_form=not is_folded)

@@ -1,4 +1,4 @@
-"""Reduction tree: sum up a binary tree to one rank, then broadcast the result back down.
+"""Reduction tree: reduce up a binomial tree to one rank, then broadcast the result back down.
 
 Source: Iandola et al., "FireCaffe", CVPR 2016: 2⌈lg P⌉ dependent steps instead of a parameter server's P.
 Cost: 2⌈lg P⌉ steps of all the bytes; ⌈lg P⌉ times the bytes sent and reduced by the busiest rank.
@@ -12,13 +12,13 @@ from fractions import Fraction
 
 from paceline.collectives.binomial_tree import edges, reductions_in_a_row, rounds
 from paceline.schedule.cost import Cost, No, only
-from paceline.schedule.program import INPUT, Program, Step, copy, ranks, reduce, replicate
+from paceline.schedule.program import INPUT, Program, Step, copy, ranks, reduce
 
 OPERATIONS = ("all_reduce",)
 ALIASES = ("firecaffe",)
 
 
-def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Program:
+def build(operation: str, num_ranks: int, *, root: int = 0) -> Program:
     """Binomial reduce to rank `root`, binomial broadcast from it."""
     p = num_ranks
 
@@ -31,7 +31,7 @@ def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, i
             child = (edges(p, k) + root) % p
             yield copy((child - (1 << k)) % p, child, 0)
 
-    return replicate(Program("reduction_tree", operation, p, 1, steps), channels * instances)
+    return Program("reduction_tree", operation, p, 1, steps)
 
 
 def supports(operation: str, num_ranks: int) -> bool | No:
@@ -39,9 +39,9 @@ def supports(operation: str, num_ranks: int) -> bool | No:
     return only(OPERATIONS, operation)
 
 
-def cost(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Cost:
-    """Claimed cost."""
+def cost(operation: str, num_ranks: int, *, root: int = 0) -> Cost:
+    """⌈lg P⌉ steps up and ⌈lg P⌉ down; the bytes are those of the root."""
     n = rounds(num_ranks)
     waits = Fraction(reductions_in_a_row(num_ranks))
     share, path = Fraction(n), Fraction(2 * n)
-    return Cost(2 * n, n * channels * instances, share, share, path_sent=path, path_reduced=waits)
+    return Cost(2 * n, n, share, share, path_sent=path, path_reduced=waits)

@@ -1,7 +1,7 @@
-"""Ring: partial sums travel once round, finished chunks once more.
+"""Ring: partial sums travel round the ring once, finished chunks once more.
 
 Source: Patarasuk & Yuan, JPDC 69(2), 2009.
-Cost: all_reduce 2(P−1) steps, 2(P−1)/P of the bytes sent per rank; reduce_scatter and all_gather half of it.
+Cost: all_reduce 2(P−1) steps, 2(P−1)/P of the bytes sent per rank; reduce_scatter and all_gather half.
 Ranks: any.   [tested]
 """
 
@@ -21,15 +21,14 @@ from paceline.schedule.program import (
     copy,
     ranks,
     reduce,
-    replicate,
     turn,
 )
 
 OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather", "reduce_scatter_v", "all_gather_v")
 
 
-def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Program:
-    """Ring program; `channels` × `instances` copies side by side."""
+def build(operation: str, num_ranks: int, *, root: int = 0) -> Program:
+    """Build the program for any number of ranks."""
     op, p = base_operation(operation), num_ranks
     work = SCRATCH if op == "reduce_scatter" else OUTPUT
 
@@ -48,7 +47,7 @@ def build(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, i
                 yield copy(me, right, turn(p, -t))
 
     scratch = p if work is SCRATCH else 0
-    return replicate(Program("ring", operation, p, p, steps, num_scratch=scratch), channels * instances)
+    return Program("ring", operation, p, p, steps, num_scratch=scratch)
 
 
 def supports(operation: str, num_ranks: int) -> bool | No:
@@ -56,10 +55,10 @@ def supports(operation: str, num_ranks: int) -> bool | No:
     return only(OPERATIONS, operation)
 
 
-def cost(operation: str, num_ranks: int, *, root: int = 0, channels: int = 1, instances: int = 1) -> Cost:
-    """Claimed cost."""
+def cost(operation: str, num_ranks: int, *, root: int = 0) -> Cost:
+    """P − 1 steps of 1/P of the bytes for each time round the ring."""
     p = num_ranks
     rounds = 2 if operation == "all_reduce" else 1
     reduced = Fraction(0) if "gather" in operation else Fraction(p - 1, p)
     steps = rounds * (p - 1)
-    return Cost(steps, steps * channels * instances, Fraction(steps, p), reduced)
+    return Cost(steps, steps, Fraction(steps, p), reduced)

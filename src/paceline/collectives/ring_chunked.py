@@ -13,22 +13,19 @@ from fractions import Fraction
 
 from paceline.collectives import ring
 from paceline.schedule.cost import Cost, No, pipelined
-from paceline.schedule.program import Program, Step, replicate
+from paceline.schedule.program import Program, Step
 
 OPERATIONS = ring.OPERATIONS
 ALIASES = ("chunked_ring",)
 
 
-def build(
-    operation: str,
-    num_ranks: int,
-    *,
-    root: int = 0,
-    channels: int = 1,
-    instances: int = 1,
-    segments: int = 2,
-) -> Program:
-    """Every step of the ring becomes `segments` steps, one for each part of its chunk."""
+def build(operation: str, num_ranks: int, *, root: int = 0, segments: int = 2) -> Program:
+    """Every step of the ring becomes `segments` steps, one for each part of its chunk.
+
+    Args:
+        segments: Parts of every chunk, at least 1; default 2: enough to overlap reductions with
+            transfers. More cost more latencies.
+    """
     whole = ring.build(operation, num_ranks)
 
     def steps() -> Iterator[Step]:
@@ -39,14 +36,13 @@ def build(
             else:
                 yield from (replace(s, src_chunk=src + i, dst_chunk=dst + i) for i in range(segments))
 
-    program = replace(
+    return replace(
         whole,
         algorithm="ring_chunked",
         num_chunks=whole.num_chunks * segments,
         num_scratch=whole.num_scratch * segments,
         make_steps=steps,
     )
-    return replicate(program, channels * instances)
 
 
 def supports(operation: str, num_ranks: int, *, segments: int = 2) -> bool | No:
@@ -54,18 +50,11 @@ def supports(operation: str, num_ranks: int, *, segments: int = 2) -> bool | No:
     return pipelined(OPERATIONS, operation, segments)
 
 
-def cost(
-    operation: str,
-    num_ranks: int,
-    *,
-    root: int = 0,
-    channels: int = 1,
-    instances: int = 1,
-    segments: int = 2,
-) -> Cost:
-    """Claimed cost."""
-    c = ring.cost(operation, num_ranks, channels=channels, instances=instances)
-    shown = c.reduced  # what does not overlap the transfer of another segment
+def cost(operation: str, num_ranks: int, *, root: int = 0, segments: int = 2) -> Cost:
+    """As ring, with `segments` times the steps; reductions overlap the transfer of the next segment."""
+    c = ring.cost(operation, num_ranks)
+    exposed = c.reduced  # reductions that do not overlap the transfer of another segment
     if segments > 1:
-        shown = min(c.reduced, Fraction(1, num_ranks * segments)) if "scatter" in operation else Fraction(0)
-    return Cost(c.steps * segments, c.messages * segments, c.sent, c.reduced, path_reduced=shown)
+        last = min(c.reduced, Fraction(1, num_ranks * segments))
+        exposed = last if "scatter" in operation else Fraction(0)
+    return Cost(c.steps * segments, c.messages * segments, c.sent, c.reduced, path_reduced=exposed)

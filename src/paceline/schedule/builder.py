@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from paceline.schedule.program import COPY, REDUCE, Op, Program, Step, step_of
+from paceline.schedule.program import COPY, REDUCE, Op, Program, Step, TransferKind, step_of
+
+Place = tuple[int, int, int]
+"""(rank, buffer, chunk)"""
 
 
 class Builder:
@@ -33,18 +36,14 @@ class Builder:
         self._steps: list[Step] = []
         self._open: list[Op] = []
 
-    def copy(
-        self, src: tuple[int, int, int], dst: tuple[int, int, int], *, count: int = 1, channel: int = 0
-    ) -> Builder:
-        """Add a copy from (rank, buffer, chunk) to (rank, buffer, chunk) to the current step."""
-        self._open.append(Op(COPY, *src, *dst, count, channel))
+    def copy(self, src: Place, dst: Place, *, count: int = 1, channel: int = 0) -> Builder:
+        """Add a copy of `count` chunks to the current step."""
+        self._open.append(_op(COPY, src, dst, count, channel))
         return self
 
-    def reduce(
-        self, src: tuple[int, int, int], dst: tuple[int, int, int], *, count: int = 1, channel: int = 0
-    ) -> Builder:
-        """Add a reduction to the current step."""
-        self._open.append(Op(REDUCE, *src, *dst, count, channel))
+    def reduce(self, src: Place, dst: Place, *, count: int = 1, channel: int = 0) -> Builder:
+        """Add a reduction of `count` chunks into `dst` to the current step."""
+        self._open.append(_op(REDUCE, src, dst, count, channel))
         return self
 
     def step(self) -> None:
@@ -58,3 +57,9 @@ class Builder:
             self.step()
         steps = tuple(self._steps)
         return replace(self._program, make_steps=lambda: steps)
+
+
+def _op(kind: TransferKind, src: Place, dst: Place, count: int, channel: int) -> Op:
+    src_rank, src_buffer, src_chunk = src
+    dst_rank, dst_buffer, dst_chunk = dst
+    return Op(kind, src_rank, src_buffer, src_chunk, dst_rank, dst_buffer, dst_chunk, count, channel)

@@ -1,7 +1,8 @@
-"""What every operation promises: how chunks lie in the buffers, and who must be in each of them.
+"""What every operation promises: how chunks lie in the buffers, and whose contributions each must hold.
 
-A chunk's content is a multiset of contributors (how often each rank's input is in it) together with the
-number of the logical block it belongs to. Preconditions give each rank's INPUT, postconditions its OUTPUT.
+A chunk's content is a multiset of contributors (how many times each rank's input is in it) together with the
+number of the logical block that it belongs to. Preconditions give each rank's INPUT, postconditions its
+OUTPUT.
 
 | operation      | INPUT of rank r      | OUTPUT of rank r           | a chunk of block b holds  |
 |----------------|----------------------|----------------------------|---------------------------|
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +35,9 @@ from paceline.registry import unknown
 from paceline.schedule.program import chunk_offsets
 
 WHOLE = ("all_reduce", "reduce", "broadcast", "barrier")
-"""One buffer of `num_chunks` chunks on every rank."""
+"""Operations with one buffer of `num_chunks` chunks on every rank."""
 BLOCKS = ("all_gather", "gather", "reduce_scatter", "scatter", "all_to_all")
-"""P blocks of `num_chunks / P` chunks each."""
+"""Operations with P blocks of `num_chunks / P` chunks each."""
 ROOTED = ("reduce", "broadcast", "gather", "scatter")
 REDUCING = ("all_reduce", "reduce", "reduce_scatter", "barrier")
 V_FORMS = {"all_gather_v": "all_gather", "reduce_scatter_v": "reduce_scatter", "all_to_all_v": "all_to_all"}
@@ -53,6 +54,9 @@ OPERATIONS = (
     *V_FORMS,
 )
 
+BlockCounts: TypeAlias = Sequence[Sequence[int]] | Sequence[int] | npt.NDArray[np.intp] | int
+"""Size of a call in elements, as `layout` takes it."""
+
 
 def base_operation(operation: str) -> str:
     """`all_gather_v` → `all_gather`; ConfigError for an operation that does not exist."""
@@ -66,19 +70,19 @@ class Collective(Protocol):
 
     @property
     def operation(self) -> str:
-        """One of OPERATIONS."""
+        """What it does, one of OPERATIONS."""
 
     @property
     def num_ranks(self) -> int:
-        """P."""
+        """P, the number of ranks."""
 
     @property
     def num_chunks(self) -> int:
-        """Chunks of the full buffer."""
+        """Number of chunks of the full buffer."""
 
     @property
     def root(self) -> int:
-        """Root of a rooted operation."""
+        """Root of broadcast, reduce, gather and scatter."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ def contributors(program: Collective, rank: int) -> npt.NDArray[np.int64]:
 
 
 def masks(program: Collective, rank: int) -> list[int]:
-    """Postcondition of `rank` as bit sets of contributors, one per OUTPUT chunk: `contributors` in short."""
+    """Postcondition of `rank`: `contributors` as one bit set per OUTPUT chunk."""
     s, op = shape(program), base_operation(program.operation)
     if not defines_output(program, rank):
         return [0] * s.output_chunks
@@ -179,7 +183,7 @@ def masks(program: Collective, rank: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class CallLayout:
     """Where chunks lie for one call: element offsets of INPUT and OUTPUT chunks on one rank.
 
     `input_offsets[c]` … `input_offsets[c + 1]` are the elements of INPUT chunk c; the same for OUTPUT.
@@ -189,7 +193,7 @@ class Layout:
     output_offsets: npt.NDArray[np.intp]
 
 
-def layout(program: Collective, rank: int, counts: Sequence[Sequence[int]] | Sequence[int] | int) -> Layout:
+def layout(program: Collective, rank: int, counts: BlockCounts) -> CallLayout:
     """Offsets of the chunks of `rank` for a call of this size.
 
     `counts`: number of elements of the whole buffer (all_reduce, reduce, broadcast); of each rank's block,
@@ -201,7 +205,7 @@ def layout(program: Collective, rank: int, counts: Sequence[Sequence[int]] | Seq
         counts = 0
     if op in WHOLE:
         offsets = chunk_offsets(int(np.asarray(counts).item()), program.num_chunks)
-        return Layout(offsets, offsets)
+        return CallLayout(offsets, offsets)
     blocks = np.asarray(counts, dtype=np.intp)
     if op == "all_to_all":
         matrix = np.broadcast_to(blocks, (p, p))
@@ -211,7 +215,7 @@ def layout(program: Collective, rank: int, counts: Sequence[Sequence[int]] | Seq
         own = every[rank : rank + 1]
         send = own if op in ("all_gather", "gather") else every
         receive = own if op in ("reduce_scatter", "scatter") else every
-    return Layout(_offsets(send, s.chunks_per_block), _offsets(receive, s.chunks_per_block))
+    return CallLayout(_offsets(send, s.chunks_per_block), _offsets(receive, s.chunks_per_block))
 
 
 def _offsets(blocks: npt.NDArray[np.intp], parts: int) -> npt.NDArray[np.intp]:

@@ -1,4 +1,4 @@
-"""What an algorithm claims to cost, and what a program really does."""
+"""What an algorithm claims to cost, and what a program really costs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from paceline.schedule.program import REDUCE, Program
 
 @dataclass(frozen=True)
 class Cost:
-    """What an algorithm claims and tests count.
+    """Steps, messages and bytes of an algorithm: what it claims, and what `count` counts.
 
-    `steps`: communication steps, each dependent on the one before. `messages`: the most messages that one
-    rank sends (its steps on a single port). `sent`, `reduced`: the most that one rank sends and combines, as
-    a share of S, the full buffer. `path_sent`, `path_reduced`: the same along the longest chain of dependent
-    steps, which a closed form of the time needs where it is not one rank's own (trees, folding, pipelines).
-    `has_closed_form`: whether the time follows from these shares at all.
+    Attributes:
+        steps: Communication steps, each dependent on the one before. messages: The most messages that one
+        rank sends. sent: The most that one rank sends, as a share of S, the full buffer. reduced: The most
+        that one rank combines, as a share of S. path_sent: Share of S sent along the longest chain of
+        dependent steps; default `sent`. The closed form of
+            the time needs it where the chain is not one rank's own: trees, folding, pipelines.
+        path_reduced: The same of what is combined; default `reduced`.
+        has_closed_form: Whether the time follows from these shares at all.
     """
 
     steps: int
@@ -30,7 +33,7 @@ class Cost:
     has_closed_form: bool = field(default=True, compare=False)
 
     def path(self) -> tuple[Fraction, Fraction]:
-        """Shares of S sent and reduced along the longest chain."""
+        """Return the shares of S sent and reduced along the longest chain."""
         sent = self.sent if self.path_sent is None else self.path_sent
         return sent, self.reduced if self.path_reduced is None else self.path_reduced
 
@@ -55,7 +58,7 @@ class Cost:
 
 
 def count(program: Program) -> Cost:
-    """Count what a program really does, by walking its steps."""
+    """Count what a program really costs, by walking its steps."""
     p = program.num_ranks
     steps = 0
     messages, sent, reduced = (np.zeros(p, dtype=np.int64) for _ in range(3))
@@ -77,7 +80,7 @@ def count(program: Program) -> Cost:
 
 
 class No(str):
-    """What `supports` returns instead of True: a reason, false in a condition."""
+    """The answer of `supports` that is not True: a reason, which is false in a condition."""
 
     __slots__ = ()
 
@@ -91,14 +94,14 @@ def only(operations: tuple[str, ...], operation: str) -> bool | No:
 
 
 def pipelined(operations: tuple[str, ...], operation: str, segments: int) -> bool | No:
-    """As `only`, for an algorithm that cuts its data in segments."""
+    """As `only`, for an algorithm that cuts its data into segments."""
     return (
         only(operations, operation) if segments >= 1 else No(f"segments: 1 or more expected, got {segments}")
     )
 
 
 def few_enough(num_ranks: int, peers: int) -> bool | No:
-    """Whether a step in which every rank has so many peers is small enough to be held: 2^22 transfers."""
+    """Whether a step in which every rank has `peers` peers fits in memory: at most 2^22 transfers."""
     most = (1 << 22) // num_ranks
     return peers <= most or No(
         f"every one of {num_ranks} ranks with {peers} peers in one step; at most {most}"

@@ -14,14 +14,15 @@ from paceline.schedule.cost import No
 from paceline.schedule.program import IntArray, Step, chunk_offsets
 
 VARIANTS: tuple[dict[str, int], ...] = ({}, {"hosts": 2}, {"hosts": 3})
-"""What the sweep tries: as square as possible, and few hosts, often with unequal numbers of ranks."""
+"""Host options that the sweep tries: as square as possible, and 2 and 3 hosts, often of unequal sizes."""
 
 Hosts: TypeAlias = Sequence[str] | Sequence[int] | int | None
-"""Each rank's host, shape (P,); or how many hosts share the ranks evenly; None: as square as P allows."""
+"""Each rank's host, a name or a number, shape (P,); or the number of hosts that share the ranks evenly;
+or None: as square as P allows, with the largest divisor of P up to √P as number of hosts."""
 
 
 def members(num_ranks: int, hosts: Hosts) -> list[IntArray]:
-    """Ranks of each host, in order of the hosts' first ranks."""
+    """Ranks of each host, in the order of the hosts' first ranks; ConfigError if `hosts` does not fit."""
     if hosts is None:
         hosts = next(m for m in range(math.isqrt(num_ranks), 0, -1) if num_ranks % m == 0)
     if isinstance(hosts, int):
@@ -29,6 +30,8 @@ def members(num_ranks: int, hosts: Hosts) -> list[IntArray]:
             raise ConfigError(f"{num_ranks} ranks on {hosts} hosts: 1 to {num_ranks} hosts expected")
         cuts = chunk_offsets(num_ranks, hosts)
         return [np.arange(a, b, dtype=np.intp) for a, b in itertools.pairwise(cuts)]
+    if not isinstance(hosts, Sequence):
+        raise ConfigError(f"hosts: a number of hosts, or one host per rank expected, got {hosts}")
     if len(hosts) != num_ranks:
         raise ConfigError(f"one host per rank expected: {num_ranks} ranks, {len(hosts)} hosts given")
     of = np.array([str(h) for h in hosts])
@@ -36,7 +39,7 @@ def members(num_ranks: int, hosts: Hosts) -> list[IntArray]:
 
 
 def fits(num_ranks: int, hosts: Hosts) -> bool | No:
-    """Whether `hosts` describes that many ranks."""
+    """Whether `hosts` describes `num_ranks` ranks."""
     try:
         return bool(members(num_ranks, hosts))
     except ConfigError as error:

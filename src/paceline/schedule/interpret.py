@@ -16,11 +16,10 @@ import numpy.typing as npt
 
 from paceline.errors import ConfigError, ScheduleError
 from paceline.schedule import contract
-from paceline.schedule.program import INPUT, OUTPUT, REDUCE, Buffer, Program, chunk_offsets
+from paceline.schedule.program import INPUT, OUTPUT, REDUCE, Buffer, Op, Program, chunk_offsets
 from paceline.types import ReduceOp
 
 Array = npt.NDArray[Any]
-Counts = Sequence[Sequence[int]] | Sequence[int] | npt.NDArray[np.intp] | int
 
 COMBINE: dict[ReduceOp, Callable[[Array, Array], Array]] = {
     ReduceOp.SUM: np.add,
@@ -39,19 +38,19 @@ def interpret(
     inputs: Sequence[Array | None],
     *,
     op: ReduceOp = ReduceOp.SUM,
-    counts: Counts | None = None,
+    counts: contract.BlockCounts | None = None,
 ) -> list[Array | None]:
-    """Run `program` on 1-D arrays of one dtype, one per rank; None on ranks that bring nothing.
+    """Run `program` on 1-D arrays of one dtype, one per rank; None on ranks that have no input.
 
-    `counts` as in `contract.layout`; by default what the inputs' lengths say, cut evenly where they have to
-    be cut. Returns each rank's result, None where the operation promises none.
+    `counts` as in `contract.layout`; by default they follow from the inputs' lengths, divided evenly where
+    blocks are needed. Returns each rank's result, None where the operation promises none.
     """
     p = program.num_ranks
     if len(inputs) != p:
         raise ConfigError(f"{program}: one input per rank expected, got {len(inputs)}")
     combine = COMBINE[op]
     sizes = default_counts(program, inputs) if counts is None else counts
-    layouts = [contract.layout(program, rank, sizes) for rank in range(p)]  # type: ignore[arg-type]
+    layouts = [contract.layout(program, rank, sizes) for rank in range(p)]
     memory: list[list[dict[int, Array]]] = [[{}, {}, {}] for _ in range(p)]
     for rank, values in enumerate(inputs):
         if not contract.defines_input(program, rank):
@@ -81,7 +80,7 @@ def interpret(
 def _step(
     program: Program,
     t: int,
-    ops: list[Any],
+    ops: list[Op],
     memory: list[list[dict[int, Array]]],
     combine: Callable[[Array, Array], Array],
 ) -> None:
@@ -123,7 +122,7 @@ def divide(total: Array, num_ranks: int) -> Array:
     return (total / num_ranks).astype(total.dtype)
 
 
-def default_counts(program: Program, inputs: Sequence[Array | None]) -> Counts:
+def default_counts(program: Program, inputs: Sequence[Array | None]) -> contract.BlockCounts:
     """Return the `counts` that the inputs' lengths imply; blocks are cut evenly."""
     op, p = contract.base_operation(program.operation), program.num_ranks
     lengths = [0 if v is None else int(v.size) for v in inputs]
@@ -143,9 +142,9 @@ def expected(
     inputs: Sequence[Array | None],
     *,
     op: ReduceOp = ReduceOp.SUM,
-    counts: Counts | None = None,
+    counts: contract.BlockCounts | None = None,
 ) -> list[Array | None]:
-    """Return what the operation means, whatever the algorithm: computed directly, in the order of ranks."""
+    """Return what the operation means, for any algorithm: computed directly, in the order of ranks."""
     name, p, root = contract.base_operation(program.operation), program.num_ranks, program.root
     sizes = default_counts(program, inputs) if counts is None else counts
     given = [v for v in inputs if v is not None]
@@ -173,6 +172,6 @@ def expected(
     return [whole if contract.defines_output(program, r) else None for r in range(p)]
 
 
-def _cut(values: Array, sizes: Counts, parts: int) -> list[Array]:
+def _cut(values: Array, sizes: contract.BlockCounts, parts: int) -> list[Array]:
     every = np.broadcast_to(np.asarray(sizes, dtype=np.intp), (parts,))
     return np.split(values, np.cumsum(every)[:-1])

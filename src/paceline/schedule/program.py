@@ -11,11 +11,11 @@ of the arrays. Steps follow one another. Nothing else orders anything: dependenc
 of messages and does not count as a communication step.
 
 Buffers. INPUT is never written and OUTPUT holds the result (`contract` says which chunks of each); SCRATCH is
-private. An algorithm that works in place of the result starts with `load`, which lowering removes whenever
+private. An algorithm that works in OUTPUT starts with a copy from INPUT, which lowering removes whenever
 input and output are the same memory, or the copy can be avoided.
 
-Chunks. A program is over chunks, sizes come at run time: `chunk_offsets` below is the only rule, and every
-executor repeats it. Chunks may be empty, so any number of elements works, also fewer than ranks.
+Chunks. A program moves chunks; their sizes come at run time. `chunk_offsets` below is the only rule, which
+every executor follows. Chunks may be empty, so any number of elements works, also fewer than ranks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ IntArray: TypeAlias = npt.NDArray[np.intp]
 Ints: TypeAlias = IntArray | int
 
 
-class Kind(enum.IntEnum):
+class TransferKind(enum.IntEnum):
     """What a transfer does to its destination."""
 
     COPY = 0
@@ -52,7 +52,7 @@ class Buffer(enum.IntEnum):
 
 
 INPUT, OUTPUT, SCRATCH = Buffer.INPUT, Buffer.OUTPUT, Buffer.SCRATCH
-COPY, REDUCE = Kind.COPY, Kind.REDUCE
+COPY, REDUCE = TransferKind.COPY, TransferKind.REDUCE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,7 +121,7 @@ class Op:
 
         src = cell(self.src_rank, self.src_buffer, self.src_chunk)
         dst = cell(self.dst_rank, self.dst_buffer, self.dst_chunk)
-        return f"{Kind(self.kind).name.lower()} {src} → {dst}"
+        return f"{TransferKind(self.kind).name.lower()} {src} → {dst}"
 
 
 def step_of(ops: Iterable[Op]) -> Step:
@@ -158,7 +158,7 @@ def _column(value: Ints, n: int) -> IntArray:
 
 
 def _transfer(
-    kind: Kind,
+    kind: TransferKind,
     src: Ints,
     dst: Ints,
     chunk: Ints,
@@ -168,8 +168,8 @@ def _transfer(
     count: Ints,
     channel: Ints,
 ) -> Step:
-    given = (src, dst, chunk, to, source, into, count, channel)
-    n = max((len(v) for v in given if isinstance(v, np.ndarray) and v.ndim), default=1)
+    arguments = (src, dst, chunk, to, source, into, count, channel)
+    n = max((len(v) for v in arguments if isinstance(v, np.ndarray) and v.ndim), default=1)
     c = _column(chunk, n)
     return Step(
         _column(int(kind), n),
@@ -229,7 +229,7 @@ def together(*steps: Step) -> Step:
 
 @lru_cache(maxsize=1 << 16)
 def turn(num_ranks: int, by: int) -> IntArray:
-    """(rank + by) mod P for every rank: shape (P,), a view of one table, so it costs no arithmetic."""
+    """(rank + by) mod P for every rank, shape (P,): a view of one table, so it costs no arithmetic."""
     by %= num_ranks
     return _wheel(num_ranks)[by : by + num_ranks]
 
@@ -265,7 +265,7 @@ class Program:
     num_channels: int = 1
 
     def steps(self) -> Iterator[Step]:
-        """Yield the steps in order; empty ones are left out."""
+        """Yield the steps in order, without empty ones."""
         return (s for s in self.make_steps() if len(s))
 
     def __str__(self) -> str:
@@ -274,7 +274,7 @@ class Program:
 
 
 def replicate(program: Program, copies: int) -> Program:
-    """Cut every chunk in `copies` parts; as many copies run side by side, each on channels of its own."""
+    """Cut every chunk into `copies` parts; each has a copy of the program, on channels of its own."""
     if copies < 1:
         raise ScheduleError(f"{program}: at least one parallel copy expected, got {copies}")
     if copies == 1:

@@ -1,14 +1,14 @@
 """Named topologies, and how to write one on a line.
 
-    ethernet(gbit=1)                       one rank per host, one NIC each, a switch that is never the limit
+    ethernet(gbit=1)                       one rank per host, one NIC each, a switch that never limits
     cluster(hosts=4, local=2, gbit=10)     several ranks per host share its NICs (rails) and its memory
     dumbbell(gbit=1, trunk_gbit=1)         two switches joined by one trunk
     shared_memory                          all ranks on one host
     ring, torus(rows=4, columns=4), hypercube, fully_connected, dgx1, random(seed=7)
     lab.json                               what `to_json` of a topology wrote
 
-`parse(text, num_ranks=P)`: the number of ranks comes from the arguments of the spec where they say it, else
-from `num_ranks`. Every factory takes `gbit` (10⁹ bits per second and direction), `latency_us` (one way, one
+`parse(text, num_ranks=P)`: the number of ranks follows from the arguments of the spec if they give it, else
+it is `num_ranks`. Every factory takes `gbit` (10⁹ bits per second and direction), `latency_us` (one way, one
 message) and `reduce_gbyte` (10⁹ bytes per second that one rank combines); ethernet and cluster also
 `message_us`, the time that each message keeps its ports busy beyond its bytes.
 """
@@ -34,7 +34,7 @@ _REDUCE_GBYTE = 10.0
 _MAX_GRAPH_RANKS = 1024
 
 DEFAULT = "ethernet(gbit=10)"
-"""What tools take when nobody names a network."""
+"""The network that tools assume when the user names none."""
 
 
 def ethernet(
@@ -137,8 +137,8 @@ def switched(
     """Hosts behind switches, from measured values.
 
     `hosts`: the host of every rank, shape (P,). NIC values: one for all, or one per host in the order of the
-    first rank of each; local ones: one for all, or one per rank. A message between hosts takes half the
-    latency of the one NIC and half of the other's.
+    hosts' first ranks; local ones: one for all, or one per rank. A message between hosts takes half the
+    latency of each of the two NICs.
     """
     p, names = len(hosts), tuple(dict.fromkeys(hosts))
 

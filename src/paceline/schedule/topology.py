@@ -2,7 +2,7 @@
 
 A topology is ranks on hosts and directed links. A link has a latency (s) and a cost (s per byte), and carries
 the bytes of all transfers that pass it. Ports are links too: a rank's NIC is one link out and one link in,
-so "one port, full duplex" and "L ranks behind one NIC" are the same thing as any other shared link.
+so "one port, full duplex" and "L ranks behind one NIC" are shared links like any other.
 
     Switched   hosts with NICs (rails) on a switch; ranks of one host talk through its memory
     Grid       torus of any number of dimensions (ring, 2-D torus, hypercube); every link works at once
@@ -39,9 +39,9 @@ class Topology(ABC):
     """P ranks on hosts, joined by directed links. Read only.
 
     `hosts`: the host of every rank, length P. `link_latency_s`, `link_seconds_per_byte`: shape (links,).
-    `reduce_seconds_per_byte`: what combining a received byte with an own one costs a rank. `overhead_s`: how
-    long each message keeps every link on its way busy beyond its bytes (system calls, headers); it makes many
-    small messages of one step dearer than one, which latency alone does not.
+    `reduce_seconds_per_byte`: time of a rank to combine a received byte with its own. `overhead_s`: how long
+    each message keeps every link of its path busy beyond its bytes (system calls, headers). It makes many
+    small messages of one step more expensive than one large message, which latency alone does not.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Topology(ABC):
 
     @property
     def num_ranks(self) -> int:
-        """P."""
+        """P, the number of ranks."""
         return len(self.hosts)
 
     @property
@@ -97,7 +97,7 @@ class Topology(ABC):
 
     @abstractmethod
     def path(self, src: IntArray, dst: IntArray, channel: IntArray | int = 0) -> IntArray:
-        """Links that n transfers pass: shape (n, hops), filled up with NONE. Empty where src is dst."""
+        """Links that n transfers pass: shape (n, hops), padded with NONE, which is all where src is dst."""
 
     @abstractmethod
     def ends(self) -> tuple[IntArray, IntArray]:
@@ -119,15 +119,6 @@ class Topology(ABC):
         """The slowest link's cost, shape (n,); 0 for a path without links."""
         costs = np.append(self.link_seconds_per_byte, 0.0)[path]
         return np.asarray(costs.max(axis=1, initial=0.0), dtype=np.float64)
-
-    def message_s(self, src: int, dst: int, num_bytes: float, *, channel: int = 0) -> float:
-        """Time of one message that meets no other traffic."""
-        for r in (src, dst):
-            if not 0 <= r < self.num_ranks:
-                raise ConfigError(f"rank {r} is not one of the {self.num_ranks} ranks of {self.name}")
-        path = self.path(np.array([src]), np.array([dst]), channel)
-        overhead = self.overhead_s if src != dst else 0.0
-        return float(self.latency_s(path)[0] + overhead + num_bytes * self.seconds_per_byte(path)[0])
 
     def __str__(self) -> str:
         return f"{self.name} ({self.num_ranks} ranks on {len(self.host_names)} hosts)"
@@ -167,7 +158,7 @@ class Switched(Topology):
 
     @property
     def num_groups(self) -> int:
-        """How many switches."""
+        """Number of switches that hosts are on."""
         return max(self.group_of_host, default=0) + 1
 
     def ends(self) -> tuple[IntArray, IntArray]:
@@ -197,7 +188,6 @@ class Switched(Topology):
         return float(latency[0, 0] + latency[1, 0]), float(cost[0])
 
     def to_json(self) -> dict[str, Any]:
-        """Kind "switched"."""
         extra = {"rails": self.rails, "group_of_host": list(self.group_of_host)}
         return {**_json_base(self, "switched"), **extra}
 
@@ -214,7 +204,7 @@ class Grid(Topology):
     sides: tuple[int, ...] = ()
 
     def path(self, src: IntArray, dst: IntArray, channel: IntArray | int = 0) -> IntArray:
-        """Dimension-order route."""
+        """Route along dimension 0 first, then 1, …"""
         sides = self.sides
         src, dst = np.asarray(src, dtype=np.intp), np.asarray(dst, dtype=np.intp)
         at = list(np.unravel_index(src, sides))
@@ -242,7 +232,10 @@ class Grid(Topology):
         return links
 
     def ends(self) -> tuple[IntArray, IntArray]:
-        """Rank to neighbour; a link of a side of 1, or down a side of 2, exists in number only: src = dst."""
+        """From rank to neighbour.
+
+        A link along a side of 1, or down a side of 2, does not exist: it has a number, and src = dst.
+        """
         p, k = self.num_ranks, len(self.sides)
         rank, dim, down = (a.ravel() for a in np.indices((p, k, 2)))
         at = np.array(np.unravel_index(rank, self.sides))
@@ -253,7 +246,6 @@ class Grid(Topology):
         return rank, np.ravel_multi_index(tuple(at), self.sides)
 
     def to_json(self) -> dict[str, Any]:
-        """Kind "grid"."""
         return {**_json_base(self, "grid"), "sides": list(self.sides)}
 
 
@@ -271,7 +263,7 @@ class Graph(Topology):
 
     @cached_property
     def num_nodes(self) -> int:
-        """Ranks and switches."""
+        """Number of ranks and switches."""
         return max((self.num_ranks - 1, *self.link_src, *self.link_dst)) + 1
 
     @cached_property
@@ -295,7 +287,6 @@ class Graph(Topology):
         return wide
 
     def ends(self) -> tuple[IntArray, IntArray]:
-        """As given."""
         return np.asarray(self.link_src, dtype=np.intp), np.asarray(self.link_dst, dtype=np.intp)
 
     def _route(self, src: int, dst: int) -> list[int]:
@@ -334,7 +325,6 @@ class Graph(Topology):
         return last
 
     def to_json(self) -> dict[str, Any]:
-        """Kind "graph"."""
         extra = {"link_src": list(self.link_src), "link_dst": list(self.link_dst)}
         return {**_json_base(self, "graph"), **extra}
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rehearse import rehearse
 
 from paceline import collectives
 from paceline.collectives.verification.sweep import Case, cases
@@ -22,7 +23,6 @@ from paceline.schedule.interpret import interpret
 from paceline.schedule.lowering.lower import lower
 from paceline.schedule.lowering.lowered import Lowered
 from paceline.schedule.program import COPY, Op, Program, step_of
-from paceline.schedule.rehearse import rehearse
 from paceline.schedule.verification.verify import verify
 
 Steps = list[list[Op]]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from paceline import collectives
+from paceline import _core, collectives
 from paceline.collectives.verification.sweep import Summary, verify_all, verify_case
-from paceline.errors import ScheduleError
+from paceline.errors import ConfigError, ScheduleError
 from paceline.schedule.builder import Builder
 from paceline.schedule.lowering.lower import lower
-from paceline.schedule.lowering.lowered import Instruction, Lowered, from_bytes
+from paceline.schedule.lowering.lowered import EXECUTED, POSTS, RECEIVES, VERBS, Instruction, Lowered
 from paceline.schedule.program import INPUT, OUTPUT, SCRATCH, Program
 from paceline.schedule.verification.verify import verify
 
@@ -21,6 +22,7 @@ def test_everything_small_is_accepted() -> None:
     summary = verify_all(range(1, 7))
     assert summary.failures == []
     assert summary.programs > 500 and summary.lowered == 4 * (summary.programs - summary.same)
+    assert 2 * summary.executable >= summary.lowered
 
 
 @pytest.mark.slow
@@ -202,20 +204,47 @@ def test_malformed_lists_are_found() -> None:
     refused(lowered, "lane 0 .* two peers")
 
 
-def test_both_forms_hold_the_same_program() -> None:
-    for zero_copy in (False, True):
-        lowered = lower(collectives.build("hierarchical", "all_reduce", 6), zero_copy=zero_copy)
-        again = from_bytes([lowered.to_bytes(r) for r in range(6)], algorithm="hierarchical")
-        for i in (i for mine in lowered.instructions for i in mine):
-            i.step = -1
-        assert again == lowered
-        assert verify(again).messages > 0
-    with pytest.raises(ScheduleError, match="cut off"):
-        from_bytes([lowered.to_bytes(0)[:-8], *(lowered.to_bytes(r) for r in range(1, 6))])
-    with pytest.raises(ScheduleError, match="list 0 of 6 is of rank 1"):
-        from_bytes([lowered.to_bytes(1)] * 6)
-    with pytest.raises(ScheduleError, match="not a lowered program"):
-        from_bytes([b"nothing"[:4]])
+def test_executable_forms_are_those_that_the_core_accepts() -> None:
+    """The core's executor has the verbs that `lowered` says it has, and refuses the others by name."""
+    assert _core.Plan.VERBS == EXECUTED
+    for verb in VERBS:
+        plan = _core.Plan(num_ranks=4, scratch_bytes=0, output_bytes=8)
+        fields = {"lane": 0, "channel": 0, "num_bytes": 8, "src": [], "operand": [], "deps": []}
+        peers = {"recv_peer": 1 if verb in RECEIVES else -1, "send_peer": 2 if verb in POSTS else -1}
+        if verb in EXECUTED:
+            plan.add(verb=verb, **fields, **peers, dst=[(1, 0, 8)])
+        else:
+            with pytest.raises(ConfigError, match=f"does not run the verb '{verb}'"):
+                plan.add(verb=verb, **fields, **peers, dst=[(1, 0, 8)])
+    staged, zero_copy = (
+        lower(collectives.build("hierarchical", "all_reduce", 6), zero_copy=z) for z in (False, True)
+    )
+    assert staged.is_executable and not zero_copy.is_executable
+    assert verify(collectives.build("hierarchical", "all_reduce", 6)).executable_forms == 2
+    assert verify(staged).messages > 0 and verify(zero_copy).messages > 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lane": -1},
+        {"channel": 256},
+        {"recv_peer": 4},
+        {"recv_peer": -1},
+        {"send_peer": 1},
+        {"num_bytes": 1 << 50},
+        {"dst": [(3, 0, 8)]},
+        {"src": [(0, 1 << 50, 8)]},
+        {"deps": [0]},
+    ],
+)
+def test_the_core_refuses_instructions_that_no_executor_could_run(wrong: dict[str, Any]) -> None:
+    plan = _core.Plan(num_ranks=4, scratch_bytes=0, output_bytes=8)
+    good: dict[str, Any] = {"verb": "recv", "lane": 0, "channel": 0, "recv_peer": 1, "send_peer": -1}
+    good |= {"num_bytes": 8, "dst": [(1, 0, 8)], "src": [], "operand": [], "deps": []}
+    with pytest.raises(ConfigError, match=r"instruction 0: .* is out of range"):
+        plan.add(**(good | wrong))
+    plan.add(**good)
 
 
 def test_lowering_of_the_ring_is_tight() -> None:
@@ -247,7 +276,7 @@ from paceline.schedule.program import INPUT, Program, copy, ranks, reduce, toget
 
 OPERATIONS = ("all_reduce",)
 
-def build(operation, num_ranks, *, root=0, channels=1, instances=1):
+def build(operation, num_ranks, *, root=0):
     me = ranks(num_ranks)
     def steps():
         yield copy(me, me, 0, source=INPUT)
@@ -258,7 +287,7 @@ def build(operation, num_ranks, *, root=0, channels=1, instances=1):
 def supports(operation, num_ranks):
     return operation in OPERATIONS
 
-def cost(operation, num_ranks, *, root=0, channels=1, instances=1):
+def cost(operation, num_ranks, *, root=0):
     n = num_ranks - 1
     return Cost(2 * (n > 0), n, Fraction(n), Fraction(n))
 '''

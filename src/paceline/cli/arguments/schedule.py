@@ -1,8 +1,7 @@
-"""What the user of `paceline schedule` writes, turned into values: algorithms, ranges, sizes, conditions."""
+"""Arguments of `paceline schedule`, turned into values: algorithms, ranges, sizes, conditions."""
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,6 @@ from paceline.errors import ConfigError
 if TYPE_CHECKING:
     from paceline.schedule.program import Program
     from paceline.schedule.simulation.simulate import Conditions
-    from paceline.schedule.topology import Topology
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
@@ -22,56 +20,34 @@ _SAMPLE_RANKS = 128
 
 
 def algorithm(text: str, *, channels: int = 1) -> tuple[str, dict[str, Any]]:
-    """`ring_chunked(segments=4)` → its name and options, checked against what its `build` takes."""
-    from paceline import collectives, spec
-
-    wanted = spec.parse(text)
-    module = collectives.find(wanted.name)
-    options = dict(wanted.arguments)
-    if channels != 1:
-        options["channels"] = channels
-    known = [
-        p for p in inspect.signature(module.build).parameters if p not in ("operation", "num_ranks", "root")
-    ]
-    for key in options:
-        if key not in known:
-            raise ConfigError(f"{wanted.name} has no option {key!r}; it takes {', '.join(known)}")
-    return module.__name__.rpartition(".")[2], options
-
-
-def with_hosts(name: str, options: dict[str, Any], topology: Topology) -> dict[str, Any]:
-    """Tell an algorithm that knows hosts about those of the topology, unless the user did."""
+    """`ring_chunked(segments=4)` → the algorithm's own name, and its options with `channels` copies."""
     from paceline import collectives
 
-    takes = inspect.signature(collectives.find(name).build).parameters
-    is_grouped = 1 < len(topology.host_names) < topology.num_ranks
-    if "hosts" in takes and "hosts" not in options and is_grouped:
-        return {**options, "hosts": topology.hosts}
-    return options
+    name, options = collectives.parse(text)
+    if channels != 1:
+        options["channels"] = channels
+    collectives.check_options(name, options)
+    return collectives.find(name).__name__.rpartition(".")[2], options
 
 
 def build(name: str, operation: str, num_ranks: int, *, root: int = 0, **options: Any) -> Program:
-    """`collectives.build`, refusing what would not fit in memory."""
+    """As `collectives.build`; ConfigError also for a program that would not fit in memory."""
     from paceline import collectives
     from paceline.schedule import contract
 
     contract.base_operation(operation)
-    too_large = oversized(name, operation, num_ranks, root=root, **options)
+    too_large = oversized(name, operation, num_ranks, **options)
     if too_large:
         raise ConfigError(too_large)
-    try:
-        return collectives.build(name, operation, num_ranks, root=root, **options)
-    except TypeError as error:
-        raise ConfigError(f"{name}: {error}") from error
+    return collectives.build(name, operation, num_ranks, root=root, **options)
 
 
 def oversized(name: str, operation: str, num_ranks: int, **options: Any) -> str:
-    """Why this program would be too large to hold, or an empty string."""
+    """Return why this program would be too large to hold, or an empty string."""
     from paceline import collectives
 
-    plain = {k: v for k, v in options.items() if k not in ("channels", "instances", "root")}
-    if num_ranks < 1 or not collectives.supports(name, operation, num_ranks, **plain):
-        return ""  # `build` says it better
+    if not collectives.supports(name, operation, num_ranks, **options):
+        return ""  # `build` gives the better reason
     transfers = _largest_step(name, operation, num_ranks, options)
     if transfers <= _MAX_TRANSFERS_PER_STEP:
         return ""
@@ -79,10 +55,10 @@ def oversized(name: str, operation: str, num_ranks: int, **options: Any) -> str:
 
 
 def _largest_step(name: str, operation: str, num_ranks: int, options: Mapping[str, Any]) -> float:
-    """How many transfers the largest step has; for many ranks as it grows from 128 to 256 ranks."""
+    """Transfers of the largest step; for many ranks, extrapolated from 128 and 256 ranks."""
     from paceline import collectives
 
-    few = {k: v for k, v in options.items() if k not in ("hosts", "root")}
+    few = {k: v for k, v in options.items() if k != "hosts"}
 
     def largest(p: int) -> int:
         program = collectives.build(name, operation, p, **few)
@@ -92,7 +68,7 @@ def _largest_step(name: str, operation: str, num_ranks: int, options: Mapping[st
         return 0
     try:
         small, large = largest(_SAMPLE_RANKS), largest(2 * _SAMPLE_RANKS)
-    except ConfigError:  # it does not do these numbers of ranks
+    except ConfigError:  # it does not support the sample's numbers of ranks
         cost = collectives.cost(name, operation, num_ranks, **options)
         return num_ranks * cost.messages / max(cost.steps, 1)
     return float(large * (num_ranks / (2 * _SAMPLE_RANKS)) ** math.log2(large / small))
@@ -123,7 +99,7 @@ def size(text: str) -> int:
 
 
 def conditions(late: Sequence[str], stragglers: Sequence[str], slow_links: Sequence[str]) -> Conditions:
-    """`3:0.01`, `3:2.5` and `0-1:10` to Conditions."""
+    """Read `3:0.01`, `3:2.5` and `0-1:10` as Conditions."""
     from paceline.schedule.simulation.simulate import Conditions
 
     number = r"(\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+)"
@@ -150,7 +126,7 @@ def conditions(late: Sequence[str], stragglers: Sequence[str], slow_links: Seque
 
 
 def human_bytes(count: float) -> str:
-    """`1.5 MB`."""
+    """Format a number of bytes, as `1.5 MB`."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.4g} {unit}"
@@ -159,7 +135,7 @@ def human_bytes(count: float) -> str:
 
 
 def human_s(seconds: float) -> str:
-    """`1.5 ms`."""
+    """Format a time, as `1.5 ms`."""
     if seconds >= 1:
         return f"{seconds:.4g} s"
     return f"{seconds * 1e3:.4g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.4g} µs"

@@ -1,4 +1,4 @@
-"""`paceline schedule`: collective algorithms list, show, verify, simulate, compare. Never imports torch."""
+"""`paceline schedule`: list, show, verify, simulate, compare collective algorithms. Never imports torch."""
 
 from __future__ import annotations
 
@@ -21,37 +21,41 @@ Name = Annotated[
     str,
     typer.Argument(metavar="NAME", help="Algorithm, with options if any: ring, 'ring_chunked(segments=4)'."),
 ]
-Operation = Annotated[str, typer.Option(help="all_reduce, broadcast, all_to_all …")]
+Operation = Annotated[str, typer.Option(help="Operation: all_reduce, broadcast, all_to_all …")]
 Network = Annotated[
     str,
     typer.Option(
         "--topology",
         "--network",
         "-t",
-        help="ethernet(gbit=1), cluster(hosts=4, local=2), torus(rows=4, columns=4), dgx1 …, FILE.json.",
+        help="Network: ethernet(gbit=1), cluster(hosts=4, local=2), dgx1 …, or FILE.json.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Root = Annotated[int, typer.Option(help="Root of broadcast, reduce, gather, scatter.")]
-Channels = Annotated[int, typer.Option(min=1, help="Copies side by side, each on a part of every chunk.")]
-Late = Annotated[list[str] | None, typer.Option(metavar="RANK:SECONDS", help="Rank enters late.")]
-Straggler = Annotated[list[str] | None, typer.Option(metavar="RANK:FACTOR", help="Rank is slower.")]
-SlowLink = Annotated[list[str] | None, typer.Option(metavar="SRC-DST:FACTOR", help="Link is slower.")]
+Channels = Annotated[int, typer.Option(min=1, help="Copies that run side by side on parts of every chunk.")]
+Late = Annotated[list[str] | None, typer.Option(metavar="RANK:SECONDS", help="Let a rank enter late.")]
+Straggler = Annotated[list[str] | None, typer.Option(metavar="RANK:FACTOR", help="Make a rank slower.")]
+SlowLink = Annotated[
+    list[str] | None,
+    typer.Option(metavar="SRC-DST:FACTOR", help="Make a link slower."),
+]
 
+_ONE_FILE = "Write the {} to this file instead of writing all three to the folder."
 _DEFAULT_NETWORK = "ethernet(gbit=10)"
 
 
 def register(root: typer.Typer) -> None:
-    """Add the verb."""
+    """Add `paceline schedule` to the command line."""
     root.add_typer(app)
 
 
 @app.command("list")
 def list_algorithms(
-    operation: Annotated[str | None, typer.Option(help="Only algorithms for this operation.")] = None,
+    operation: Annotated[str | None, typer.Option(help="List only algorithms for this operation.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Every algorithm: operations, supported ranks, paper, cost claim."""
+    """List every algorithm: operations, supported numbers of ranks, paper, claimed cost."""
     reports.print_list(operation, as_json=as_json)
 
 
@@ -65,11 +69,11 @@ def show(
     topology: Network = _DEFAULT_NETWORK,
     size: Annotated[str, typer.Option("--bytes", help="Size for the trace: 64MiB, 1000000 …")] = "1MB",
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the picture, page and trace.")
+        Path, typer.Option("--output", "-o", help="Folder for the picture, the page and the trace.")
     ] = Path(),
-    svg: Annotated[Path | None, typer.Option(help="File for the picture instead.")] = None,
-    html: Annotated[Path | None, typer.Option(help="File for the page instead.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="File for the trace instead.")] = None,
+    svg: Annotated[Path | None, typer.Option(help=_ONE_FILE.format("picture"))] = None,
+    html: Annotated[Path | None, typer.Option(help=_ONE_FILE.format("page"))] = None,
+    trace: Annotated[Path | None, typer.Option(help=_ONE_FILE.format("trace"))] = None,
     as_json: Json = False,
 ) -> None:
     """Print the steps; write a space-time picture (SVG, HTML) and a trace for ui.perfetto.dev."""
@@ -98,12 +102,15 @@ def show(
 @app.command()
 def verify(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Algorithm; or give --all.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every algorithm.")] = False,
-    operation: Annotated[str | None, typer.Option(help="Only this operation (default: all).")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Verify every algorithm.")] = False,
+    operation: Annotated[str | None, typer.Option(help="Verify only this operation (default: all).")] = None,
     ranks: Annotated[str, typer.Option(help="Numbers of ranks: 1..17, or 2,4,8.")] = "1..17",
     as_json: Json = False,
 ) -> None:
-    """Prove that programs are correct as they will be executed, with every root; exit code 1 if not."""
+    """Prove programs correct, in all lowered forms and with every root; exit code 1 if one is not.
+
+    The staged forms are those that the C++ executor runs; zero-copy forms are modelled only.
+    """
     from paceline.cli import schedule_verify
 
     schedule_verify.run(name, every=every, operation=operation, ranks=arguments.ranks(ranks), as_json=as_json)
@@ -126,10 +133,10 @@ def simulate(
     straggler: Straggler = None,
     slow_link: SlowLink = None,
     trace: Annotated[Path | None, typer.Option(help="Write a trace for ui.perfetto.dev.")] = None,
-    per_rank: Annotated[bool, typer.Option(help="Also every rank's finish time and bytes (JSON).")] = False,
+    per_rank: Annotated[bool, typer.Option(help="Add every rank's finish time and bytes (JSON).")] = False,
     as_json: Json = False,
 ) -> None:
-    """Simulated time of one algorithm on a topology, with stragglers and slow links if you like."""
+    """Simulate one algorithm on a topology, with late ranks, stragglers and slow links."""
     chosen, options = arguments.algorithm(name, channels=channels)
     report = reports.simulate(
         chosen,
@@ -157,7 +164,7 @@ def compare(
         "64,1kB,8kB,64kB,512kB,4MB,32MB,256MB"
     ),
     algorithms: Annotated[
-        str | None, typer.Option(help="Only these, separated by commas, with options if any.")
+        str | None, typer.Option(help="Compare only these, separated by commas, with options if any.")
     ] = None,
     root: Root = 0,
     late: Late = None,
@@ -165,7 +172,7 @@ def compare(
     slow_link: SlowLink = None,
     as_json: Json = False,
 ) -> None:
-    """The fastest algorithm for each size on a topology, and where the crossovers are."""
+    """Find the fastest algorithm for each size on a topology, and the crossovers."""
     report: dict[str, Any] = reports.compare(
         operation=operation,
         num_ranks=ranks,

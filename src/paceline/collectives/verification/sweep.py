@@ -1,4 +1,4 @@
-"""Everything that is shipped, case by case: for `paceline schedule verify --all`, and for tests."""
+"""Every shipped program, case by case: for `paceline schedule verify --all`, and for tests."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Case:
     operation: str
     num_ranks: int
     root: int
-    options: dict[str, Any]
+    options: dict[str, Any]  # as `collectives.build` takes them
 
     def __str__(self) -> str:
         options = "".join(f", {k} {v}" for k, v in self.options.items())
         return f"{self.algorithm} {self.operation}, {self.num_ranks} ranks, root {self.root}{options}"
 
     def build(self) -> Program:
-        """Build the program."""
+        """Build its program with `collectives.build`."""
         return collectives.build(
             self.algorithm, self.operation, self.num_ranks, root=self.root, **self.options
         )
@@ -69,14 +69,16 @@ def cases(
 class Summary:
     """What `verify_all` did.
 
-    `programs`: cases; `same`: those of them that are, step by step, the program of another operation (the
-    v-forms), which is proved once. `lowered`: lowered programs proved; then their instructions, messages and
-    dependencies. `failures`: (case, reason).
+    `programs`: cases. `same`: those of them whose steps are equal to those of another operation's program
+    (the v-forms), which is proved once. `lowered`: lowered forms proved; `executable`: those of them that the
+    C++ executor runs, while the others are modelled only. `instructions`, `messages`, `dependencies`: of all
+    lowered forms together. `failures`: (case, reason).
     """
 
     programs: int = 0
     same: int = 0
     lowered: int = 0
+    executable: int = 0
     instructions: int = 0
     messages: int = 0
     dependencies: int = 0
@@ -84,9 +86,9 @@ class Summary:
 
 
 def verify_case(case: Case, summary: Summary, *, twins: bool = False) -> None:
-    """Hold a program's claimed cost against the counted one and prove it lowered in all four ways.
+    """Compare a program's claimed cost with the counted one, and prove its four lowered forms.
 
-    `twins`: a v-form with the very steps of its equal form needs no proof of its own.
+    `twins`: a v-form whose steps equal those of the plain operation is not proved again.
     """
     summary.programs += 1
     try:
@@ -98,13 +100,14 @@ def verify_case(case: Case, summary: Summary, *, twins: bool = False) -> None:
         for in_place in (False, True):
             for zero_copy in (False, True):
                 proved = verify(lower(program, in_place=in_place, zero_copy=zero_copy))
-                summary.lowered += 1
+                summary.lowered += proved.forms
+                summary.executable += proved.executable_forms
                 summary.instructions += proved.instructions
                 summary.messages += proved.messages
                 summary.dependencies += proved.dependencies
     except ScheduleError as error:
         summary.failures.append((str(case), str(error)))
-    except Exception as error:  # a plug-in may fail in any way; the others are still to be proved
+    except Exception as error:  # a plug-in may fail in any way; the others are proved all the same
         summary.failures.append((str(case), f"{type(error).__name__}: {error}"))
 
 
@@ -115,7 +118,7 @@ def _check_claim(case: Case, program: Program) -> None:
 
 
 def _is_twin(case: Case, program: Program) -> bool:
-    """Whether a v-form has the very steps of its equal form."""
+    """Whether a v-form has the same steps as the plain operation."""
     base = V_FORMS.get(case.operation)
     if base is None or base not in collectives.find(case.algorithm).OPERATIONS:
         return False
@@ -136,7 +139,7 @@ def verify_all(
     operations: Sequence[str] | None = None,
     progress: Callable[[Case], None] | None = None,
 ) -> Summary:
-    """Prove everything shipped for these numbers of ranks; `progress` hears of each case first."""
+    """Prove everything shipped for these numbers of ranks; `progress` is called before each case."""
     summary = Summary()
     for case in cases(ranks, algorithms=algorithms, operations=operations):
         if progress is not None:

@@ -1,8 +1,12 @@
-"""From a lowered program to what the core runs: runs of chunks become byte ranges of a call's buffers."""
+"""From a lowered program to the plan that the core runs: chunks become byte ranges of a call's buffers.
+
+`schedule/lowering/lowered.py` documents the instructions; `_core.Plan.add` takes their fields by those names.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -10,19 +14,33 @@ import numpy.typing as npt
 from paceline import _core, collectives
 from paceline.schedule import contract
 from paceline.schedule.lowering.lower import lower
-from paceline.schedule.lowering.lowered import POSTS, VERBS, Instruction, Lowered, Run
-from paceline.schedule.program import chunk_offsets
+from paceline.schedule.lowering.lowered import POSTS, ChunkRun, Instruction, Lowered
+from paceline.schedule.program import SCRATCH, chunk_offsets
 
-Message = tuple[tuple[int, int], ...]
+Counts = int | tuple[int, ...] | tuple[tuple[int, ...], ...]
+"""As `contract.layout` takes them, in elements; hashable."""
+MessageChunks = tuple[tuple[int, int], ...]
 """(logical chunk, count) of each run of a message."""
+MessageKey = tuple[int, int, int, int]
+"""(sender, receiver, channel, number)"""
+ByteRange = tuple[int, int, int]
+"""(buffer, offset, num_bytes)"""
 
 
 @functools.lru_cache(maxsize=64)
-def lowered(algorithm: str, operation: str, num_ranks: int, root: int, in_place: bool) -> Lowered:
-    """Lower an algorithm, written as `ring_chunked(segments=4)`; ConfigError if it cannot do this."""
+def lowered(
+    algorithm: str, operation: str, num_ranks: int, root: int, in_place: bool
+) -> tuple[Lowered, Mapping[MessageKey, MessageChunks]]:
+    """Lower an algorithm, written as `ring_chunked(segments=4)`, and find what its messages carry.
+
+    ConfigError if the algorithm cannot do this.
+    """
     name, options = collectives.parse(algorithm)
-    program = collectives.build(name, operation, num_ranks, root=root, **options)
-    return lower(program, in_place=in_place)
+    program = lower(
+        collectives.build(name, operation, num_ranks, root=root, **options),
+        in_place=in_place,
+    )
+    return program, _messages(program)
 
 
 @functools.lru_cache(maxsize=256)
@@ -33,11 +51,25 @@ def plan(
     root: int,
     rank: int,
     in_place: bool,
-    counts: int | tuple[int, ...] | tuple[tuple[int, ...], ...],
+    counts: Counts,
     element_bytes: int,
 ) -> _core.Plan:
-    """What `rank` runs; `counts` as in `contract.layout`, in elements."""
-    program = lowered(algorithm, operation, num_ranks, root, in_place)
+    """Return what `rank` runs for a call of this size.
+
+    Args:
+        algorithm: Name and options, as `ring_chunked(segments=4)`.
+        operation: all_reduce, broadcast, …
+        num_ranks: P.
+        root: Root of a rooted operation.
+        rank: Whose part of the program.
+        in_place: Whether source and output are the same memory.
+        counts: Size of the call in elements, as `contract.layout` takes it.
+        element_bytes: Size of an element.
+
+    Raises:
+        ConfigError: The algorithm does not exist, or cannot do this with its options.
+    """
+    program, messages = lowered(algorithm, operation, num_ranks, root, in_place)
     sizes = _chunk_sizes(program, counts) * element_bytes
     layout = contract.layout(program, rank, counts)
     offsets = (
@@ -45,32 +77,50 @@ def plan(
         np.asarray(layout.output_offsets) * element_bytes,
     )
     largest = int(sizes.max(initial=0))
-
-    def pieces(runs: list[Run]) -> list[int]:
-        words: list[int] = []
-        for buffer, chunk, logical, count in runs:
-            if buffer < 2:
-                words += (buffer, int(offsets[buffer][chunk]), int(sizes[logical : logical + count].sum()))
-            else:
-                for k in range(count):
-                    words += (buffer, (chunk + k) * largest, int(sizes[logical + k]))
-        return words
-
-    messages = _messages(program)
+    ranges = _ranges(sizes, offsets, largest)
     has_output = contract.defines_output(program, rank) and contract.base_operation(operation) != "barrier"
-    output_bytes = int(offsets[1][-1]) if has_output else 0
-    instructions = program.instructions[rank]
-    words = [program.scratch_chunks * largest, output_bytes, program.num_lanes(rank), len(instructions)]
-    for i in instructions:
-        shape = _message_of(messages, rank, i)
-        num_bytes = sum(int(sizes[a : a + n].sum()) for a, n in shape)
-        lists = [pieces(runs) for runs in (i.dst, i.src, i.far)]
-        words += [VERBS.index(i.verb), i.lane, i.channel, i.recv_peer, i.send_peer, num_bytes]
-        words += [*(len(x) // 3 for x in lists), len(i.deps), *lists[0], *lists[1], *lists[2], *i.deps]
-    return _core.Plan(words, num_ranks)
+    resolved = _core.Plan(
+        num_ranks=num_ranks,
+        scratch_bytes=program.scratch_chunks * largest,
+        output_bytes=int(offsets[1][-1]) if has_output else 0,
+    )
+    for i in program.instructions[rank]:
+        chunks = _chunks_of(messages, rank, i)
+        resolved.add(
+            verb=i.verb,
+            lane=i.lane,
+            channel=i.channel,
+            recv_peer=i.recv_peer,
+            send_peer=i.send_peer,
+            num_bytes=sum(int(sizes[first : first + count].sum()) for first, count in chunks),
+            dst=ranges(i.dst),
+            src=ranges(i.src),
+            operand=ranges(i.operand),
+            deps=i.deps,
+        )
+    return resolved
 
 
-def _chunk_sizes(program: Lowered, counts: object) -> npt.NDArray[np.int64]:
+def _ranges(
+    sizes: npt.NDArray[np.int64], offsets: tuple[npt.NDArray[np.intp], ...], largest: int
+) -> Callable[[list[ChunkRun]], list[ByteRange]]:
+    """Return the function from runs to byte ranges, for chunks of these sizes and offsets in bytes."""
+
+    def ranges(runs: list[ChunkRun]) -> list[ByteRange]:
+        found: list[ByteRange] = []
+        for buffer, chunk, logical, count in runs:
+            if buffer != SCRATCH:
+                num_bytes = int(sizes[logical : logical + count].sum())
+                found.append((buffer, int(offsets[buffer][chunk]), num_bytes))
+                continue
+            for k in range(count):  # every chunk has a place for the largest one
+                found.append((buffer, (chunk + k) * largest, int(sizes[logical + k])))
+        return found
+
+    return ranges
+
+
+def _chunk_sizes(program: Lowered, counts: Counts) -> npt.NDArray[np.int64]:
     """Elements of every logical chunk."""
     operation, p = contract.base_operation(program.operation), program.num_ranks
     if operation == "barrier":
@@ -83,39 +133,37 @@ def _chunk_sizes(program: Lowered, counts: object) -> npt.NDArray[np.int64]:
     return np.concatenate([np.diff(chunk_offsets(int(n), parts)) for n in blocks]).astype(np.int64)
 
 
-_known: dict[int, tuple[Lowered, dict[tuple[int, int, int, int], Message]]] = {}
-
-
-def _messages(program: Lowered) -> dict[tuple[int, int, int, int], Message]:
-    """The chunks of every message by (sender, receiver, channel, number)."""
-    found = _known.get(id(program))
-    if found is not None:
-        return found[1]
-    messages: dict[tuple[int, int, int, int], Message] = {}
+def _messages(program: Lowered) -> dict[MessageKey, MessageChunks]:
+    """Find the chunks of every message."""
+    messages: dict[MessageKey, MessageChunks] = {}
     waiting = [(r, i) for r, each in enumerate(program.instructions) for i in each if i.verb in POSTS]
     while waiting:
-        # What only forwards has the chunks of the message that it forwards.
+        # An instruction that only forwards a message has the chunks of that message.
         left = []
         for rank, i in waiting:
             runs = i.src or i.dst
             source = (i.recv_peer, rank, i.channel, i.recv_message)
             if i.verb != "recv_send" or runs:
-                shape = tuple((logical, count) for _, _, logical, count in runs)
+                chunks = _logical(runs)
             elif source in messages:
-                shape = messages[source]
+                chunks = messages[source]
             else:
                 left.append((rank, i))
                 continue
-            messages[rank, i.send_peer, i.channel, i.send_message] = shape
+            messages[rank, i.send_peer, i.channel, i.send_message] = chunks
         assert len(left) < len(waiting), "messages forward each other in a circle"
         waiting = left
-    _known[id(program)] = (program, messages)
     return messages
 
 
-def _message_of(messages: dict[tuple[int, int, int, int], Message], rank: int, i: Instruction) -> Message:
+def _chunks_of(messages: Mapping[MessageKey, MessageChunks], rank: int, i: Instruction) -> MessageChunks:
+    """Return the chunks that an instruction moves."""
     if i.recv_peer >= 0:
         return messages[i.recv_peer, rank, i.channel, i.recv_message]
     if i.send_peer >= 0:
         return messages[rank, i.send_peer, i.channel, i.send_message]
-    return tuple((logical, count) for _, _, logical, count in (i.dst or i.src))
+    return _logical(i.dst or i.src)
+
+
+def _logical(runs: list[ChunkRun]) -> MessageChunks:
+    return tuple((logical, count) for _, _, logical, count in runs)

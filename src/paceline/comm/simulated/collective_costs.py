@@ -9,7 +9,6 @@ used, so that a run with ever-changing sizes stays quick. All results are kept: 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,10 +128,7 @@ class CollectiveCosts:
     def _program(self, name: str, operation: str) -> Program | None:
         """The algorithm's program, with hosts if it takes them and ranks share some; None if it cannot."""
         topology = self._topology
-        options: dict[str, Any] = {}
-        takes = inspect.signature(collectives.find(name).build).parameters
-        if "hosts" in takes and 1 < len(topology.host_names) < topology.num_ranks:
-            options["hosts"] = topology.hosts
+        options = collectives.with_hosts(name, {}, topology.hosts)
         answer = collectives.supports(name, operation, topology.num_ranks, **options)
         if not answer:
             return None

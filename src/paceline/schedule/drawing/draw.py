@@ -1,7 +1,7 @@
 """A program as a picture: ranks down, steps across, one arrow per message, coloured by channel.
 
-Between the steps each rank shows a strip with one cell per chunk: how much of the result it holds. Long
-programs continue on the next line, like music. SVG without scripts or outside fonts.
+Between the steps a strip shows for each rank how much of the result it holds, one cell per chunk. Long
+programs continue on the next line. The SVG needs no scripts and no external fonts.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ pre {{ background: #f5f7fa; padding: 12px; overflow: auto; font-size: 13px; }}
 
 
 def text(program: Program) -> list[str]:
-    """Every step as lines of text; steps within a rank are named so."""
+    """Every step as lines of text; a step without messages is headed "within ranks"."""
     _check_size(program)
     lines, number = [], 0
     for step in program.steps():
@@ -77,7 +77,10 @@ def _check_size(program: Program) -> None:
 
 
 def _message_steps(program: Program) -> tuple[list[Moment], FloatArray]:
-    """Return the steps with messages, and what is held before the first; local ones are folded in."""
+    """Return the steps with messages, and what the ranks hold before the first.
+
+    A local step is joined to the step before it.
+    """
     _check_size(program)
     holdings = Holdings(program)
     start, kept = holdings.complete(), []
@@ -105,10 +108,12 @@ def _arrows(moment: Moment, program: Program) -> list[Arrow]:
         key = (op.src_rank, op.dst_rank, op.kind == REDUCE, op.channel)
         carried.setdefault(key, []).extend(logical)
         titles.setdefault(key, []).append(op)
-    return [
-        Arrow(*key, _chunks(chunks, program), "\n".join(str(op) for op in titles[key]))
-        for key, chunks in carried.items()
-    ]
+    arrows = []
+    for key, chunks in carried.items():
+        src, dst, is_reduce, channel = key
+        title = "\n".join(str(op) for op in titles[key])
+        arrows.append(Arrow(src, dst, is_reduce, channel, _chunks(chunks, program), title))
+    return arrows
 
 
 def _chunks(numbers: Sequence[int], program: Program) -> str:

@@ -1,7 +1,7 @@
 """What every rank holds before and after each step of a small program, for drawings and explanations.
 
-The whole state is kept (ranks × chunks × contributors), so this is for tens of ranks, not thousands; the
-verifier, not this, says whether a program is correct.
+The whole state is kept (ranks × chunks × contributors), so this suits tens of ranks, not thousands. Whether a
+program is correct is for the verifier to say.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ NOTHING = -1
 class Moment:
     """One step, with what it moves and what the ranks hold once it is done.
 
-    `logical`: for each transfer the logical numbers of its chunks (see `contract.logical_input`).
-    `complete`: shape (P, cells), the largest share of the needed contributors that a rank holds of each cell:
-    a chunk of the whole buffer, or for all_to_all the block from each source to this rank.
+    `logical`: for each transfer the logical numbers of its chunks (see `contract.logical_input`). `complete`:
+    shape (P, cells), for each cell the largest share of the needed contributors that the rank holds. A cell
+    is a chunk of the whole buffer, or for all_to_all a chunk of a block from another rank to this one.
     """
 
     step: Step

@@ -77,7 +77,7 @@ class Page:
         )
 
     def heading(self, caption: str) -> str:
-        """Title and caption."""
+        """Return the title and the caption of the picture."""
         title = f"{self.program.algorithm} · {self.program.operation} · {self.program.num_ranks} ranks"
         return (
             f'<text x="24" y="34" font-size="20" font-weight="700">{escape(title)}</text>\n'
@@ -172,9 +172,9 @@ class Page:
         )
 
     def _labels(self, band: int, column: int, arrows: Sequence[Arrow]) -> list[str]:
-        """One label per arrow, where it is farthest from the other arrows and labels.
+        """Place one label per arrow, where it is farthest from the other arrows and labels.
 
-        Three arrows and more that carry the same to or from one rank share a label beside that rank.
+        Three or more arrows that carry the same to or from one rank share a label beside that rank.
         """
         ways = np.array([self._way(band, column, a) for a in arrows])
         start, move = ways[:, :2], ways[:, 2:] - ways[:, :2]
@@ -280,7 +280,7 @@ class _Line:
 
 
 def _shared(arrows: Sequence[Arrow]) -> list[tuple[int, str]]:
-    """Arrows that need a label: (index, "dst" or "src" if it stands for all alike at that rank, else "")."""
+    """Arrows that need a label: (index, "dst" or "src" if the label is shared at that end, else "")."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, a in enumerate(arrows):
         for end, rank in (("dst", a.dst), ("src", a.src)):
@@ -306,7 +306,7 @@ def _distance(points: FloatArray, start: FloatArray, move: FloatArray) -> FloatA
 
 
 def _shade(share: float) -> str:
-    """White-blue to grey-blue for a part of the sum; green when everything is in."""
+    """White-blue to grey-blue for a part of the sum, green for the whole."""
     if share >= 1:
         return _DONE
     low, high = (232, 238, 245), (84, 104, 130)

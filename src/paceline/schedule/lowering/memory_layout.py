@@ -2,7 +2,7 @@
 
 A *name* is a place of the Program: (rank, buffer, chunk). *Memory* is a place of the lowered program. Each
 name has a home in memory, but its content may be *at* other memory: a local copy moves nothing, it only
-notes that the destination is at the source. Names and memory are numbered rank · width + place.
+records that the destination is at the source. Names and memory are numbered rank · width + place.
 """
 
 from __future__ import annotations
@@ -13,12 +13,17 @@ from paceline.errors import ScheduleError
 from paceline.schedule import contract
 from paceline.schedule.program import INPUT, OUTPUT, REDUCE, Buffer, Program, Step
 
-Row = tuple[int, int, int, int, int]
+NamedTransfer = tuple[int, int, int, int, int]
 """One transfer of one step: (kind, source name, destination name, number of chunks, channel)."""
 
 
-class Placement:
-    """Names, their homes, and what lies where."""
+class MemoryLayout:
+    """Names, their homes, and which memory holds what.
+
+    `home[name]`: memory where the content of a name belongs. `at[name]`: memory where it is. `names_at[mem]`:
+    names whose content is there. `logical[mem]`: logical chunk that the memory holds. `results`: names that
+    must be at home when the program ends.
+    """
 
     def __init__(self, program: Program, *, in_place: bool) -> None:
         self.program, self.in_place = program, in_place
@@ -61,7 +66,7 @@ class Placement:
         ]
         return [rank * self.width + place for place in places]
 
-    def rows(self, step: Step) -> list[Row]:
+    def rows(self, step: Step) -> list[NamedTransfer]:
         """Transfers of a step with names for places; ScheduleError if one does not exist."""
         name = self.name
         return [
@@ -85,13 +90,13 @@ class Placement:
         return rank * self.name_width + self._starts[buffer] + chunk
 
     def describe(self, name: int) -> str:
-        """`rank 3 output[2]`."""
+        """Return `rank 3 output[2]`, for error messages."""
         rank, place = divmod(name, self.name_width)
         buffer = max(b for b in range(3) if self._starts[b] <= place)
         return f"rank {rank} {Buffer(buffer).name.lower()}[{place - self._starts[buffer]}]"
 
     def place_of(self, mem: int) -> tuple[int, int]:
-        """(buffer, chunk) that the lowered program calls this memory; plain integers, for speed."""
+        """(buffer, chunk) of this memory in the lowered program; plain integers, for speed."""
         place = mem % self.width
         if place >= self._scratch:
             return 2, place - self._scratch
@@ -100,13 +105,13 @@ class Placement:
         return (0, place) if place < self._starts[1] else (1, place - self._starts[1])
 
     def put(self, name: int, mem: int) -> None:
-        """Note that the content of `name` is at `mem`."""
+        """Record that the content of `name` is at `mem`."""
         self.forget(name)
         self.at[name] = mem
         self.names_at[mem].add(name)
 
     def forget(self, name: int) -> None:
-        """Note that `name` holds nothing."""
+        """Record that `name` holds nothing."""
         old = self.at.pop(name, None)
         if old is not None:
             self.names_at[old].discard(name)
@@ -127,7 +132,7 @@ class Placement:
         return rank * self.width + self._rescue_start + self._rescued[rank] - 1
 
 
-def last_reads(steps: list[list[Row]], width: int) -> dict[int, int]:
+def last_reads(steps: list[list[NamedTransfer]], width: int) -> dict[int, int]:
     """Name → 2·step if it is last read by a message, 2·step + 1 if locally or as operand of a reduction."""
     last: dict[int, int] = {}
     for t, rows in enumerate(steps):

@@ -7,16 +7,17 @@ from collections import defaultdict
 from paceline.schedule.lowering.tidy import Micro
 
 Conflict = tuple[int, int]
-"""(instruction to depend on, instruction that must have happened): the second differs for a reclaim, which
-stands for the peer's reads of what it frees."""
+"""(instruction to depend on, instruction that must have happened).
+
+They differ for a reclaim only: depending on it means that the peer's read has happened."""
 
 
 def order(micros: list[Micro]) -> tuple[list[Micro], list[list[int]]]:
-    """Leave out reclaims that nothing needs; give the dependencies of what remains.
+    """Return the instructions without needless reclaims, and the dependencies of each.
 
     Dependencies are positions in the list (same rank, sorted): only those that lanes, messages,
-    acknowledgements and other dependencies do not imply. A reclaim that no write depends on, and that is not
-    the last of its connection, waits in vain: messages already say that the peer has read.
+    acknowledgements and other dependencies do not imply. A reclaim is needless if no write depends on it and
+    it is not the last of its connection: a later message then shows that the peer has read.
     """
     position = {id(m): i for i, m in enumerate(micros)}
     conflicts = _conflicts(micros, position)
@@ -41,7 +42,7 @@ def order(micros: list[Micro]) -> tuple[list[Micro], list[list[int]]]:
 def _reduce(
     micros: list[Micro], position: dict[int, int], conflicts: list[set[Conflict]], idle: set[int]
 ) -> list[list[int]]:
-    """Dependencies of every instruction, if those in `idle` order nothing unless they are depended on."""
+    """Return the dependencies of every instruction; those in `idle` order nothing by themselves."""
     before: list[int] = []  # bit set of everything that happens before an instruction
     lane_last: dict[tuple[int, int], int] = {}
     kept: list[list[int]] = []
@@ -71,7 +72,7 @@ def _reduce(
 
 
 def _needed(conflicts: set[Conflict], before: list[int], given: int) -> tuple[list[int], int]:
-    """Fewest dependencies that put every conflict before an instruction, and all that is then before it."""
+    """Return the fewest dependencies that order every conflict, and the set of all that is then before."""
     if len(conflicts) == 1:
         ((depend, must),) = conflicts
         if (given >> must) & 1:
@@ -79,7 +80,8 @@ def _needed(conflicts: set[Conflict], before: list[int], given: int) -> tuple[li
         return [depend], given | before[depend] | (1 << depend)
     mine: list[int] = []
     reached = given
-    # Plain ones first, latest first: an earlier one may follow from a later one, and spare a reclaim.
+    # Plain conflicts first, latest first: an earlier one often follows from a later one, and may make a
+    # reclaim needless.
     for depend, must in sorted(conflicts, key=lambda c: (c[0] == c[1], c[1]), reverse=True):
         if not (reached >> must) & 1:
             mine.append(depend)
@@ -96,7 +98,7 @@ def _needed(conflicts: set[Conflict], before: list[int], given: int) -> tuple[li
 
 
 def _conflicts(micros: list[Micro], position: dict[int, int]) -> list[set[Conflict]]:
-    """For every instruction, the earlier ones of its rank that touch the same memory, one of them writing."""
+    """For every instruction: earlier ones of its rank on the same memory, where one of the two writes."""
     writer: dict[int, int] = {}
     readers: dict[int, list[Conflict]] = defaultdict(list)
     found: list[set[Conflict]] = []

@@ -1,50 +1,54 @@
-"""Peephole passes of lowering, on micro-instructions of all ranks in one global order."""
+"""Peephole passes of lowering, on the instructions of all ranks in one global order."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-Connection = tuple[int, int, int]
+ConnectionKey = tuple[int, int, int]
 """(sending rank, receiving rank, channel)"""
 
 
 @dataclass(slots=True, eq=False)
 class Micro:
-    """An instruction before it has numbers: memory places and direct links to its partners."""
+    """An instruction while it is lowered: with memory instead of runs, and links instead of numbers.
+
+    `dst`, `src`, `operand`: memory of `MemoryLayout`, chunk by chunk; `logical`: the logical chunk of each.
+    The other fields are those of `lowered.Instruction`.
+    """
 
     verb: str
     rank: int
     channel: int = 0
     dst: list[int] = field(default_factory=list)
     src: list[int] = field(default_factory=list)
-    far: list[int] = field(default_factory=list)
+    operand: list[int] = field(default_factory=list)
     logical: list[int] = field(default_factory=list)
     step: int = -1
     recv_peer: int = -1
     send_peer: int = -1
     sender: Micro | None = None
-    """Who posts the message that this one takes."""
+    """The instruction that posts the message that this one takes."""
     receiver: Micro | None = None
-    """Who takes the message that this one posts."""
+    """The instruction that takes the message that this one posts."""
     awaits: Micro | None = None
-    """The exposure that this reclaim waits for, and all before it on the connection."""
+    """The expose that this reclaim waits for, with all before it on the connection."""
     frees: list[Micro] = field(default_factory=list)
-    """The exposures that this reclaim is the first to wait for."""
+    """The exposes that no earlier reclaim waits for."""
     lane: int = -1
     number: int = -1
 
     def reads(self) -> list[int]:
-        """Memory of its own rank that it reads, or must keep unchanged until it is done."""
+        """Return the memory of its own rank that it reads, or that must not change before it is done."""
         if self.verb == "reduce":
-            return self.src + self.far
+            return self.src + self.operand
         if self.verb == "reclaim":
             return [mem for expose in self.frees for mem in expose.src]
         return self.src
 
 
 def retarget(micros: list[Micro]) -> list[Micro]:
-    """Where a copy is the only use of what an instruction stored, store it at the copy's destination."""
+    """If a copy is the only use of what an instruction stores, store it at the copy's destination instead."""
     accesses: dict[int, list[int]] = defaultdict(list)
     for i, m in enumerate(micros):
         for mem in {*m.reads(), *m.dst}:
@@ -60,7 +64,7 @@ def retarget(micros: list[Micro]) -> list[Micro]:
         if source not in w.dst or source in w.src or w.dst.count(source) > 1:
             continue
         if others and (others != [writer] or len(w.dst) > 1):
-            continue  # somebody else uses the destination in between
+            continue  # another instruction uses the destination in between
         w.dst[w.dst.index(source)] = target
         accesses[source] = accesses[source][:-2]
         accesses[target] = sorted({*accesses[target], writer} - {i})
@@ -87,14 +91,14 @@ def merge_copies(micros: list[Micro]) -> list[Micro]:
 
 
 def fuse(micros: list[Micro], *, live: set[int], enabled: bool = True) -> list[Micro]:
-    """Fuse a receive with the one send that forwards its result; drop stores that nobody reads.
+    """Fuse a receive with the one send that forwards its result; drop stores that nothing reads.
 
     `live`: memory that must hold a result at the end.
     """
     lanes = _Lanes()
     previous = _previous_posts(micros)
     gone: set[int] = set()
-    upcoming: dict[int, tuple[Micro, bool]] = {}  # memory → next access and whether it only overwrites
+    upcoming: dict[int, tuple[Micro, bool]] = {}  # memory → its next access, and whether that only overwrites
     position = {id(m): i for i, m in enumerate(micros)}
     after: dict[int, dict[int, tuple[Micro, bool]]] = {}  # send → what follows it at each place it reads
     for i in range(len(micros) - 1, -1, -1):
@@ -136,7 +140,7 @@ def _forward(m: Micro, send: Micro) -> None:
 
 def _previous_posts(micros: list[Micro]) -> dict[int, int]:
     """For each sending instruction, the position of the one before it on its connection, or −1."""
-    last: dict[Connection, int] = {}
+    last: dict[ConnectionKey, int] = {}
     previous = {}
     for i, m in enumerate(micros):
         if m.receiver is not None:
@@ -150,8 +154,8 @@ class _Lanes:
     """Which receiving and sending ends share a lane: at most one of each."""
 
     def __init__(self) -> None:
-        self._sends_of: dict[Connection, Connection] = {}
-        self._receives_of: dict[Connection, Connection] = {}
+        self._sends_of: dict[ConnectionKey, ConnectionKey] = {}
+        self._receives_of: dict[ConnectionKey, ConnectionKey] = {}
 
     def join(self, receive: Micro, send: Micro) -> bool:
         """Put both ends on one lane; False if one of them already shares with another."""
@@ -164,7 +168,7 @@ class _Lanes:
 
     def number(self, micros: list[Micro]) -> None:
         """Give every instruction its lane, numbered per rank in order of appearance."""
-        numbers: dict[tuple[int, Connection | None, Connection | None], int] = {}
+        numbers: dict[tuple[int, ConnectionKey | None, ConnectionKey | None], int] = {}
         used: dict[int, int] = defaultdict(int)
         for m in micros:
             r = (m.recv_peer, m.rank, m.channel) if m.recv_peer >= 0 else None

@@ -1,6 +1,6 @@
-"""Which program is fastest at which size on a topology, and where that changes.
+"""Which program is fastest at each size on a topology, and at which sizes that changes.
 
-Candidates are given as programs, so this knows no algorithm by name.
+Candidates are given as programs, so this module knows no algorithm by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from paceline.schedule.topology import Topology
 
 
 @dataclass(frozen=True)
-class Row:
+class SizeTimes:
     """Simulated times at one size, fastest first."""
 
     num_bytes: int
@@ -25,13 +25,13 @@ class Row:
 
     @property
     def fastest(self) -> str:
-        """The name of the fastest; the first by name on a tie."""
+        """Name of the fastest program; the first by name on a tie."""
         return next(iter(self.times_s))
 
 
 @dataclass(frozen=True)
 class Crossover:
-    """From `num_bytes` on `after` is fastest, below it `before`."""
+    """A size where the fastest changes: `before` below `num_bytes`, `after` from there on."""
 
     num_bytes: int
     before: str
@@ -39,10 +39,10 @@ class Crossover:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class AlgorithmComparison:
     """Rows by size, and the sizes where the fastest changes, ascending."""
 
-    rows: Sequence[Row]
+    rows: Sequence[SizeTimes]
     crossovers: Sequence[Crossover]
 
 
@@ -52,20 +52,20 @@ def compare(
     sizes: Sequence[int],
     *,
     conditions: Conditions | None = None,
-) -> Comparison:
+) -> AlgorithmComparison:
     """Simulate every candidate at every size (bytes of the full buffer) and locate the crossovers."""
     if not candidates:
         raise ConfigError("nothing to compare: no algorithm supports this operation and number of ranks")
     if not sizes or min(sizes) < 0:
         raise ConfigError(f"sizes of at least 0 bytes expected, got {list(sizes)}")
 
-    def row(num_bytes: int) -> Row:
+    def row(num_bytes: int) -> SizeTimes:
         times = {
             n: simulate(p, topology, num_bytes, conditions=conditions).time_s for n, p in candidates.items()
         }
         # Equal up to rounding is a tie, which goes by name, so that results do not depend on the last bit.
         order = sorted(times, key=lambda n: (float(f"{times[n]:.9g}"), n))
-        return Row(num_bytes, {n: times[n] for n in order})
+        return SizeTimes(num_bytes, {n: times[n] for n in order})
 
     rows = [row(n) for n in sorted(set(sizes))]
     crossovers = []
@@ -74,11 +74,11 @@ def compare(
             edge = _next_change(low, high, row)
             crossovers.append(Crossover(edge.num_bytes, low.fastest, edge.fastest))
             low = edge
-    return Comparison(rows, crossovers)
+    return AlgorithmComparison(rows, crossovers)
 
 
-def _next_change(low: Row, high: Row, row: Callable[[int], Row]) -> Row:
-    """Return the row of the smallest size (to 1 %) that `low`'s fastest does not win, by bisection."""
+def _next_change(low: SizeTimes, high: SizeTimes, row: Callable[[int], SizeTimes]) -> SizeTimes:
+    """Find the smallest size (to 1 %) at which `low`'s fastest is no longer fastest, by bisection."""
     winner = low.fastest
     while high.num_bytes - low.num_bytes > max(1, low.num_bytes // 100):
         middle = math.isqrt(max(low.num_bytes, 1) * high.num_bytes)

@@ -1,8 +1,9 @@
-"""When the data that a transfer reads is there: known per chunk, or for very large programs per rank.
+"""When the data that a transfer reads is available: per chunk, or for very large programs per rank.
 
-`ByChunk` knows every chunk of every rank. `ByRank` keeps one time per rank: a rank passes data on only after
-everything it received in earlier steps. That is never too early, the same where ranks and links are alike
-and no reduction overlaps a transfer, and needs P numbers instead of P times the number of chunks.
+`ByChunk` has a time for every chunk of every rank. `ByRank` has one time per rank: a rank passes data on only
+after everything that it received in earlier steps. Its times are never too early. They equal those of
+`ByChunk` where ranks and links are alike and no reduction overlaps a transfer, and need P numbers instead of
+P times the number of chunks.
 """
 
 from __future__ import annotations
@@ -24,22 +25,25 @@ class Readiness(ABC):
 
     @abstractmethod
     def of_sources(self, step: Step) -> FloatArray:
-        """When what each transfer reads is there, shape (n,)."""
+        """When the data that each transfer reads is available, shape (n,)."""
 
     @abstractmethod
     def of_destinations(self, step: Step) -> FloatArray:
-        """When what each transfer combines with, or overwrites, is there, shape (n,)."""
+        """When the data that each transfer combines with or overwrites is available, shape (n,)."""
 
     @abstractmethod
     def written(self, step: Step, done_s: FloatArray, *, once: bool) -> None:
-        """Note that the transfers of `step` were complete at `done_s`, shape (n,).
+        """Record that the transfers of `step` were complete at `done_s`, shape (n,).
 
         `once`: no rank receives twice in this step.
         """
 
 
 def track(program: Program, entered_s: FloatArray, *, by_chunk: bool | None = None) -> Readiness:
-    """Per chunk if that fits (or is asked for), else per rank. `entered_s`: when each rank begins, (P,)."""
+    """Track per chunk or per rank: as `by_chunk` says, else per chunk if that fits in memory.
+
+    `entered_s`: when each rank starts, shape (P,).
+    """
     places = program.num_ranks * (2 * program.num_chunks + program.num_scratch)
     if by_chunk is None:
         by_chunk = places <= _MAX_CHUNKS_KNOWN
@@ -48,7 +52,7 @@ def track(program: Program, entered_s: FloatArray, *, by_chunk: bool | None = No
 
 @final
 class ByRank(Readiness):
-    """One time per rank: `latest_s`, shape (P,). INPUT is there from the start."""
+    """One time per rank: `latest_s`, shape (P,). INPUT is available from the start."""
 
     def __init__(self, entered_s: FloatArray) -> None:
         self._entered_s = entered_s

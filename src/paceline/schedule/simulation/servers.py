@@ -1,7 +1,7 @@
 """Work that shares a server: bytes on a link, reductions on a rank.
 
-A server starts when its first user comes and is done when it has served everything; users that come in the
-same step finish together. Nothing here gets earlier when a user comes later or brings more work.
+A server starts when its first user arrives and is done when it has done all work; users that arrive in the
+same step finish together. No time gets earlier when a user arrives later or brings more work.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from paceline.schedule.topology import FloatArray, IntArray
 
 
 def last_finish(start_s: FloatArray, work_s: FloatArray, group: IntArray, first: IntArray) -> FloatArray:
-    """When each group's server has done all its work: max over i of start(i) + work of all not before i.
+    """When the server of each group has done its work: max over i of start(i) + work of i and all after it.
 
     Entries are sorted by group; `first` is where each group begins. Shape (groups,).
     """
@@ -30,13 +30,13 @@ def last_finish(start_s: FloatArray, work_s: FloatArray, group: IntArray, first:
 
 
 class Servers:
-    """Who uses which server (link, reducer) in a step; the plan is made once for a pattern of transfers."""
+    """Who uses which server (link, reducer) in a step; made once for a pattern of transfers."""
 
     def __init__(self, server: IntArray, user: IntArray, work_s: FloatArray) -> None:
         uses = np.bincount(server)
         self.ids = np.flatnonzero(uses)
         self.is_shared = bool(len(self.ids) < len(server))
-        if not self.is_shared:  # whoever asks how its users share it has nothing to ask
+        if not self.is_shared:  # `finish` and `latest` are then not used
             return
         order = np.argsort(server, kind="stable")
         self.server, self.user, self.work_s = server[order], user[order], work_s[order]
@@ -44,7 +44,7 @@ class Servers:
         self.first = np.cumsum(self.sizes) - self.sizes
 
     def finish(self, start_s: FloatArray, num_users: int) -> FloatArray:
-        """When each user is served, shape (num_users,); users of no server: their start."""
+        """When each user is served, shape (num_users,); for users of no server, their start."""
         finish = start_s.copy()
         ends = last_finish(start_s[self.user], self.work_s, self.server, self.first)
         np.maximum.at(finish, self.user, np.repeat(ends, self.sizes))

@@ -1,19 +1,19 @@
 """Simulated time of a Program on a Topology: no processes, no events, one array operation per step.
 
 Rules (full duplex, one-port where the topology has ports):
-- A transfer starts when the data it reads is there, both ranks have entered, and every link on its way is
-  free of earlier steps. There is no barrier between steps, so pipelines and channels overlap.
-- It ends after the latency of its way and the time that its slowest link needs. Transfers of one step that
+- A transfer starts when the data that it reads is available, both ranks have entered, and every link of its
+  path is free of earlier steps. There is no barrier between steps, so pipelines and channels overlap.
+- It ends after the latency of its path and the time that its slowest link needs. Transfers of one step that
   share a link (a port, a NIC of several ranks, a trunk) finish together, when the link has carried them all.
-- A link is busy until then, latency included: each step of a rank costs one latency. On top each message
-  (all that goes from one rank to another on a channel in a step) costs `overhead_s` on every link.
-- Combining takes `reduce_seconds_per_byte`, on the destination rank, one after another, beside transfers.
+- A link is busy until then, latency included: each step of a rank costs one latency. In addition each message
+  (all transfers of a step from one rank to another on one channel) costs `overhead_s` on every link.
+- Combining takes `reduce_seconds_per_byte` on the destination rank, one after another, while transfers go on.
 - Copies within a rank are free. Chunks are S / num_chunks bytes, not rounded to whole elements.
 
-All of this is monotone: a later start, a slower rank or link never makes anything end earlier.
+All of this is monotone: a later start, a slower rank or a slower link never makes anything end earlier.
 
-Once a step that repeats the one before with other chunks moves every clock by the same amount,
-it always will: such steps are counted instead of computed, and 16,384 ranks in a ring take a second.
+If a step that repeats the one before with other chunks moves every clock by the same amount, all further
+repeats do so too. Such steps are counted instead of computed: 16,384 ranks in a ring take a second.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from paceline.schedule.topology import FloatArray, IntArray, Topology
 
 @dataclass(frozen=True)
 class Conditions:
-    """What is not as the topology says.
+    """Deviations from the topology: late ranks, slow ranks, slow links.
 
     `late_s`: rank → seconds that it enters after the others. `slowdown`: rank → factor on the time of all its
     transfers and reductions. `slow_links`: (src, dst) → factor on the time of transfers from src to dst.
@@ -43,7 +43,7 @@ class Conditions:
     slow_links: Mapping[tuple[int, int], float] = field(default_factory=dict)
 
     def check(self, num_ranks: int) -> None:
-        """ConfigError for a rank that does not exist or a value that makes no sense."""
+        """ConfigError for a rank that does not exist or a value that is out of range."""
         for rank in [*self.late_s, *self.slowdown, *(r for pair in self.slow_links for r in pair)]:
             if not 0 <= rank < num_ranks:
                 raise ConfigError(f"rank {rank} is not one of the ranks 0 … {num_ranks - 1}")
@@ -69,12 +69,12 @@ class Events:
     end_s: FloatArray
     """When the bytes have arrived."""
     done_s: FloatArray
-    """When they are combined, too."""
+    """When they have also been combined."""
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """What a simulated run gives. `finish_s`, `sent_bytes`: shape (P,)."""
+    """Result of a simulated run. `finish_s`, `sent_bytes`: shape (P,); `events` if they were recorded."""
 
     time_s: float
     finish_s: FloatArray
@@ -84,7 +84,7 @@ class Simulation:
 
     @property
     def bytes_sent_per_rank(self) -> float:
-        """The most that one rank sends."""
+        """Bytes that the busiest rank sends."""
         return float(self.sent_bytes.max())
 
 
@@ -121,7 +121,7 @@ def _per_rank(values: Mapping[int, float], num_ranks: int, default: float) -> Fl
 
 
 class _Pattern:
-    """Everything about a step that does not depend on which chunks it moves, or on the time."""
+    """Everything about a step that depends neither on which chunks it moves nor on the time."""
 
     def __init__(self, step: Step, run: _Run) -> None:
         self._columns = _all_but_chunks(step)
@@ -232,7 +232,7 @@ class _Run:
         return factor
 
     def result(self) -> Simulation:
-        """Collect the clocks."""
+        """Return what was simulated."""
         events = None
         if self._record is not None:
             joined = [np.concatenate(c) for c in zip(*self._record, strict=True)] or [np.zeros(0)] * 9
@@ -261,7 +261,7 @@ class _Run:
             steady.leave()
 
     def _advance(self, step: Step, pattern: _Pattern) -> float:
-        """Move all clocks over one step; earliest start of its transfers."""
+        """Advance all clocks by one step; return the earliest start of its transfers."""
         free = self.link_free_s
         start = np.maximum(self.ready.of_sources(step), self.entered_s[pattern.dst])
         for hop in pattern.hops:
@@ -309,10 +309,10 @@ class _Run:
 
 
 class _Steady:
-    """Finds out that a repeated pattern moves every clock by the same amount, and skips its other repeats.
+    """Detects that a repeated pattern moves every clock by the same amount, and skips its other repeats.
 
-    Exact, because a step is a function f of the clocks with f(x + c) = f(x) + c as soon as no transfer starts
-    as early as a rank's entry (a constant): f(x) = x + c then implies f(f(x)) = x + 2c.
+    This is exact: a step is a function f of the clocks. Once every transfer starts after all ranks have
+    entered (their entry is a constant), f(x + c) = f(x) + c. Then f(x) = x + c implies f(f(x)) = x + 2c.
     """
 
     _TOLERANCE = 1e-9
@@ -344,14 +344,14 @@ class _Steady:
         return self._is_steady
 
     def before(self, pattern: _Pattern) -> None:
-        """Remember the clocks, unless it is not worth looking yet."""
+        """Remember the clocks, unless earlier repeats say that it is too early to look again."""
         if pattern is not self._pattern:
             self._pattern, self._misses, self._wait = pattern, 0, 1
         self._wait -= 1
         self._old = [] if self._wait > 0 else [clock.copy() for clock, _ in self._clocks(pattern)]
 
     def after(self, pattern: _Pattern, earliest_start_s: float) -> None:
-        """Compare."""
+        """Compare the clocks with those before; the pattern is steady if all moved by the same amount."""
         if not self._old:
             return
         moves = [
@@ -367,7 +367,7 @@ class _Steady:
             self._wait = self._misses
 
     def leave(self) -> None:
-        """Apply what was skipped."""
+        """Move the clocks by the repeats that were skipped, and forget the pattern."""
         if self._skipped:
             assert self._pattern is not None
             for clock, used in self._clocks(self._pattern):

@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 
 from paceline.errors import ScheduleError
 from paceline.schedule import contract
-from paceline.schedule.lowering.lowered import POSTS, RECEIVES, VERBS, Instruction, Lowered, Run
+from paceline.schedule.lowering.lowered import POSTS, RECEIVES, VERBS, ChunkRun, Instruction, Lowered
 from paceline.schedule.program import INPUT, SCRATCH
 
 _STORES = frozenset({"recv", "recv_reduce", "read", "read_reduce", "copy", "reduce"})
-_TAKES_OWN = frozenset({"send", "recv_reduce", "recv_reduce_send", "expose", "read_reduce", "copy", "reduce"})
-_TAKES_FAR = frozenset({"read", "read_reduce", "reduce"})
+_HAS_SRC = frozenset({"send", "recv_reduce", "recv_reduce_send", "expose", "read_reduce", "copy", "reduce"})
+_HAS_OPERAND = frozenset({"read", "read_reduce", "reduce"})
 
 
 @dataclass(slots=True)
-class Post:
-    """One message: who posts and takes it, when the verifier's run did, and what it carried."""
+class PostedMessage:
+    """One message: who posts it, when the verifier posted and took it (−1: not yet), and its values."""
 
     sender: Instruction
     posted: int = -1
@@ -50,11 +50,11 @@ def _malformed(lowered: Lowered, rank: int, index: int, i: Instruction, sizes: l
         return "its peers do not fit its verb"
     if i.recv_peer >= p or i.send_peer >= p or rank in (i.recv_peer, i.send_peer):
         return "its peer is no other rank"
-    if (i.verb in _TAKES_OWN) != bool(i.src) or (i.verb in _TAKES_FAR) != bool(i.far):
+    if (i.verb in _HAS_SRC) != bool(i.src) or (i.verb in _HAS_OPERAND) != bool(i.operand):
         return "its operands do not fit its verb"
     if (i.verb in _STORES and not i.dst) or (i.dst and i.verb in ("send", "expose", "reclaim")):
         return "its destination does not fit its verb"
-    for runs in (i.dst, i.src, i.far):
+    for runs in (i.dst, i.src, i.operand):
         for buffer, chunk, _, n in runs:
             if n < 1 or chunk < 0 or chunk + n > sizes[buffer]:
                 return f"chunks {chunk} to {chunk + n - 1} of buffer {buffer} do not exist"
@@ -64,7 +64,7 @@ def _malformed(lowered: Lowered, rank: int, index: int, i: Instruction, sizes: l
         return "it writes the output of a rank that has none"
     if not contract.defines_input(lowered, rank) and any(run[0] == INPUT for run in i.src):
         return "it reads the input of a rank that has none"
-    lengths = {sum(run[3] for run in runs) for runs in (i.dst, i.src, i.far) if runs}
+    lengths = {sum(run[3] for run in runs) for runs in (i.dst, i.src, i.operand) if runs}
     if len(lengths) > 1:
         return f"its operands have different numbers of chunks: {sorted(lengths)}"
     if i.deps and not all(0 <= d < index for d in i.deps):
@@ -85,9 +85,9 @@ def _lane_broken(
     return ""
 
 
-def match(lowered: Lowered) -> dict[tuple[int, int, int, int], Post]:
-    """Pair posts with takes: (sender, receiver, channel, number) → Post. Rejects what does not pair up."""
-    posts: dict[tuple[int, int, int, int], Post] = {}
+def match(lowered: Lowered) -> dict[tuple[int, int, int, int], PostedMessage]:
+    """Pair posts with takes, by (sender, receiver, channel, number); ScheduleError if one has no partner."""
+    posts: dict[tuple[int, int, int, int], PostedMessage] = {}
     posted: dict[tuple[int, int, int], int] = {}
     exposed: dict[tuple[int, int, int], int] = {}
     reclaimed: dict[tuple[int, int, int], int] = {}
@@ -104,7 +104,7 @@ def match(lowered: Lowered) -> dict[tuple[int, int, int, int], Post]:
             if i.send_message != posted.get(key, 0):
                 _refuse(lowered, rank, index, i, f"posts out of order; message {posted.get(key, 0)} is next")
             posted[key] = i.send_message + 1
-            posts[(*key, i.send_message)] = Post(i)
+            posts[(*key, i.send_message)] = PostedMessage(i)
             if i.verb == "expose":
                 exposed[key] = i.send_message
     _match_takes(lowered, posts, posted)
@@ -119,7 +119,7 @@ def match(lowered: Lowered) -> dict[tuple[int, int, int, int], Post]:
 
 def _match_takes(
     lowered: Lowered,
-    posts: dict[tuple[int, int, int, int], Post],
+    posts: dict[tuple[int, int, int, int], PostedMessage],
     posted: dict[tuple[int, int, int], int],
 ) -> None:
     taken: dict[tuple[int, int, int], int] = {}
@@ -136,7 +136,7 @@ def _match_takes(
                 _refuse(lowered, rank, index, i, "waits for a message that is never sent")
             elif (post.sender.verb == "expose") != i.verb.startswith("read"):
                 _refuse(lowered, rank, index, i, f"takes what was posted by {post.sender}")
-            elif i.far and i.far != post.sender.src:
+            elif i.operand and i.operand != post.sender.src:
                 _refuse(lowered, rank, index, i, f"reads other memory than {post.sender} exposes")
             elif _logical(i.dst or i.src) != _logical(post.sender.src or post.sender.dst) and (
                 (i.dst or i.src) and (post.sender.src or post.sender.dst)
@@ -150,7 +150,7 @@ def _match_takes(
             )
 
 
-def _logical(runs: list[Run]) -> list[int]:
+def _logical(runs: list[ChunkRun]) -> list[int]:
     return [logical + k for _, _, logical, n in runs for k in range(n)]
 
 

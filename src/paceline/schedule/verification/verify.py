@@ -1,14 +1,22 @@
 """The verifier: proves a lowered program correct, or says which rank, instruction and chunk is wrong and why.
 
-It works on what is executed, after fusion, in-place placement, replication and zero-copy. Proved are:
+It works on the instruction lists, after fusion, in-place layout, parallel copies and zero-copy.
+
+What is executed and what is modelled. `verify` of a Program proves four forms of it: in and out of place,
+staged and zero-copy. The C++ executor (csrc/core/network/execute.cpp) runs the staged forms, between hosts
+that have one rank each. It refuses the verbs of zero-copy forms (expose, read, read_reduce, reclaim): a form
+that has any of them is modelled only, that is proved but not executed by anything yet.
+`Lowered.is_executable` tells them apart.
+
+Proved are:
 
 - matching: on every connection messages are posted and taken in the same order, with the same chunks;
 - no deadlock: every rank finishes its list in order, one thread per rank, with `slots` messages in flight.
-  Fewer constraints (lanes, more slots) cannot deadlock then, since waiting is all that an instruction does;
+  Lanes and more slots only remove reasons to wait, so they cannot deadlock either;
 - no race: any two accesses to the same memory, one of them a write, are ordered by lanes, dependencies,
   messages and acknowledgements alone. Peers' reads of exposed memory are accesses too;
 - provenance: contributions are counted as multisets. A reduction that would count a rank twice is rejected
-  on the spot (nothing can take it out again), so sets of multiplicity one are all that is ever held;
+  at once, because nothing can remove it again; so all sets that are held have multiplicity one;
 - the postcondition of every rank, out of place with an unchanged input, or in place.
 
 Cost: one pass over the instructions; what happens before each is one big integer used as a bit set.
@@ -24,13 +32,18 @@ from paceline.schedule import contract
 from paceline.schedule.lowering.lower import lower
 from paceline.schedule.lowering.lowered import POSTS, RECEIVES, Instruction, Lowered
 from paceline.schedule.program import Buffer, Program
-from paceline.schedule.verification.matching import Post, check_form, match
+from paceline.schedule.verification.matching import PostedMessage, check_form, match
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was proved, for reports: number of instructions, messages and dependencies of all ranks."""
+    """What was proved, for reports: forms, and the instructions, messages and dependencies of all ranks.
 
+    `executable_forms`: forms that the C++ executor runs; the others are modelled only.
+    """
+
+    forms: int
+    executable_forms: int
     instructions: int
     messages: int
     dependencies: int
@@ -39,15 +52,17 @@ class Verified:
 def verify(lowered: Lowered | Program) -> Verified:
     """Prove `lowered` correct; raises ScheduleError otherwise.
 
-    A Program is lowered first, in all four ways: in and out of place, staged and zero-copy.
+    A Program is lowered first, to all four forms: in and out of place, staged and zero-copy.
     """
     if isinstance(lowered, Program):
-        ways = [(place, zero) for place in (False, True) for zero in (False, True)]
-        proved = [verify(lower(lowered, in_place=place, zero_copy=zero)) for place, zero in ways]
+        forms = [(place, zero) for place in (False, True) for zero in (False, True)]
+        proved = [verify(lower(lowered, in_place=place, zero_copy=zero)) for place, zero in forms]
         return Verified(
-            sum(v.instructions for v in proved),
-            sum(v.messages for v in proved),
-            sum(v.dependencies for v in proved),
+            forms=len(forms),
+            executable_forms=sum(v.executable_forms for v in proved),
+            instructions=sum(v.instructions for v in proved),
+            messages=sum(v.messages for v in proved),
+            dependencies=sum(v.dependencies for v in proved),
         )
     check_form(lowered)
     posts = match(lowered)
@@ -56,7 +71,11 @@ def verify(lowered: Lowered | Program) -> Verified:
     run.check_results()
     lists = lowered.instructions
     return Verified(
-        sum(map(len, lists)), len(posts), sum(len(i.deps) for instructions in lists for i in instructions)
+        forms=1,
+        executable_forms=int(lowered.is_executable),
+        instructions=sum(map(len, lists)),
+        messages=len(posts),
+        dependencies=sum(len(i.deps) for instructions in lists for i in instructions),
     )
 
 
@@ -67,7 +86,7 @@ Value = tuple[int, int]
 class _Run:
     """Executes every rank's list once, on values that say whose contributions they hold."""
 
-    def __init__(self, lowered: Lowered, posts: dict[tuple[int, int, int, int], Post]) -> None:
+    def __init__(self, lowered: Lowered, posts: dict[tuple[int, int, int, int], PostedMessage]) -> None:
         self.lowered, self.posts = lowered, posts
         inputs, outputs = lowered.input_chunks, lowered.output_chunks
         self._base = (0, inputs, inputs + outputs)
@@ -89,7 +108,7 @@ class _Run:
                     self._values[start + chunk] = (logical, 1 << rank)
 
     def _start(self, rank: int, buffer: int, is_smaller: bool) -> int:
-        """Memory of the first chunk of INPUT or OUTPUT of `rank`, which in place may lie inside the other."""
+        """Memory of the first chunk of `rank`'s INPUT or OUTPUT; in place, one may lie inside the other."""
         low = self.lowered
         if not low.in_place:
             return rank * self._width + self._base[buffer]
@@ -98,7 +117,7 @@ class _Run:
         return rank * self._width + self._base[larger] + offset
 
     def execute(self) -> None:
-        """Run all ranks until done; ScheduleError at the first wrong instruction, or on deadlock."""
+        """Run all ranks to the end; ScheduleError at the first wrong instruction, or on deadlock."""
         lists = self.lowered.instructions
         waiting: dict[tuple[int, int, int], list[int]] = {}
         ready = list(range(len(lists)))
@@ -169,8 +188,8 @@ class _Run:
 
     def _move(self, rank: int, i: Instruction, now: int, incoming: list[Value]) -> None:
         own = self._read(rank, i, i.src, now)
-        if i.far:
-            incoming = self._read(i.recv_peer if i.recv_peer >= 0 else rank, i, i.far, now)
+        if i.operand:
+            incoming = self._read(i.recv_peer if i.recv_peer >= 0 else rank, i, i.operand, now)
         if i.verb in ("recv_reduce", "recv_reduce_send", "read_reduce", "reduce"):
             if len(own) != len(incoming):
                 self._reject(now, f"combines {len(own)} chunks with {len(incoming)}")
@@ -244,7 +263,7 @@ class _Run:
         return own[0], own[1] | incoming[1]
 
     def check_results(self) -> None:
-        """Every rank's postcondition, and that nobody still reads a rank's memory when its list is done."""
+        """Check every rank's postcondition."""
         low = self.lowered
         for rank in range(low.num_ranks):
             if not contract.defines_output(low, rank):

@@ -31,10 +31,6 @@ class Slices:
         """Views of `buffers` that belong to `shard`."""
         return [buffers[i][low:high] for i, low, high in self._ranges[shard]]
 
-    def num_pieces(self, shard: int) -> int:
-        """How many views `of` returns."""
-        return len(self._ranges[shard])
-
 
 def home(shard: int, num_shards: int, num_workers: int) -> int:
     """Rank that owns a shard at first: spread evenly."""

@@ -1,7 +1,7 @@
 """Runs a lowered program on NumPy arrays, as executors do: in list order, or lanes in any order, in slices.
 
-The second oracle for executors, instruction by instruction; `interpret` is the first, step by step. Both give
-the same bits for any dtype and operation, and any order that lanes and dependencies allow gives them too.
+This is the second oracle for executors, instruction by instruction; `interpret` is the first, step by step.
+Both give the same bits for any dtype and operation, and so does any order that lanes and dependencies allow.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from paceline.errors import ScheduleError
 from paceline.schedule import contract
-from paceline.schedule.interpret import COMBINE, Counts, divide
-from paceline.schedule.lowering.lowered import POSTS, Instruction, Lowered, Run
+from paceline.schedule.interpret import COMBINE, divide
+from paceline.schedule.lowering.lowered import POSTS, ChunkRun, Instruction, Lowered
 from paceline.schedule.program import chunk_offsets
 from paceline.types import ReduceOp
 
@@ -27,42 +27,45 @@ def rehearse(
     lowered: Lowered,
     inputs: Sequence[Array | None],
     *,
-    counts: Counts,
+    counts: contract.BlockCounts,
     op: ReduceOp = ReduceOp.SUM,
     draw: random.Random | None = None,
+    slices: int = 1,
 ) -> list[Array | None]:
-    """Each rank's result (None where none is promised); other arguments as of `interpret`.
+    """Return each rank's result (None where none is promised); other arguments as of `interpret`.
 
     Without `draw` every rank runs its list in order. With it, lanes advance independently, one slice of one
-    instruction at a time, in an order drawn at random: the freest execution that the format allows.
+    instruction at a time, in an order drawn at random: the freest execution that the format allows. Every
+    chunk is cut into `slices`.
     """
-    stage = _Stage(lowered, inputs, counts, op, is_free=draw is not None)
-    stage.run(draw)
-    return [stage.result(rank) for rank in range(lowered.num_ranks)]
+    rehearsal = _Rehearsal(lowered, inputs, counts, op, is_free=draw is not None, slices=slices)
+    rehearsal.run(draw)
+    return [rehearsal.result(rank) for rank in range(lowered.num_ranks)]
 
 
 class _Thread:
-    """A list of instructions of one rank that are run in order: the whole list, or a lane of it."""
+    """Instructions of one rank that run in order: its whole list, or one lane of it."""
 
     def __init__(self, rank: int, indices: list[int]) -> None:
         self.rank, self.indices = rank, indices
         self.at = self.slice = 0
 
 
-class _Stage:
+class _Rehearsal:
     def __init__(
         self,
         lowered: Lowered,
         inputs: Sequence[Array | None],
-        counts: Counts,
+        counts: contract.BlockCounts,
         op: ReduceOp,
         *,
         is_free: bool,
+        slices: int,
     ) -> None:
-        self._low, self._op, self._combine = lowered, op, COMBINE[op]
+        self._low, self._op, self._combine, self._slices = lowered, op, COMBINE[op], slices
         self._dtype = next(v.dtype for v in inputs if v is not None)
         p = lowered.num_ranks
-        self._layouts = [contract.layout(lowered, rank, counts) for rank in range(p)]  # type: ignore[arg-type]
+        self._layouts = [contract.layout(lowered, rank, counts) for rank in range(p)]
         self._memory: list[dict[tuple[int, int, int], Array]] = [{} for _ in range(p)]
         self._messages: dict[tuple[int, int, int, int], list[Array]] = {}
         self._acknowledged: dict[tuple[int, int, int], int] = {}
@@ -76,14 +79,14 @@ class _Stage:
             offset = contract.in_place_offset(lowered, rank) if inside else 0
             cuts = self._layouts[rank].input_offsets
             for chunk, part in enumerate(np.split(values, cuts[1:-1])):
-                for s, piece in enumerate(np.split(part, chunk_offsets(part.size, lowered.slices)[1:-1])):
+                for s, piece in enumerate(np.split(part, chunk_offsets(part.size, slices)[1:-1])):
                     self._memory[rank][buffer, offset + chunk, s] = piece
 
     def _threads_of(self, rank: int, is_free: bool) -> list[_Thread]:
         mine = self._low.instructions[rank]
         if not is_free:
             return [_Thread(rank, list(range(len(mine))))]
-        lanes = range(self._low.num_lanes(rank))
+        lanes = sorted({i.lane for i in mine})
         return [_Thread(rank, [k for k, i in enumerate(mine) if i.lane == lane]) for lane in lanes]
 
     def run(self, draw: random.Random | None) -> None:
@@ -110,7 +113,7 @@ class _Stage:
             return False
         finished[index] += 1
         thread.slice += 1
-        if thread.slice == self._low.slices:
+        if thread.slice == self._slices:
             thread.at, thread.slice = thread.at + 1, 0
         return True
 
@@ -118,18 +121,21 @@ class _Stage:
         """Run slice s of `i` unless it has to wait. Messages and acknowledgements are counted in slices."""
         low = self._low
         send, recv = (rank, i.send_peer, i.channel), (i.recv_peer, rank, i.channel)
-        incoming_number, outgoing_number = i.recv_message * low.slices + s, i.send_message * low.slices + s
+        incoming_number, outgoing_number = (
+            i.recv_message * self._slices + s,
+            i.send_message * self._slices + s,
+        )
         if i.recv_peer >= 0 and (*recv, incoming_number) not in self._messages:
             return False
-        needed = outgoing_number - (0 if i.verb == "reclaim" else low.slots * low.slices)
+        needed = outgoing_number - (0 if i.verb == "reclaim" else low.slots * self._slices)
         if i.send_peer >= 0 and self._acknowledged.get(send, 0) <= needed:
             return False
         if i.verb == "reclaim":
             return True
         own = self._load(rank, i.src, s)
         incoming = self._messages.pop((*recv, incoming_number)) if i.recv_peer >= 0 else own
-        if i.far:
-            incoming = self._load(i.recv_peer if i.recv_peer >= 0 else rank, i.far, s)
+        if i.operand:
+            incoming = self._load(i.recv_peer if i.recv_peer >= 0 else rank, i.operand, s)
         if "reduce" in i.verb:
             incoming = [self._combine(a, b) for a, b in zip(own, incoming, strict=True)]
         if i.dst:
@@ -141,18 +147,18 @@ class _Stage:
             self._messages[*send, outgoing_number] = incoming
         return True
 
-    def _load(self, rank: int, runs: list[Run], s: int) -> list[Array]:
+    def _load(self, rank: int, runs: list[ChunkRun], s: int) -> list[Array]:
         memory = self._memory[rank]
         return [memory[buffer, chunk + k, s] for buffer, chunk, _, n in runs for k in range(n)]
 
     def result(self, rank: int) -> Array | None:
-        """OUTPUT of `rank`."""
+        """Return the OUTPUT of `rank`."""
         low = self._low
         if not contract.defines_output(low, rank):
             return None
         buffer, offset = 1, 0
         if low.in_place and low.input_chunks > low.output_chunks:
             buffer, offset = 0, contract.in_place_offset(low, rank)
-        places = [(buffer, offset + c, s) for c in range(low.output_chunks) for s in range(low.slices)]
+        places = [(buffer, offset + c, s) for c in range(low.output_chunks) for s in range(self._slices)]
         whole: Array = np.concatenate([np.zeros(0, self._dtype), *(self._memory[rank][p] for p in places)])
         return divide(whole, low.num_ranks) if self._op is ReduceOp.MEAN else whole
