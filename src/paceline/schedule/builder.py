@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from paceline.schedule.program import COPY, REDUCE, Op, Program, Step, TransferKind, step_of
 
-Place = tuple[int, int, int]
+ChunkPlace = tuple[int, int, int]
 """(rank, buffer, chunk)"""
 
 
@@ -36,12 +36,12 @@ class Builder:
         self._steps: list[Step] = []
         self._open: list[Op] = []
 
-    def copy(self, src: Place, dst: Place, *, count: int = 1, channel: int = 0) -> Builder:
+    def copy(self, src: ChunkPlace, dst: ChunkPlace, *, count: int = 1, channel: int = 0) -> Builder:
         """Add a copy of `count` chunks to the current step."""
         self._open.append(_op(COPY, src, dst, count, channel))
         return self
 
-    def reduce(self, src: Place, dst: Place, *, count: int = 1, channel: int = 0) -> Builder:
+    def reduce(self, src: ChunkPlace, dst: ChunkPlace, *, count: int = 1, channel: int = 0) -> Builder:
         """Add a reduction of `count` chunks into `dst` to the current step."""
         self._open.append(_op(REDUCE, src, dst, count, channel))
         return self
@@ -59,7 +59,7 @@ class Builder:
         return replace(self._program, make_steps=lambda: steps)
 
 
-def _op(kind: TransferKind, src: Place, dst: Place, count: int, channel: int) -> Op:
+def _op(kind: TransferKind, src: ChunkPlace, dst: ChunkPlace, count: int, channel: int) -> Op:
     src_rank, src_buffer, src_chunk = src
     dst_rank, dst_buffer, dst_chunk = dst
     return Op(kind, src_rank, src_buffer, src_chunk, dst_rank, dst_buffer, dst_chunk, count, channel)

@@ -17,7 +17,7 @@ from paceline.schedule.lowering.lower import lower
 from paceline.schedule.lowering.lowered import POSTS, ChunkRun, Instruction, Lowered
 from paceline.schedule.program import SCRATCH, chunk_offsets
 
-Counts = int | tuple[int, ...] | tuple[tuple[int, ...], ...]
+CallCounts = int | tuple[int, ...] | tuple[tuple[int, ...], ...]
 """As `contract.layout` takes them, in elements; hashable."""
 MessageChunks = tuple[tuple[int, int], ...]
 """(logical chunk, count) of each run of a message."""
@@ -51,7 +51,7 @@ def plan(
     root: int,
     rank: int,
     in_place: bool,
-    counts: Counts,
+    counts: CallCounts,
     element_bytes: int,
 ) -> _core.Plan:
     """Return what `rank` runs for a call of this size.
@@ -120,7 +120,7 @@ def _ranges(
     return ranges
 
 
-def _chunk_sizes(program: Lowered, counts: Counts) -> npt.NDArray[np.int64]:
+def _chunk_sizes(program: Lowered, counts: CallCounts) -> npt.NDArray[np.int64]:
     """Elements of every logical chunk."""
     operation, p = contract.base_operation(program.operation), program.num_ranks
     if operation == "barrier":
