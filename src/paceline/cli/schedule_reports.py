@@ -17,6 +17,7 @@ from paceline.errors import ConfigError
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from paceline.schedule.program import Op
     from paceline.schedule.simulation.simulate import Conditions
     from paceline.schedule.topology import Topology
 
@@ -141,7 +142,7 @@ def show(
     }
 
 
-def _plain(op: Any) -> dict[str, Any]:
+def _plain(op: Op) -> dict[str, Any]:
     from paceline.schedule.program import Buffer, TransferKind
 
     row = {field: int(getattr(op, field)) for field in op.__slots__}

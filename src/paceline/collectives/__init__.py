@@ -100,7 +100,7 @@ def with_hosts(name: str, given: Mapping[str, Any], hosts: Sequence[str]) -> dic
     return dict(given)
 
 
-def supports(name: str, operation: str, num_ranks: int, **options: Any) -> bool | No:
+def supports(name: str, operation: str, num_ranks: int, **options: object) -> bool | No:
     """True, or a false value that says why algorithm `name` cannot do it with these options.
 
     Raises ConfigError for an option that the algorithm does not have, or a value of the wrong kind.
@@ -113,7 +113,7 @@ def supports(name: str, operation: str, num_ranks: int, **options: Any) -> bool 
     return answer
 
 
-def build(name: str, operation: str, num_ranks: int, *, root: int = 0, **options: Any) -> Program:
+def build(name: str, operation: str, num_ranks: int, *, root: int = 0, **options: object) -> Program:
     """Build the program of algorithm `name`.
 
     Args:
@@ -137,7 +137,7 @@ def build(name: str, operation: str, num_ranks: int, *, root: int = 0, **options
     return replicate(program, _copies(own, options))
 
 
-def cost(name: str, operation: str, num_ranks: int, *, root: int = 0, **options: Any) -> Cost:
+def cost(name: str, operation: str, num_ranks: int, *, root: int = 0, **options: object) -> Cost:
     """Claimed cost of algorithm `name`; arguments as of `build`, which must accept them."""
     module = find(name)
     check_options(name, options)

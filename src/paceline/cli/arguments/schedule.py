@@ -30,7 +30,7 @@ def algorithm(text: str, *, channels: int = 1) -> tuple[str, dict[str, Any]]:
     return collectives.find(name).__name__.rpartition(".")[2], options
 
 
-def build(name: str, operation: str, num_ranks: int, *, root: int = 0, **options: Any) -> Program:
+def build(name: str, operation: str, num_ranks: int, *, root: int = 0, **options: object) -> Program:
     """As `collectives.build`; ConfigError also for a program that would not fit in memory."""
     from paceline import collectives
     from paceline.schedule import contract
@@ -42,7 +42,7 @@ def build(name: str, operation: str, num_ranks: int, *, root: int = 0, **options
     return collectives.build(name, operation, num_ranks, root=root, **options)
 
 
-def oversized(name: str, operation: str, num_ranks: int, **options: Any) -> str:
+def oversized(name: str, operation: str, num_ranks: int, **options: object) -> str:
     """Return why this program would be too large to hold, or an empty string."""
     from paceline import collectives
 
