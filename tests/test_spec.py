@@ -109,3 +109,14 @@ def test_words_are_no_numbers_and_numbers_no_flags(text: str, said: str) -> None
 
 def test_arguments_that_fit_are_passed_on() -> None:
     assert spec.call(plug_in, spec.parse("x(size=3, rate=2, relay=none)"), kind="test") == (3, 2, False, None)
+
+
+def test_whole_numbers_have_a_least_value() -> None:
+    assert spec.whole_number("period", 1, least=1) == 1
+    assert spec.whole_number("backup", 0, least=0) == 0
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, True, "2", None, Spec("many")])
+def test_what_is_not_a_whole_number_is_named(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"period=.*: a whole number >= 1 expected"):
+        spec.whole_number("period", value, least=1)

@@ -100,6 +100,13 @@ def call(factory: Callable[..., Any], spec: Spec, *, kind: str) -> Any:
         raise ConfigError(f"{kind} {spec}: {error}. It takes: {signature(factory)}") from error
 
 
+def whole_number(name: str, value: object, *, least: int) -> int:
+    """Return `value` if it is a whole number of at least `least`; else raise a ConfigError that names it."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={value!r}: a whole number >= {least} expected")
+    return value
+
+
 def _check_kinds(factory: Callable[..., Any], spec: Spec, kind: str) -> None:
     """Words where numbers or true and false belong: `tau=nan`, `entropy=maybe`. The rest is the plug-in's."""
     parameters = inspect.signature(factory).parameters

@@ -14,8 +14,8 @@ from paceline.comm import current
 from paceline.comm.simulated.simulate import simulate
 from paceline.errors import ConfigError, PeerLost
 from paceline.strategies.base.strategy import make
-from paceline.strategies.server.script import Script
-from paceline.types import Message
+from paceline.strategies.server.protocol import Presence, ShardExchange
+from paceline.strategies.server.recording import HeldExchange, Recording
 
 ASYNCHRONOUS = [
     "parameter_server",
@@ -205,12 +205,13 @@ def test_after_the_end_of_a_recording_exchanges_pass_as_they_come(tmp_path: Path
     """A rank writes its file when it sees the end; a faster rank's next exchange may be in it already."""
     file = tmp_path / "order"
     file.write_text(json.dumps({"threads": 1, "shards": {"0": [[0, 1], [1, 1], [1, 2]]}}))
-    script = Script(replay=str(file))
+    recording = Recording(replay=str(file))
     reply: Any = object()
-    assert script.may_go(0, 0, 1) and script.released(0) == []
-    assert not script.may_go(0, 0, 2)
-    script.hold(0, 0, 2, Message(), reply)
-    assert script.may_go(0, 1, 1) and script.released(0) == []
-    assert script.may_go(0, 1, 2)
-    assert script.released(0) == [(0, Message(), reply)]
-    assert script.may_go(0, 0, 3)
+    early = ShardExchange(0, 2, 0, is_push=True, is_pull=True, presence=Presence.TRAINING)
+    assert recording.may_go(0, 0, 1) and recording.released(0) == []
+    assert not recording.may_go(0, 0, 2)
+    recording.hold(0, early, reply)
+    assert recording.may_go(0, 1, 1) and recording.released(0) == []
+    assert recording.may_go(0, 1, 2)
+    assert recording.released(0) == [HeldExchange(0, early, reply)]
+    assert recording.may_go(0, 0, 3)

@@ -14,7 +14,7 @@ from paceline.comm.simulated import compute_time, faults
 from paceline.comm.simulated.simulate import simulate
 from paceline.errors import CommError, ConfigError, PacelineError
 from paceline.schedule import topologies
-from paceline.strategies.server.script import recorded_threads
+from paceline.strategies.server.recording import recorded_threads
 from paceline.tasks.task import Task
 
 

@@ -7,7 +7,8 @@ not import torch; making something does.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import inspect
+from typing import TYPE_CHECKING
 
 from paceline import registry, spec
 from paceline.errors import ConfigError
@@ -20,10 +21,21 @@ if TYPE_CHECKING:
 
 
 def make(codec: str | spec.Spec | Codec, *, checksum: bool = False, use_reference: bool = False) -> Codec:
-    """Make the codec that a spec string such as `threshold(tau=0.01, entropy=true)` names.
+    """Make the codec that a spec string names.
 
-    `checksum` adds a CRC-32C to every payload; `use_reference` runs the readable PyTorch version instead of
-    the C++ kernels (same bytes, slower). Raises ConfigError for an unknown name or argument.
+    Args:
+        codec: A spec string such as `threshold(tau=0.01, entropy=true)`, or a codec, which is returned as it
+            is.
+        checksum: Add a CRC-32C to every payload, for links that are not trusted to deliver what was sent;
+            default false.
+        use_reference: Run the readable PyTorch version instead of the C++ kernels: the same bytes, slower.
+
+    Raises:
+        ConfigError: An unknown name or argument, or a reducer such as `powersgd`, which cannot encode a
+            single tensor.
+
+    Example:
+        `codecs.make("int8").encode(gradient, state)`
     """
     from paceline.codecs.kernel.codec import Codec
 
@@ -41,9 +53,22 @@ def make(codec: str | spec.Spec | Codec, *, checksum: bool = False, use_referenc
 
 
 def make_reducer(codec: str | spec.Spec | Codec | Reducer, *, checksum: bool = False) -> Reducer:
-    """Make what sums one flat tensor over all ranks with this codec, each in the form that suits it."""
-    from paceline.codecs.kernel.codec import Codec
-    from paceline.codecs.reducers.reducer import Reducer, reducer_for
+    """Make what sums one flat tensor over all ranks with a codec.
+
+    Args:
+        codec: A spec string such as `powersgd(rank=2)` or `int8`, a codec, or a reducer, which is returned as
+            it is.
+        checksum: Add a CRC-32C to every payload; for spec strings of codecs.
+
+    Codecs with a known payload size are summed in two stages; those whose payload size depends on the values
+    send all payloads to all ranks; `powersgd` has a way of its own.
+
+    Raises:
+        ConfigError: An unknown name or argument.
+    """
+    from paceline.codecs.reducers.all_payloads import AllPayloads
+    from paceline.codecs.reducers.reducer import Reducer
+    from paceline.codecs.reducers.two_stage import TwoStage
 
     if isinstance(codec, Reducer):
         return codec
@@ -51,16 +76,22 @@ def make_reducer(codec: str | spec.Spec | Codec | Reducer, *, checksum: bool = F
         made = _instance(_parsed(codec))
         if isinstance(made, Reducer):
             return made
-        assert isinstance(made, Codec)
         made.set_options(checksum=checksum)
         codec = made
-    return reducer_for(codec)
+    return AllPayloads(codec) if codec.is_sparse else TwoStage(codec)
 
 
 def decode(payload: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False) -> None:
-    """Decode a payload of any codec into `out` (same number of elements), or add it to `out`.
+    """Decode a payload of any codec.
 
-    Raises ProtocolError, leaving `out` untouched, when the bytes are not a valid payload for it.
+    Args:
+        payload: 1-D uint8 tensor, as `encode` returned it.
+        out: Floating-point tensor with as many elements as were encoded; overwritten.
+        accumulate: Add to `out` instead; default false.
+
+    Raises:
+        ProtocolError: The bytes are not a valid payload for `out`, which is left untouched.
+        ConfigError: A tensor of another dtype.
     """
     from paceline.codecs.kernel.codec import decode_any
 
@@ -75,14 +106,13 @@ def _parsed(codec: str | spec.Spec) -> spec.Spec:
     raise ConfigError(f"codec: a name such as int8 or threshold(tau=0.01) expected, got {codec!r}")
 
 
-def _instance(parsed: spec.Spec) -> Any:
+def _instance(parsed: spec.Spec) -> Codec | Reducer:
+    """Make what a plug-in file defines: a codec, or a reducer with collectives of its own."""
     from paceline.codecs.kernel.codec import Codec
     from paceline.codecs.reducers.reducer import Reducer
 
     module = registry.load(__name__, parsed.name, kind="codec")
-    base: type = Reducer if parsed.name in _REDUCERS else Codec
-    return spec.call(registry.find_class(module, base), parsed, kind="codec")
-
-
-# Methods that need shapes and collectives of their own.
-_REDUCERS = {"powersgd"}
+    own = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
+    base = Reducer if any(issubclass(c, Reducer) for c in own) else Codec
+    made: Codec | Reducer = spec.call(registry.find_class(module, base), parsed, kind="codec")
+    return made

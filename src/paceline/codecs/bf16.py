@@ -11,7 +11,7 @@ import torch
 
 from paceline.codecs.kernel import payload
 from paceline.codecs.kernel.compiled import KernelCodec
-from paceline.codecs.kernel.payload import Header
+from paceline.codecs.kernel.payload import PayloadHeader
 from paceline.codecs.kernel.reference import keep_remainder
 from paceline.errors import ProtocolError
 
@@ -26,7 +26,7 @@ class Bf16(KernelCodec):
 
     def reference_encode(
         self, x: torch.Tensor, residual: torch.Tensor | None, arguments: dict[str, Any]
-    ) -> tuple[Header, bytes]:
+    ) -> tuple[PayloadHeader, bytes]:
         """Round to nearest even; every NaN becomes the one quiet NaN."""
         value = x if residual is None else x + residual
         rounded = value.to(torch.bfloat16)
@@ -35,10 +35,10 @@ class Bf16(KernelCodec):
         )
         if residual is not None:
             keep_remainder(residual, value, code.view(torch.bfloat16).to(torch.float32))
-        return Header("bf16", x.numel()), payload.as_bytes(code)
+        return PayloadHeader("bf16", x.numel()), payload.as_bytes(code)
 
     @classmethod
-    def reference_decode(cls, header: Header, body: bytes) -> torch.Tensor:
+    def reference_decode(cls, header: PayloadHeader, body: bytes) -> torch.Tensor:
         """Widen."""
         if header.parameter != 0:
             raise ProtocolError("bf16 payload: it has no parameter")

@@ -12,7 +12,7 @@ import torch
 
 from paceline.codecs.kernel import payload
 from paceline.codecs.kernel.compiled import KernelCodec
-from paceline.codecs.kernel.payload import Header
+from paceline.codecs.kernel.payload import PayloadHeader
 from paceline.codecs.kernel.reference import in_blocks, keep_remainder, largest_bits
 from paceline.errors import ConfigError
 
@@ -36,7 +36,7 @@ class Fp16(KernelCodec):
 
     def reference_encode(
         self, x: torch.Tensor, residual: torch.Tensor | None, arguments: dict[str, Any]
-    ) -> tuple[Header, bytes]:
+    ) -> tuple[PayloadHeader, bytes]:
         """Scale each block by a power of two, round to nearest even."""
         value = x if residual is None else x + residual
         rows = in_blocks(value, self._block)
@@ -51,10 +51,10 @@ class Fp16(KernelCodec):
             sent = code.view(torch.float16).to(torch.float32) * down
             keep_remainder(residual, value, sent.view(-1)[: x.numel()])
         body = payload.as_bytes(down) + payload.as_bytes(code.view(-1)[: x.numel()])
-        return Header("fp16", x.numel(), parameter=self._block), body
+        return PayloadHeader("fp16", x.numel(), parameter=self._block), body
 
     @classmethod
-    def reference_decode(cls, header: Header, body: bytes) -> torch.Tensor:
+    def reference_decode(cls, header: PayloadHeader, body: bytes) -> torch.Tensor:
         """half · scale."""
         block = payload.check_block(header)
         blocks = payload.num_blocks(header.numel, block)

@@ -11,7 +11,7 @@ from typing import final
 import torch
 
 from paceline.codecs.kernel import payload
-from paceline.codecs.kernel.payload import Header
+from paceline.codecs.kernel.payload import PayloadHeader
 from paceline.codecs.kernel.quantize import Quantizer, dequantized
 from paceline.codecs.kernel.reference import in_blocks
 
@@ -32,7 +32,7 @@ class Int4(Quantizer):
         return payload.as_bytes(halves[:, 0] | halves[:, 1] << 4)
 
     @classmethod
-    def reference_decode(cls, header: Header, body: bytes) -> torch.Tensor:
+    def reference_decode(cls, header: PayloadHeader, body: bytes) -> torch.Tensor:
         """(half byte - 8) · scale."""
         blocks = payload.num_blocks(header.numel, payload.check_block(header))
         payload.check_body(header, body, 4 * blocks + 16 * payload.num_blocks(header.numel, 32))

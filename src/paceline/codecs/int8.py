@@ -10,7 +10,7 @@ from typing import final
 import torch
 
 from paceline.codecs.kernel import payload
-from paceline.codecs.kernel.payload import Header
+from paceline.codecs.kernel.payload import PayloadHeader
 from paceline.codecs.kernel.quantize import Quantizer, dequantized
 
 
@@ -29,7 +29,7 @@ class Int8(Quantizer):
         return payload.as_bytes(codes)
 
     @classmethod
-    def reference_decode(cls, header: Header, body: bytes) -> torch.Tensor:
+    def reference_decode(cls, header: PayloadHeader, body: bytes) -> torch.Tensor:
         """code · scale."""
         blocks = payload.num_blocks(header.numel, payload.check_block(header))
         payload.check_body(header, body, 4 * blocks + header.numel)

@@ -15,7 +15,7 @@ import torch
 
 from paceline.codecs.kernel import payload
 from paceline.codecs.kernel.compiled import KernelCodec
-from paceline.codecs.kernel.payload import Header
+from paceline.codecs.kernel.payload import PayloadHeader
 from paceline.codecs.kernel.reference import in_blocks, keep_remainder
 from paceline.errors import ConfigError
 
@@ -39,7 +39,7 @@ class Onebit(KernelCodec):
 
     def reference_encode(
         self, x: torch.Tensor, residual: torch.Tensor | None, arguments: dict[str, Any]
-    ) -> tuple[Header, bytes]:
+    ) -> tuple[PayloadHeader, bytes]:
         """scale = mean |x|, summed in 16 lanes so that every implementation rounds alike; bit = sign."""
         value = x if residual is None else x + residual
         rows = in_blocks(value, self._block)
@@ -58,10 +58,10 @@ class Onebit(KernelCodec):
             each = scale.to(torch.float32).repeat_interleave(self._block)[: x.numel()]
             keep_remainder(residual, value, torch.where(is_negative, -each, each))
         signs = np.packbits(is_negative.cpu().numpy(), bitorder="little").tobytes()
-        return Header("onebit", x.numel(), parameter=self._block), payload.as_bytes(scale) + signs
+        return PayloadHeader("onebit", x.numel(), parameter=self._block), payload.as_bytes(scale) + signs
 
     @classmethod
-    def reference_decode(cls, header: Header, body: bytes) -> torch.Tensor:
+    def reference_decode(cls, header: PayloadHeader, body: bytes) -> torch.Tensor:
         """±scale."""
         blocks = payload.num_blocks(header.numel, payload.check_block(header))
         payload.check_body(header, body, 2 * blocks + (header.numel + 7) // 8)

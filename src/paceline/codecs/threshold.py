@@ -20,7 +20,7 @@ import torch
 
 from paceline.codecs.kernel import payload
 from paceline.codecs.kernel.compiled import KernelCodec
-from paceline.codecs.kernel.payload import BITMAP, RICE, WORDS, Header
+from paceline.codecs.kernel.payload import BITMAP, RICE, WORDS, PayloadHeader
 from paceline.codecs.kernel.reference import plan_rice, read_rice, scatter, write_rice
 from paceline.errors import ConfigError, ProtocolError
 
@@ -86,7 +86,7 @@ class Threshold(KernelCodec):
         rank = max(1, sample.numel() - round(self._density * sample.numel()))
         return float(sample.kthvalue(rank).values.clamp(max=1e30)) or float(sample.max().clamp(max=1e30))
 
-    def encoded(self, header: Header, state: dict[str, Any]) -> None:
+    def encoded(self, header: PayloadHeader, state: dict[str, Any]) -> None:
         """Move τ towards the target density."""
         if self._density is None or "tau" not in state or header.numel == 0:
             return
@@ -101,7 +101,7 @@ class Threshold(KernelCodec):
 
     def reference_encode(
         self, x: torch.Tensor, residual: torch.Tensor | None, arguments: dict[str, Any]
-    ) -> tuple[Header, bytes]:
+    ) -> tuple[PayloadHeader, bytes]:
         """Compare, take ±τ off the residual, lay out the hits."""
         assert residual is not None
         value = residual + x
@@ -110,7 +110,7 @@ class Threshold(KernelCodec):
         residual.copy_(torch.where(value.isfinite(), value - sent, residual))
         indexes = is_hit.nonzero().view(-1).cpu()
         signs = value.cpu()[indexes].signbit()
-        plain = Header("threshold", x.numel(), scale=arguments["tau"], count=len(indexes))
+        plain = PayloadHeader("threshold", x.numel(), scale=arguments["tau"], count=len(indexes))
         if len(indexes) > x.numel() // 16:
             masks = np.zeros((payload.num_blocks(x.numel(), 16), 2, 16), np.uint8)
             masks[indexes // 16, signs.to(torch.int64), indexes % 16] = 1
@@ -124,7 +124,7 @@ class Threshold(KernelCodec):
         return plain, words.tobytes()
 
     @classmethod
-    def reference_decode(cls, header: Header, body: bytes) -> torch.Tensor:
+    def reference_decode(cls, header: PayloadHeader, body: bytes) -> torch.Tensor:
         """±τ where the body says so, else 0."""
         if not 0.0 < header.scale < float("inf"):
             raise ProtocolError("threshold payload: tau is not positive and finite")

@@ -16,7 +16,7 @@ import torch
 
 from paceline.codecs.kernel import payload
 from paceline.codecs.kernel.compiled import KernelCodec
-from paceline.codecs.kernel.payload import RICE, WORDS, Header
+from paceline.codecs.kernel.payload import RICE, WORDS, PayloadHeader
 from paceline.codecs.kernel.reference import plan_rice, read_rice, scatter, write_rice
 from paceline.errors import ConfigError, ProtocolError
 
@@ -49,7 +49,7 @@ class Topk(KernelCodec):
 
     def reference_encode(
         self, x: torch.Tensor, residual: torch.Tensor | None, arguments: dict[str, Any]
-    ) -> tuple[Header, bytes]:
+    ) -> tuple[PayloadHeader, bytes]:
         """Choose by magnitude (NaN above infinity above numbers), send in order of the index."""
         value = x if residual is None else x + residual
         magnitude = value.view(torch.int32) & 0x7FFFFFFF
@@ -59,7 +59,7 @@ class Topk(KernelCodec):
         if residual is not None:
             residual.copy_(torch.where(value.isfinite(), value, 0.0))
             residual[indexes] = 0.0
-        plain = Header("topk", x.numel(), count=len(indexes))
+        plain = PayloadHeader("topk", x.numel(), count=len(indexes))
         if arguments["entropy"]:
             parameter, num_bytes = plan_rice(indexes.tolist(), has_sign=False)
             if num_bytes < 4 * len(indexes):
@@ -69,7 +69,7 @@ class Topk(KernelCodec):
         return plain, payload.as_bytes(sent) + indexes.cpu().numpy().astype("<u4").tobytes()
 
     @classmethod
-    def reference_decode(cls, header: Header, body: bytes) -> torch.Tensor:
+    def reference_decode(cls, header: PayloadHeader, body: bytes) -> torch.Tensor:
         """The values where the indexes say, else 0."""
         if struct.pack("<f", header.scale) != bytes(4):
             raise ProtocolError("topk payload: it has no tau")

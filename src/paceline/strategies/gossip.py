@@ -5,7 +5,8 @@ synchronous: all ranks draw the same random pairing and each pair averages (mixi
 asynchronous: a worker averages with a random peer whenever it is ready: (x, y) → both (x + y)/2.
 The sum over workers is kept by every exchange. `stats()` has the consensus distance √mean‖W_i − mean‖².
 
-Cost per minibatch: the model 4 times at home (free), and twice per period to and from a peer.   [tested]
+Cost per minibatch: the model 4 times to this rank itself (free), and twice per period to and from a peer.
+[tested]
 """
 
 from __future__ import annotations
@@ -16,64 +17,79 @@ import torch
 
 from paceline.errors import ConfigError, PeerLost
 from paceline.spec import Spec
-from paceline.strategies.base.strategy import TrainingStrategy
-from paceline.types import Communicator, Message, Rank
+from paceline.strategies.base.periodic import PeriodicStrategy
+from paceline.types import Communicator, Message, Rank, Replica
 
 _CHANNEL = "gossip"
+_FACTORS = {"add": (1.0, 1.0), "mix": (0.5, 0.5), "set": (0.0, 1.0), "read": (1.0, 0.0)}
+"""What a message does to the shared model: operation → (factor of the model, factor of the message)."""
 
 
-class Gossip(TrainingStrategy):
-    """Random-pair averaging."""
+class Gossip(PeriodicStrategy):
+    """Average the models of random pairs every `period` minibatches.
+
+    Every rank has a shared model that its message service alone changes: a peer can average with it while
+    the worker trains. The worker adds its updates to it by a message to its own rank.
+
+    Args:
+        period: Minibatches between two averages, at least 1; default 1. A larger one sends less; replicas
+            then drift further apart (see `consensus_distance` in `job.stats()`).
+        mode: `asynchronous` (default): no worker waits for another. `synchronous`: all ranks meet at
+            barriers and average in disjoint pairs: repeatable, but as slow as the slowest worker.
+        seed: Seed of the random pairing, a whole number; default 0. The same on all ranks.
+
+    Raises:
+        ConfigError: A period below 1, or a mode that does not exist.
+
+    Example:
+        `gossip(period=4, mode=asynchronous)`
+    """
 
     advice = "No hot spot and no barrier over all: for many workers on uneven links; converges to consensus."
-    replicas_differ = True
     survives_loss = True
 
     def __init__(self, *, period: int = 1, mode: str | Spec = "asynchronous", seed: int = 0) -> None:
-        if isinstance(period, bool) or not isinstance(period, int) or period < 1:
-            raise ConfigError(f"period={period!r}: a whole number of minibatches >= 1 expected")
+        super().__init__(period=period)
         if str(mode) not in ("synchronous", "asynchronous"):
             raise ConfigError(f"mode={mode}: synchronous or asynchronous expected")
-        self.period, self.mode, self._seed = period, str(mode), seed
+        self.mode = str(mode)
+        self._seed = seed
         self._steps = 0
+        """Minibatches since the start of training."""
         self._lost: set[Rank] = set()
         self._distance = 0.0
-        self._kept: list[torch.Tensor] | None = None
 
-    def attach(self, replica: Any, comm: Communicator) -> None:
-        """The model that peers average with belongs to the message service, which changes it alone."""
+    def attach(self, replica: Replica, comm: Communicator) -> None:
         super().attach(replica, comm)
         self._shared = [flat.clone() for flat in replica.parameters]
+        """The model that peers average with; only the message service changes it."""
         self._base = [flat.clone() for flat in replica.parameters]
+        """The shared model when this worker last saw it: updates are counted from there."""
         comm.serve(_CHANNEL, self._handle)
         comm.on_lost(self._lost.add)
 
-    def before_update(self) -> None:
-        """What a repeated batch changes is undone."""
-        if not self.replica.has_samples:
-            self._kept = [flat.clone() for flat in self.replica.parameters]
-
-    def after_update(self) -> None:
-        """Add the update to the shared model; average with a peer when it is time."""
+    def minibatch_done(self) -> None:
+        """Add this worker's update to its shared model, and take what peers have changed in it."""
         self.replica.adopt()
-        flats = self.replica.parameters
-        if self._kept is not None:
-            torch._foreach_copy_(list(flats), self._kept)
-            self._kept = None
         self._steps += 1
+        if self.comm.size > 1:
+            pairs = zip(self.replica.parameters, self._base, strict=True)
+            self._take(self._call(self.comm.rank, "add", [flat - base for flat, base in pairs]))
+
+    def exchange(self) -> None:
+        """Average with a peer."""
         if self.comm.size == 1:
             return
-        self._take(self._ask(self.comm.rank, "add", [f - b for f, b in zip(flats, self._base, strict=True)]))
-        if self._steps % self.period == 0:
-            self._mix(self._peer())
-
-    update_skipped = after_update
+        if self.mode == "synchronous":
+            self._mix_in_step(self._partner())
+        else:
+            self._mix(self._random_peer())
 
     def synchronize(self) -> None:
         """All replicas become their mean."""
         if self.comm.size > 1:
             self.comm.drain()
-            self._take(self._ask(self.comm.rank, "set", self._mean()))
+            self._take(self._call(self.comm.rank, "set", self._mean()))
 
     def consensus(self) -> list[torch.Tensor] | None:
         """The mean of all replicas."""
@@ -84,66 +100,84 @@ class Gossip(TrainingStrategy):
         return {"consensus_distance": self._distance}
 
     def _handle(self, src: Rank, message: Message) -> Message:
-        """The service: the only place that writes the shared model."""
-        op = message.header["op"]
+        """On the message service: the only place that changes the shared model."""
+        own_factor, given_factor = _FACTORS[str(message.header["op"])]
         for own, given in zip(self._shared, message.tensors, strict=True):
-            weight = {"add": (1.0, 1.0), "mix": (0.5, 0.5), "set": (0.0, 1.0), "read": (1.0, 0.0)}[str(op)]
-            own.mul_(weight[0]).add_(given, alpha=weight[1])
+            own.mul_(own_factor).add_(given, alpha=given_factor)
         return Message({}, self._shared)
 
-    def _ask(self, peer: Rank, op: str, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _call(self, peer: Rank, op: str, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Apply `op` to the shared model of `peer`, and return it."""
         return list(self.comm.call(peer, _CHANNEL, Message({"op": op}, tensors)).wait().tensors)
 
     def _mix(self, peer: Rank) -> None:
-        sent = [b.clone() for b in self._base]
-        if self.mode == "synchronous":  # both members of the pair call each other with what they had before
-            self.comm.barrier().wait()
+        """Replace the peer's model by the mean of both, and take that mean."""
+        sent = [base.clone() for base in self._base]
+        self._move(sent, self._call_or_lose(peer, "mix", sent))
+
+    def _mix_in_step(self, peer: Rank) -> None:
+        """Both members of the pair read each other's model, between barriers, and move to the mean."""
+        sent = [base.clone() for base in self._base]
+        self.comm.barrier().wait()
+        theirs = self._call_or_lose(peer, "read", sent)
+        self.comm.barrier().wait()
+        self._move(sent, [(their + own) * 0.5 for their, own in zip(theirs, sent, strict=True)])
+
+    def _call_or_lose(self, peer: Rank, op: str, sent: list[torch.Tensor]) -> list[torch.Tensor]:
+        """As `_call`; when the peer has died, `sent`: the mean with oneself changes nothing."""
         try:
-            theirs = self._ask(peer, "read" if self.mode == "synchronous" else "mix", sent)
+            return self._call(peer, op, sent)
         except PeerLost:
             self._lost.add(peer)
-            theirs = sent
-        if self.mode == "synchronous":
-            self.comm.barrier().wait()
-            theirs = [(t + s) * 0.5 for t, s in zip(theirs, sent, strict=True)]
-        half = [t - s for t, s in zip(theirs, sent, strict=True)]
-        self._take(self._ask(self.comm.rank, "add", half))
+            return sent
 
-    def _peer(self) -> Rank:
-        salt = 0 if self.mode == "synchronous" else self.comm.rank + 1
-        generator = torch.Generator().manual_seed(self._seed * 7_368_787 + self._steps * 100_003 + salt)
-        order = torch.randperm(self.comm.size, generator=generator).tolist()
-        if self.mode == "synchronous":
-            place = order.index(self.comm.rank) ^ 1
-            return order[place] if place < len(order) else self.comm.rank  # the odd one out: itself
+    def _move(self, sent: list[torch.Tensor], mean: list[torch.Tensor]) -> None:
+        """Add mean − sent to the own shared model, which peers may have changed meanwhile."""
+        correction = [there - here for there, here in zip(mean, sent, strict=True)]
+        self._take(self._call(self.comm.rank, "add", correction))
+
+    def _partner(self) -> Rank:
+        """The other member of this rank's pair in a pairing that all ranks draw alike."""
+        order = self._shuffled_ranks(salt=0)
+        place = order.index(self.comm.rank) ^ 1
+        return order[place] if place < len(order) else self.comm.rank  # of an odd number, one stays alone
+
+    def _random_peer(self) -> Rank:
+        """A living peer that this rank draws by itself; the rank itself when it is the last one."""
+        order = self._shuffled_ranks(salt=self.comm.rank + 1)
         return next((r for r in order if r != self.comm.rank and r not in self._lost), self.comm.rank)
+
+    def _shuffled_ranks(self, *, salt: int) -> list[Rank]:
+        generator = torch.Generator().manual_seed(self._seed * 7_368_787 + self._steps * 100_003 + salt)
+        order: list[Rank] = torch.randperm(self.comm.size, generator=generator).tolist()
+        return order
 
     def _take(self, tensors: list[torch.Tensor]) -> None:
         torch._foreach_copy_(list(self.replica.parameters), tensors)
         torch._foreach_copy_(self._base, tensors)
 
     def _mean(self) -> list[torch.Tensor]:
-        own = self._ask(self.comm.rank, "read", self._base)
+        own = self._call(self.comm.rank, "read", self._base)
         count = torch.ones(1, dtype=torch.float64)
         means = [t.clone() for t in own]
-        for work in [self.comm.all_reduce(count), *(self.comm.all_reduce(m) for m in means)]:
+        for work in [self.comm.all_reduce(count), *(self.comm.all_reduce(mean) for mean in means)]:
             work.wait()
         torch._foreach_div_(means, count.item())
-        gaps = [(t - m).double().square().sum() for t, m in zip(own, means, strict=True)]
+        gaps = [(t - mean).double().square().sum() for t, mean in zip(own, means, strict=True)]
         square = torch.stack(gaps).sum().reshape(1)
         self.comm.all_reduce(square).wait()
         self._distance = float((square / count).sqrt())
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """The shared model and the clock."""
+        """The shared model, what this worker knows of it, and the number of minibatches."""
         return {"shared": self._shared, "base": self._base, "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue."""
         torch._foreach_copy_([*self._shared, *self._base], [*state["shared"], *state["base"]])
         self._steps = state["steps"]
+        self._done = self._steps % self.period
 
     def traffic(self, model_bytes: int, size: int) -> float:
-        """Update, correction and both answers at home; the model and an answer at a peer."""
+        """Update, correction and both answers at this rank; the model and an answer at a peer."""
         return model_bytes * (2 + 4 / self.period) if size > 1 else 0.0

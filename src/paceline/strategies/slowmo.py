@@ -9,14 +9,28 @@ Cost: the model once per `period` minibatches.   [tested]
 from __future__ import annotations
 
 from paceline.spec import Spec
-from paceline.strategies.outer.optimizer import OuterStrategy
+from paceline.strategies.outer.strategy import OuterStrategy
 
 
 class SlowMo(OuterStrategy):
-    """Outer heavy-ball SGD every `period` minibatches."""
+    """Outer heavy-ball SGD every `period` minibatches.
+
+    Args:
+        period: Minibatches of a block (the paper's τ), at least 1; default 12. A larger one sends less.
+        rate: Slow learning rate (the paper's α), above 0; default 1.
+        momentum: Slow momentum (the paper's β), from 0 to below 1; default 0.5. 0.5 to 0.7 is usual; lower
+            it when training becomes unstable; 0 is `local_sgd`.
+        codec: Encodes a worker's progress in a block, e.g. `int8`; default none.
+
+    Raises:
+        ConfigError: An argument outside of its range, or a codec that does not exist.
+
+    Example:
+        `slowmo(period=12, momentum=0.6)`
+    """
 
     advice = "local_sgd with slow momentum: better accuracy at the same period; 0.5 to 0.7 is usual."
-    ends_behind = True
+    ends_with_global_model = True
 
     def __init__(
         self,
@@ -29,4 +43,4 @@ class SlowMo(OuterStrategy):
         super().__init__(period=period, rate=rate, momentum=momentum, nesterov=False, codec=codec)
 
     def start_block(self) -> None:
-        """Inner state stays."""
+        pass  # the inner optimizer's state stays

@@ -3,13 +3,14 @@
 Source: Douillard et al., 2025. Fragment f's mean is requested every `period` minibatches, f·period/fragments
 later than fragment 0's, and applied `delay` minibatches after the request:
 W_local ← mix·W_local + (1 − mix)·W_global, so mix = 0 takes the global fragment and mix = 1 ignores it.
-The payload may be bfloat16, or in any `codec`: what travels is the difference to the last global value.
+What travels is the difference to the last global value.
 
 Cost: the model (or half of it in bfloat16) once per `period` minibatches, in `fragments` parts.   [tested]
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,18 +19,53 @@ from paceline import codecs
 from paceline.codecs.kernel import ledger
 from paceline.codecs.reducers.reducer import StagedWork
 from paceline.errors import ConfigError
-from paceline.spec import Spec
-from paceline.strategies.base.staleness_policy import whole
+from paceline.spec import Spec, whole_number
+from paceline.strategies.base.slices import Slices
 from paceline.strategies.base.strategy import TrainingStrategy
 from paceline.strategies.outer.optimizer import OuterSGD
-from paceline.strategies.server.slices import Slices
-from paceline.types import Communicator, Work
+from paceline.types import Communicator, Replica, Work
 
 _PAYLOADS = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@dataclass
+class _Transfer:
+    """A fragment on its way: the mean of the workers' progress in it."""
+
+    due: int
+    """The minibatch after which it is applied."""
+    progress: list[torch.Tensor]
+    works: list[Work | StagedWork]
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
 class StreamingDiLoCo(TrainingStrategy):
-    """DiLoCo without the pause: one fragment at a time travels while training goes on."""
+    """DiLoCo without the pause: one fragment at a time travels while training goes on.
+
+    Args:
+        period: Minibatches between two outer steps of a fragment, at least `fragments`; default 100.
+        fragments: Number of parts into which the model is cut, at least 1; default 4. More of them spread
+            the traffic more evenly, in smaller messages.
+        delay: Minibatches between the request of a mean and its use, from 0 to below `period`; default 1.
+            Raise it until the transfer of a fragment is hidden behind that many minibatches.
+        mix: Share of the local value that is kept when a fragment is applied, from 0 to below 1; default 0
+            takes the global value. Try 0.5 with a long delay: it keeps what was trained meanwhile.
+        rate: Outer learning rate, above 0; default 0.7.
+        momentum: Outer Nesterov momentum, from 0 to below 1; default 0.9.
+        payload: `full` (default: the parameters' own dtype), `bfloat16` or `float16`: half the bytes of
+            float32.
+        codec: Encodes the progress, e.g. `error_feedback(codec=int4)`; default none. Not together with
+            `payload`.
+
+    Raises:
+        ConfigError: An argument outside of its range, both `codec` and `payload`, or too many fragments.
+
+    Example:
+        `streaming_diloco(period=100, fragments=8, delay=5, payload=bfloat16)`
+    """
 
     advice = "DiLoCo with its traffic spread evenly behind compute; for links that DiLoCo saturates."
     replicas_differ = True
@@ -46,45 +82,51 @@ class StreamingDiLoCo(TrainingStrategy):
         payload: str | Spec = "full",
         codec: str | Spec | None = None,
     ) -> None:
-        self.period, self.fragments = whole("period", period, least=1), whole("fragments", fragments, least=1)
-        self.delay, self.mix = whole("delay", delay, least=0), mix
+        self.period = whole_number("period", period, least=1)
+        self.fragments = whole_number("fragments", fragments, least=1)
+        self.delay = whole_number("delay", delay, least=0)
         if fragments > period or delay >= period:
             raise ConfigError(f"fragments={fragments} <= period={period} > delay={delay} expected")
         if not 0 <= mix < 1 or str(payload) not in _PAYLOADS:
             raise ConfigError(f"mix={mix} in [0, 1), payload={payload} of {', '.join(_PAYLOADS)} expected")
-        self._rate, self._momentum, self._payload = rate, momentum, _PAYLOADS[str(payload)]
+        self.mix = mix
+        self._rate, self._momentum = rate, momentum
+        self._payload = _PAYLOADS[str(payload)]
         if codec is not None and self._payload is not None:
             raise ConfigError(f"codec={codec} and payload={payload}: only one of them")
         self._reducer = None if codec is None else codecs.make_reducer(codec)
-        self._states: list[list[dict[str, Any]]] = []
+        self._codec_states: list[list[dict[str, Any]]] = []
         self._steps = 0
-        self._flying: dict[int, tuple[int, list[torch.Tensor], list[Work | StagedWork]]] = {}
+        self._transfers: dict[int, _Transfer] = {}
 
-    def attach(self, replica: Any, comm: Communicator) -> None:
+    def attach(self, replica: Replica, comm: Communicator) -> None:
         """Cut the flat parameters into fragments, each with its own outer optimizer."""
         super().attach(replica, comm)
-        self._slices = Slices(replica.parameters, self.fragments)
-        parts = [self._local(f) for f in range(self.fragments)]
-        self._states = [[{} for _ in part] for part in parts]
-        momentum: dict[str, Any] = {"momentum": self._momentum, "nesterov": True}
-        self._outer = [OuterSGD(part, rate=self._rate, **momentum) for part in parts]
+        self._slices = Slices(replica.parameters, self.fragments, what="fragment")
+        fragments = [self._local(f) for f in range(self.fragments)]
+        self._codec_states = [[{} for _ in fragment] for fragment in fragments]
+        self._outer = [
+            OuterSGD(fragment, rate=self._rate, momentum=self._momentum, nesterov=True)
+            for fragment in fragments
+        ]
 
     def after_update(self) -> None:
-        """Apply what has waited long enough; request the fragment whose turn it is."""
+        """Request the fragment whose turn it is; apply those that are due."""
         self.replica.adopt()
         self._steps += 1
         for f in range(self.fragments):
             if (self._steps - f * self.period // self.fragments) % self.period == 0:
                 self._request(f)
-        for f in [f for f, (due, *_) in self._flying.items() if due <= self._steps]:
-            self._apply(f)
+        for f in [f for f, transfer in self._transfers.items() if transfer.due <= self._steps]:
+            self._apply(f, mix=self.mix)
 
-    update_skipped = after_update
+    def update_skipped(self) -> None:
+        self.after_update()
 
     def synchronize(self) -> None:
         """Finish what travels, then one last outer step on every fragment; all take the global model."""
-        for f in list(self._flying):
-            self._apply(f)
+        for f in list(self._transfers):
+            self._apply(f, mix=self.mix)
         for f in range(self.fragments):
             self._request(f)
             self._apply(f, mix=0.0)
@@ -93,56 +135,66 @@ class StreamingDiLoCo(TrainingStrategy):
         """The global model: every fragment as of its last outer step."""
         flats = [flat.clone() for flat in self.replica.parameters]
         for f in range(self.fragments):
-            for view, value in zip(self._slices.of(flats, f), self._outer[f].start, strict=True):
-                view.copy_(value)
+            torch._foreach_copy_(self._slices.of(flats, f), self._outer[f].start)
         return flats
 
-    def _local(self, fragment: int) -> list[torch.Tensor]:
-        return self._slices.of(self.replica.parameters, fragment)
+    def _local(self, f: int) -> list[torch.Tensor]:  # views of this replica's parameters
+        return self._slices.of(self.replica.parameters, f)
 
     def _request(self, f: int) -> None:
         pairs = zip(self._local(f), self._outer[f].start, strict=True)
-        sums = [((local - start) / self.comm.size).to(self._payload or start.dtype) for local, start in pairs]
-        self._flying[f] = (self._steps + self.delay, sums, list(map(self._sum, sums, self._states[f])))
+        shares = [(local - start) / self.comm.size for local, start in pairs]
+        progress = [share.to(self._payload or share.dtype) for share in shares]
+        works = [self._sum(flat, state) for flat, state in zip(progress, self._codec_states[f], strict=True)]
+        self._transfers[f] = _Transfer(self._steps + self.delay, progress, works)
 
     def _sum(self, flat: torch.Tensor, state: dict[str, Any]) -> Work | StagedWork:
         if self._reducer is None:
             return self.comm.all_reduce(flat)
         return self._reducer.start(flat, [], self.comm, state)  # its second exchange starts when it is due
 
-    def _apply(self, f: int, *, mix: float | None = None) -> None:
-        _, sums, works = self._flying.pop(f)
-        for work in works:
-            work.wait()
-        outer, mix = self._outer[f], self.mix if mix is None else mix
-        outer.step([start + s.to(start.dtype) for start, s in zip(outer.start, sums, strict=True)])
+    def _apply(self, f: int, *, mix: float) -> None:
+        transfer = self._transfers.pop(f)
+        transfer.wait()
+        outer = self._outer[f]
+        pairs = zip(outer.start, transfer.progress, strict=True)
+        outer.step([start + progress.to(start.dtype) for start, progress in pairs])
         for local, value in zip(self._local(f), outer.start, strict=True):
-            local.mul_(mix).add_(value, alpha=1 - mix) if mix else local.copy_(value)
+            if mix:
+                local.mul_(mix).add_(value, alpha=1 - mix)
+            else:
+                local.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Outer optimizers, the clock, and sums that have arrived but are not yet due."""
-        for _, _, works in self._flying.values():
-            for work in works:
-                work.wait()
-        flying = {str(f): [due, sums] for f, (due, sums, _) in self._flying.items()}
-        outer = [[o.start, o.buffer] for o in self._outer]
-        return {"outer": outer, "steps": self._steps, "flying": flying, "codec": self._states}
+        """Outer optimizers, the number of minibatches, and means that have arrived but are not yet due."""
+        for transfer in self._transfers.values():
+            transfer.wait()
+        return {
+            "outer": [[outer.start, outer.buffer] for outer in self._outer],
+            "steps": self._steps,
+            "flying": {str(f): [transfer.due, transfer.progress] for f, transfer in self._transfers.items()},
+            "codec": self._codec_states,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue."""
-        for outer, saved in zip(self._outer, state["outer"], strict=True):
-            outer.start, outer.buffer = ([t.clone() for t in part] for part in saved)
-        self._steps, self._states = state["steps"], state["codec"]
-        self._flying = {int(f): (due, list(sums), []) for f, (due, sums) in state["flying"].items()}
+        for outer, (start, buffer) in zip(self._outer, state["outer"], strict=True):
+            outer.start = [t.clone() for t in start]
+            outer.buffer = [t.clone() for t in buffer]
+        self._steps, self._codec_states = state["steps"], state["codec"]
+        self._transfers = {
+            int(f): _Transfer(due, list(progress), []) for f, (due, progress) in state["flying"].items()
+        }
 
     def stats(self) -> dict[str, Any]:
         """`codec`: its bytes by cause on this rank."""
-        stats = [self._reducer.stats(s) for states in self._states for s in states] if self._reducer else []
-        return {"codec": ledger.total(stats)} if stats else {}
+        if self._reducer is None:
+            return {}
+        states = [state for fragment in self._codec_states for state in fragment]
+        return {"codec": ledger.total(self._reducer.stats(state) for state in states)}
 
     def traffic(self, model_bytes: int, size: int) -> float:
         """Every fragment once per period; half of it when float32 travels in 16 bits."""
         if self._reducer is not None and size > 1:
-            pieces = [t.numel() for outer in self._outer for t in outer.start]
-            return sum(self._reducer.traffic(n, [], size) for n in pieces) / self.period
+            numels = [t.numel() for outer in self._outer for t in outer.start]
+            return sum(self._reducer.traffic(numel, [], size) for numel in numels) / self.period
         return model_bytes / self.period * (0.5 if self._payload else 1.0)

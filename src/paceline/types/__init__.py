@@ -1,11 +1,11 @@
 """The seams: small value types, and the protocols that layers meet at.
 
-A layer names only what it receives; implementations live in `comm`, `strategies`, `codecs` and `train`. torch
-is imported for annotations only, so `paceline schedule …` stays light.
+A layer names only what it receives; implementations live in `comm` (Communicator) and `train` (Replica).
+torch is imported for annotations only, so `paceline schedule …` stays light.
 """
 
 from paceline.types.communicator import Communicator, Ledger, Meeting, Store
-from paceline.types.training import Batch, Bucket, Codec, Reducer, Replica, Strategy
+from paceline.types.training import Batch, Bucket, Replica
 from paceline.types.values import (
     DEFAULT_OPTIONS,
     CallOptions,
@@ -22,7 +22,6 @@ __all__ = [
     "Batch",
     "Bucket",
     "CallOptions",
-    "Codec",
     "Communicator",
     "Handler",
     "Ledger",
@@ -30,10 +29,8 @@ __all__ = [
     "Message",
     "Rank",
     "ReduceOp",
-    "Reducer",
     "Replica",
     "Reply",
     "Store",
-    "Strategy",
     "Work",
 ]

@@ -1,12 +1,13 @@
-"""What training, strategies and codecs are to each other."""
+"""What a strategy sees of the model that it trains.
+
+Strategies, codecs and reducers themselves are abstract classes beside the code that calls them:
+`strategies.base.strategy.TrainingStrategy`, `codecs.kernel.codec.Codec`, `codecs.reducers.reducer.Reducer`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
-
-from paceline.types.communicator import Communicator
-from paceline.types.values import Work
 
 if TYPE_CHECKING:
     import torch
@@ -83,52 +84,3 @@ class Replica(Protocol):
 
     def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """State tensors of the optimizers, in an order that all ranks share: (key, tensor itself)."""
-
-
-class Strategy(Protocol):
-    """What travels, when, through whom, and how it is applied. Called by the training loop's hooks."""
-
-    def attach(self, replica: Any, comm: Communicator) -> None: ...
-    def gradient_ready(self, bucket: Any) -> None: ...
-    def backward_done(self) -> None: ...
-    def before_update(self) -> None: ...
-    def after_update(self) -> None: ...
-    def synchronize(self) -> None: ...
-    def consensus(self) -> Any: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Codec(Protocol):
-    """Fewer bytes for one flat tensor.
-
-    `state` belongs to one tensor that is encoded again and again: a dict of tensors (residuals) and plain
-    values, empty at first, part of the checkpoint.
-    """
-
-    is_unbiased: bool
-
-    def max_encoded_bytes(self, numel: int) -> int: ...
-    def encode(
-        self, x: torch.Tensor, state: dict[str, Any], *, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """1-D uint8 payload that describes itself; a slice of `out` when given."""
-
-    def decode(self, payload: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False) -> None:
-        """Store in `out`, or add to it. ProtocolError leaves `out` untouched."""
-
-    def stats(self, state: dict[str, Any]) -> dict[str, float]:
-        """Bytes by cause, encode seconds and extra memory since `state` was new."""
-
-
-class Reducer(Protocol):
-    """Replaces a flat tensor by (an approximation of) its sum over all ranks; equal bits on all."""
-
-    def start(
-        self,
-        flat: torch.Tensor,
-        layout: Sequence[tuple[int, Sequence[int]]],
-        comm: Communicator,
-        state: dict[str, Any],
-    ) -> Work:
-        """Begin; `layout` gives offset and shape of each tensor in `flat`. Same order on all ranks."""

@@ -65,7 +65,7 @@ class Codec(abc.ABC):
         return ledger.stats(state)
 
     @classmethod
-    def reference_decode(cls, header: payload.Header, body: bytes) -> torch.Tensor:
+    def reference_decode(cls, header: payload.PayloadHeader, body: bytes) -> torch.Tensor:
         """Float32 values of a body, the readable way; ProtocolError for one that is not valid."""
         raise NotImplementedError(f"{cls.__name__} has no payload of its own")
 

@@ -16,7 +16,7 @@ import torch
 from paceline import _core
 from paceline.codecs.kernel import ledger, payload
 from paceline.codecs.kernel.codec import Codec, decode_any
-from paceline.codecs.kernel.payload import Header
+from paceline.codecs.kernel.payload import PayloadHeader
 from paceline.errors import ConfigError
 
 
@@ -37,8 +37,8 @@ class KernelCodec(Codec):
     @abc.abstractmethod
     def reference_encode(
         self, x: torch.Tensor, residual: torch.Tensor | None, arguments: dict[str, Any]
-    ) -> tuple[Header, bytes]:
-        """Header and body for flat float32 x; updates the residual."""
+    ) -> tuple[PayloadHeader, bytes]:
+        """PayloadHeader and body for flat float32 x; updates the residual."""
 
     def max_encoded_bytes(self, numel: int) -> int:
         """Bytes that `encode` needs at most."""
@@ -112,7 +112,7 @@ class KernelCodec(Codec):
         )
         return out[:num_bytes], not_finite
 
-    def encoded(self, header: Header, state: dict[str, Any]) -> None:
+    def encoded(self, header: PayloadHeader, state: dict[str, Any]) -> None:
         """Called after every encode; adaptive codecs adjust themselves here."""
 
     def decode(self, payload: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False) -> None:
@@ -138,7 +138,7 @@ def check_residual(residual: torch.Tensor, x: torch.Tensor, who: str) -> None:
         )
 
 
-def _own_header(encoded: torch.Tensor) -> Header:
+def _own_header(encoded: torch.Tensor) -> PayloadHeader:
     """Read the header of our own payload without walking over its body for the checksum."""
     head = bytearray(encoded[: payload.HEADER_BYTES].numpy().tobytes())
     head[7] &= 0xFE

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from paceline.codecs.kernel.payload import HEADER_BYTES, Header
+from paceline.codecs.kernel.payload import HEADER_BYTES, PayloadHeader
 
 _COUNTS = (
     "encodes",
@@ -23,7 +23,7 @@ _COUNTS = (
 )
 
 
-def record(state: dict[str, Any], header: Header, num_bytes: int) -> dict[str, Any]:
+def record(state: dict[str, Any], header: PayloadHeader, num_bytes: int) -> dict[str, Any]:
     """Add one payload to state["ledger"] and return the ledger.
 
     payload_bytes: values, signs and scales; index_bytes: what says where they belong (a bitmap counts as

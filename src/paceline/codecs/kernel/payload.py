@@ -34,7 +34,7 @@ _FIELDS = struct.Struct("<4sBBBBQIfI")
 
 
 @dataclass(frozen=True)
-class Header:
+class PayloadHeader:
     """What a payload says about itself."""
 
     codec: str
@@ -47,7 +47,7 @@ class Header:
     count: int = 0
 
 
-def join(header: Header, body: bytes) -> bytes:
+def join(header: PayloadHeader, body: bytes) -> bytes:
     """Put the header before the body."""
     flags = int(header.has_checksum) | header.layout << 1
     fields = _FIELDS.pack(
@@ -65,7 +65,7 @@ def join(header: Header, body: bytes) -> bytes:
     return fields + struct.pack("<I", checksum) + body
 
 
-def split(payload: bytes, *, codec: str | None, numel: int) -> tuple[Header, bytes]:
+def split(payload: bytes, *, codec: str | None, numel: int) -> tuple[PayloadHeader, bytes]:
     """Validate and read the header; raises ProtocolError. The body is still unchecked."""
     header, body = read(payload), payload[HEADER_BYTES:]
     if codec is not None and header.codec != codec:
@@ -78,7 +78,7 @@ def split(payload: bytes, *, codec: str | None, numel: int) -> tuple[Header, byt
     return header, body
 
 
-def read(payload: bytes) -> Header:
+def read(payload: bytes) -> PayloadHeader:
     """Validate and read a payload's header; raises ProtocolError."""
     if len(payload) < HEADER_BYTES:
         raise ProtocolError(f"codec payload of {len(payload)} bytes; its header alone has {HEADER_BYTES}")
@@ -106,10 +106,10 @@ def read(payload: bytes) -> Header:
         raise ProtocolError(f"{name} payload: the CRC-32C does not match; the bytes were damaged on the way")
     if name not in SPARSE and (flags >> 1 or count or payload[20:24] != b"\0\0\0\0"):
         raise ProtocolError(f"{name} payload: fields that only sparse payloads use are set")
-    return Header(name, numel, source, bool(flags & 1), flags >> 1, parameter, scale, count)
+    return PayloadHeader(name, numel, source, bool(flags & 1), flags >> 1, parameter, scale, count)
 
 
-def check_body(header: Header, body: bytes, expected: int) -> None:
+def check_body(header: PayloadHeader, body: bytes, expected: int) -> None:
     """Raise ProtocolError unless the body has exactly `expected` bytes."""
     if len(body) != expected:
         raise ProtocolError(
@@ -118,7 +118,7 @@ def check_body(header: Header, body: bytes, expected: int) -> None:
         )
 
 
-def check_block(header: Header) -> int:
+def check_block(header: PayloadHeader) -> int:
     """Return the block length; ProtocolError unless it is a power of two from 32 to 4096."""
     block = header.parameter
     if not is_block(block):

@@ -15,7 +15,7 @@ import torch
 
 from paceline.codecs.kernel import payload
 from paceline.codecs.kernel.compiled import KernelCodec
-from paceline.codecs.kernel.payload import Header
+from paceline.codecs.kernel.payload import PayloadHeader
 from paceline.codecs.kernel.reference import in_blocks, keep_remainder, largest_bits
 from paceline.errors import ConfigError
 
@@ -56,7 +56,7 @@ class Quantizer(KernelCodec):
 
     def reference_encode(
         self, x: torch.Tensor, residual: torch.Tensor | None, arguments: dict[str, Any]
-    ) -> tuple[Header, bytes]:
+    ) -> tuple[PayloadHeader, bytes]:
         """Scale, round and clamp each block."""
         value = x if residual is None else x + residual
         rows = in_blocks(value, self._block)
@@ -77,7 +77,7 @@ class Quantizer(KernelCodec):
             sent = code * scale.repeat_interleave(self._block)[: x.numel()]
             keep_remainder(residual, value, sent)
         body = payload.as_bytes(scale) + self.packed(code.to(torch.int8))
-        return Header(self.name, x.numel(), parameter=self._block), body
+        return PayloadHeader(self.name, x.numel(), parameter=self._block), body
 
 
 def uniform(key: int, count: int) -> torch.Tensor:
@@ -100,6 +100,6 @@ def _mixed(z: torch.Tensor) -> torch.Tensor:
     return z ^ z >> 16
 
 
-def dequantized(header: Header, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def dequantized(header: PayloadHeader, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """code · scale of its block."""
     return (in_blocks(codes, header.parameter) * scales[:, None]).view(-1)[: header.numel]

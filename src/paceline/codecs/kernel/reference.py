@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from paceline.codecs.kernel import payload
-from paceline.codecs.kernel.payload import MAX_RICE_PARAMETER, Header
+from paceline.codecs.kernel.payload import MAX_RICE_PARAMETER, PayloadHeader
 from paceline.errors import ProtocolError
 
 
@@ -58,7 +58,7 @@ def write_rice(indexes: list[int], signs: list[int] | None, parameter: int) -> b
     return value.to_bytes((length + 7) // 8, "little")
 
 
-def read_rice(header: Header, data: bytes, *, has_sign: bool) -> tuple[list[int], list[int]]:
+def read_rice(header: PayloadHeader, data: bytes, *, has_sign: bool) -> tuple[list[int], list[int]]:
     """(indexes, signs) of header.count hits; ProtocolError when the bits do not hold exactly these."""
     if header.parameter > MAX_RICE_PARAMETER:
         raise ProtocolError(f"{header.codec} payload: Rice parameter above {MAX_RICE_PARAMETER}")
@@ -84,7 +84,7 @@ def read_rice(header: Header, data: bytes, *, has_sign: bool) -> tuple[list[int]
     return indexes, signs
 
 
-def scatter(header: Header, indexes: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def scatter(header: PayloadHeader, indexes: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Dense float32 values of a sparse body; ProtocolError unless the indexes increase within the tensor."""
     if indexes.numel() and (bool((indexes.diff() <= 0).any()) or int(indexes[-1]) >= header.numel):
         raise ProtocolError(

@@ -1,1 +1,1 @@
-"""Sums over all ranks with codecs."""
+"""Sums over all ranks with codecs, and what strategies build on them."""

@@ -48,9 +48,8 @@ class AllPayloads(Reducer):
             self._codec.decode(part, flat, accumulate=i > 0)
 
     def traffic(self, numel: int, layout: Layout, size: int) -> float:
-        """At most a full payload and its size; thresholds send what has reached τ, usually far less."""
+        """At most a full payload and its size; `threshold` usually sends far less."""
         return 8.0 + self._codec.max_encoded_bytes(numel)
 
     def stats(self, state: dict[str, Any]) -> dict[str, float]:
-        """As the codec's."""
         return self._codec.stats(state)

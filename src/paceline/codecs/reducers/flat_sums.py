@@ -7,23 +7,21 @@ from typing import Any
 
 import torch
 
-from paceline import codecs
 from paceline.codecs.kernel import ledger
-from paceline.codecs.reducers.reducer import Layout, finish
-from paceline.spec import Spec
+from paceline.codecs.reducers.reducer import Layout, Reducer, finish
 from paceline.types import Communicator
 
 
 class FlatSums:
-    """One reducer, and one state per buffer. `parameters` are the views that lie in the flat buffers."""
+    """One reducer, and one state per flat buffer of a model."""
 
-    def __init__(self, codec: str | Spec) -> None:
-        self._reducer = codecs.make_reducer(codec)
+    def __init__(self, reducer: Reducer) -> None:
+        self._reducer = reducer
         self._states: list[dict[str, Any]] = []
         self._layouts: list[Layout] = []
 
     def attach(self, flats: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
-        """Learn where each parameter lies, for codecs that need shapes."""
+        """Note where each of `parameters` lies in `flats`, for codecs that need shapes."""
         self._states = [{} for _ in flats]
         self._layouts = [
             [
@@ -35,14 +33,14 @@ class FlatSums:
         ]
 
     def sum(self, tensors: Sequence[torch.Tensor], comm: Communicator) -> None:
-        """Replace each tensor (shaped like its flat buffer) by its sum over ranks; equal bits everywhere."""
-        whole = [tensor.to(torch.float32) for tensor in tensors]
+        """Replace each tensor, shaped like its flat buffer, by its sum over ranks; equal bits everywhere."""
+        flats = [tensor.to(torch.float32) for tensor in tensors]  # themselves, if they are float32
         works = [
             self._reducer.start(flat, layout, comm, state)
-            for flat, layout, state in zip(whole, self._layouts, self._states, strict=True)
+            for flat, layout, state in zip(flats, self._layouts, self._states, strict=True)
         ]
         finish(works)
-        for tensor, flat in zip(tensors, whole, strict=True):
+        for tensor, flat in zip(tensors, flats, strict=True):
             if tensor.data_ptr() != flat.data_ptr():
                 tensor.copy_(flat)
 
@@ -55,7 +53,7 @@ class FlatSums:
         return self._states
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Continue from `state_dict()`; an empty list starts anew."""
+        """Continue from what `state_dict()` returned; an empty list keeps the states as they are."""
         self._states = list(states) or self._states
 
     def traffic(self, numels: Sequence[int], size: int) -> float:

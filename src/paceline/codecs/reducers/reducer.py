@@ -1,7 +1,8 @@
 """Sums over all ranks with codecs: what `all_reduce(codec=…)` and the DDP hooks run.
 
-A reducer is a generator of Works: it yields what it waits for, so that the first exchange of one bucket runs
-while the next bucket is still being computed. All ranks must start, advance and wait in the same order.
+A reducer is a generator of Works: it yields each exchange that it waits for, so that the first exchange of
+one bucket runs while the next bucket is still being computed. All ranks must start, advance and wait in the
+same order.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 
-from paceline.codecs.kernel.codec import Codec
 from paceline.errors import ConfigError
 from paceline.types import Communicator, Work
 
@@ -44,12 +44,12 @@ class StagedWork:
         return not self._is_finished
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Run to the end; `timeout_s` bounds each exchange. Raises what the exchange or a decoder raised."""
+        """Run to the end; `timeout_s` bounds each exchange. Raises the error of an exchange or a decoder."""
         while self.advance(timeout_s):
             pass
 
     def is_done(self) -> bool:
-        """Whether `wait` would return at once."""
+        """Whether `wait` would return (or raise) at once."""
         return self._is_finished or self._error is not None
 
     def exception(self) -> BaseException | None:
@@ -67,20 +67,28 @@ class StagedWork:
 
 
 def finish(works: Sequence[StagedWork]) -> None:
-    """Run many to their ends, stage by stage, so that their exchanges overlap; one order on all ranks."""
+    """Run all `works` to the end, stage by stage, so that their exchanges overlap.
+
+    All ranks must pass them in the same order.
+    """
     running = list(works)
     while running:
         running = [work for work in running if work.advance()]
 
 
 class Reducer(abc.ABC):
-    """Replaces a flat float32 tensor by its sum over all ranks, equal bits everywhere."""
+    """Replaces a flat float32 tensor by (an approximation of) its sum over all ranks, equal bits everywhere.
+
+    The abstract base of methods that are more than a codec, and the seam for strategies and DDP hooks. The
+    `state` given to its methods is a dict of tensors and plain values, one per tensor that is summed again
+    and again (a bucket); it is empty at first, belongs to the reducer, and belongs in the checkpoint.
+    """
 
     @abc.abstractmethod
     def stages(
         self, flat: torch.Tensor, layout: Layout, comm: Communicator, state: dict[str, Any]
     ) -> Iterator[Work]:
-        """Yield each exchange; `flat` holds the sum when the generator ends."""
+        """Yield each exchange; `flat` holds the sum when the generator ends. Arguments as for `start`."""
 
     @abc.abstractmethod
     def stats(self, state: dict[str, Any]) -> dict[str, float]:
@@ -88,15 +96,26 @@ class Reducer(abc.ABC):
 
     @abc.abstractmethod
     def traffic(self, numel: int, layout: Layout, size: int) -> float:
-        """Claim: bytes handed to the communicator for one tensor; an upper bound where values decide."""
+        """Claim: bytes handed to the communicator for one tensor of `numel` elements on `size` ranks.
+
+        An upper bound where the values decide how much is sent.
+        """
 
     def start(
         self, flat: torch.Tensor, layout: Layout, comm: Communicator, state: dict[str, Any]
     ) -> StagedWork:
-        """Begin; the first exchange is under way on return. ConfigError for a tensor that does not fit.
+        """Begin to sum; the first exchange is in flight on return.
 
-        `flat` is 1-D contiguous float32; `layout` gives offset and shape of each tensor in it (empty: one
-        tensor), and what lies between them is zeroed; `state` belongs to this tensor and to the checkpoint.
+        Args:
+            flat: 1-D contiguous float32; replaced by the sum once the returned work has been waited for, and
+                not to be touched before.
+            layout: Offset and shape of each tensor in `flat`; empty means one tensor. The gaps between them
+                are zeroed.
+            comm: The ranks; all must call in the same order.
+            state: What is kept for this tensor, see the class.
+
+        Raises:
+            ConfigError: A tensor of another dtype or shape, or a layout that does not fit.
         """
         if flat.dtype != torch.float32 or not flat.is_contiguous() or flat.dim() != 1:
             raise ConfigError(
@@ -106,20 +125,12 @@ class Reducer(abc.ABC):
         return StagedWork(self.stages(flat, layout, comm, state) if comm.size > 1 else iter(()))
 
     def reduce(self, flat: torch.Tensor, layout: Layout, comm: Communicator, state: dict[str, Any]) -> None:
-        """Start and wait."""
+        """Replace `flat` by its sum; returns when that is done. Arguments as for `start`."""
         self.start(flat, layout, comm, state).wait()
 
 
-def reducer_for(codec: Codec) -> Reducer:
-    """Choose by the codec: two stages where payload sizes are known, all payloads to all where not."""
-    from paceline.codecs.reducers.all_payloads import AllPayloads
-    from paceline.codecs.reducers.two_stage import TwoStage
-
-    return AllPayloads(codec) if codec.is_sparse else TwoStage(codec)
-
-
 def zero_gaps(flat: torch.Tensor, layout: Layout) -> None:
-    """Zero the padding: a codec writes noise there, which must not come back as a gradient and grow."""
+    """Zero the padding: a codec writes noise there, which must not return as a gradient and grow."""
     position = 0
     for offset, shape in sorted(layout):
         flat[position:offset].zero_()
@@ -129,6 +140,6 @@ def zero_gaps(flat: torch.Tensor, layout: Layout) -> None:
 
 
 def split_evenly(numel: int, parts: int) -> list[tuple[int, int]]:
-    """`parts` ranges over `numel` elements, starting at multiples of 64; the last ones may be empty."""
+    """Return `parts` ranges over `numel` elements that start at multiples of 64; the last may be empty."""
     step = -(-numel // (parts * _ALIGN)) * _ALIGN
     return [(min(i * step, numel), min((i + 1) * step, numel)) for i in range(parts)]

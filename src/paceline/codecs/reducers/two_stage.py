@@ -1,7 +1,7 @@
 """Encoded reduce-scatter, then encoded all-gather: bytes per rank do not grow with the number of ranks.
 
-    1. each rank encodes chunk j of its tensor for rank j                      all_to_all
-    2. rank j adds the P payloads in rank order and encodes the sum   all_gather
+    1. each rank encodes chunk j of its tensor for rank j                  all_to_all
+    2. rank j adds the P payloads in rank order and encodes the sum        all_gather
     3. every rank decodes the same P payloads: replicas stay bit-identical
 
 With error_feedback both encodings keep a residual: the worker's, and the server's for the chunk that a rank
@@ -64,14 +64,13 @@ class TwoStage(Reducer):
         return sum(sizes) * (1 + 1 / size)
 
     def stats(self, state: dict[str, Any]) -> dict[str, float]:
-        """Both encodings together."""
         return ledger.total(self._codec.stats(s) for s in [*state.get("worker", []), state.get("server", {})])
 
 
 def _worker_states(state: dict[str, Any], chunks: list[tuple[int, int]], rank: int) -> list[dict[str, Any]]:
-    """One state per chunk. After a change of the number of ranks the residual is cut anew, none of it lost.
+    """One state per chunk. After a change of the number of ranks the residual is cut into the new chunks.
 
-    (The server's residual belongs to a chunk that no longer exists: it is dropped.)
+    The server's residual belongs to a chunk that no longer exists: it is dropped.
     """
     old = state.get("worker")
     if old is None or len(old) != len(chunks):

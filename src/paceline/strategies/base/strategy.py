@@ -14,7 +14,9 @@ PACKAGE = "paceline.strategies"
 
 
 class TrainingStrategy(abc.ABC):
-    """One training method. The training loop's hooks call it in this order, for every minibatch:
+    """One training method: what travels, when, and how it is applied.
+
+    The training loop's hooks call it in this order, for every minibatch:
 
         gradient_ready(bucket)*   during backward, buckets in the same order on every rank
         backward_done()           at the end of the backward that closes the minibatch
@@ -23,7 +25,12 @@ class TrainingStrategy(abc.ABC):
         update_skipped()          instead of the two above, when a GradScaler skipped the step on this rank
 
     A strategy reaches other ranks and the clock through `comm` alone, so that it also runs in virtual time.
-    With one rank nothing may be sent.
+    With one rank it must send nothing. Errors of the communicator (PeerLost, Timeout …) pass through every
+    method; strategies that set `survives_loss` handle PeerLost themselves.
+
+    This class is the seam between `train` and the methods: a new method is a file in `paceline/strategies`
+    with one concrete subclass. Its constructor's keyword arguments are those of the strategy string, and the
+    class docstring describes each of them.
     """
 
     advice: ClassVar[str]
@@ -31,13 +38,14 @@ class TrainingStrategy(abc.ABC):
     needs_gradients: bool = False
     """Whether gradients are laid out flat and `gradient_ready` is called. In `bucket.gradient` they are
     already multiplied by `replica.weight`, this rank's share of the minibatch's samples: their *sum* over
-    ranks is the gradient of the mean loss. In the last bucket, flags follow that say which parameters were
-    used; they must be summed too (`bucket.used_flags`)."""
+    ranks is the gradient of the mean loss. Flags that say which parameters were used follow in the last
+    bucket; they must be summed too (`bucket.used_flags`)."""
     replicas_differ: ClassVar[bool] = False
     """Whether ranks hold different parameters between updates (then every rank saves its own)."""
     survives_loss: ClassVar[bool] = False
     """Whether the others can train on when a worker dies, on fabrics that can."""
     max_workers: ClassVar[int | None] = None
+    """Largest number of workers, None without a limit; `prepare` refuses more."""
     bucket_bytes: int = 25 << 20
     """Gradient buckets are closed at this size (the first at 1 MiB, so that sending starts early)."""
 
@@ -47,12 +55,21 @@ class TrainingStrategy(abc.ABC):
         return type(self).__module__.rsplit(".", 1)[-1]
 
     def attach(self, replica: Replica, comm: Communicator) -> None:
-        """Meet the model: `replica` as in `paceline.types.Replica`, all ranks with equal parameters."""
+        """Meet the model. Called once, by all ranks, before the first minibatch.
+
+        Args:
+            replica: This rank's model; all ranks have equal parameters now. Its flat buffers stay the same
+                objects for the whole run: strategies change them in place.
+            comm: The ranks that train together. Handlers for messages are registered here.
+
+        Raises:
+            ConfigError: The method does not fit this model or number of ranks.
+        """
         self.replica = replica
         self.comm = comm
 
     def gradient_ready(self, bucket: Bucket) -> None:  # noqa: B027  optional hooks have empty bodies
-        """`bucket.gradient` is complete on this rank."""
+        """`bucket.gradient` is complete on this rank. Must not wait for other ranks."""
 
     def backward_done(self) -> None:  # noqa: B027
         """All gradients of this minibatch are complete on this rank; on return they are what step uses."""
@@ -73,9 +90,10 @@ class TrainingStrategy(abc.ABC):
         """Drain: afterwards every replica holds the final model, bit for bit. All ranks call it."""
 
     def consensus(self) -> list[torch.Tensor] | None:
-        """The model to evaluate or save: flat tensors like `replica.parameters`, or None for those.
+        """Return the model to evaluate or save, without changing the replica. All ranks call it.
 
-        All ranks call it; the replica is not changed.
+        Flat tensors like `replica.parameters`, not sharing memory with them; None means the parameters
+        themselves.
         """
         return None
 
@@ -88,19 +106,28 @@ class TrainingStrategy(abc.ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Continue from `state_dict()`."""
+        """Continue from what `state_dict()` returned, after `attach`, on as many ranks."""
 
     @abc.abstractmethod
     def traffic(self, model_bytes: int, size: int) -> float:
         """Claim: payload bytes that a rank hands to its communicator per minibatch, mean over a long run.
 
-        `model_bytes` is the size of the flat parameter buffers (`job.stats()["model_bytes"]`); flags and
-        counters of a few bytes per parameter tensor are left out.
+        Args:
+            model_bytes: Size of the flat parameter buffers, `job.stats()["model_bytes"]`.
+            size: Number of ranks.
+
+        Flags and counters of a few bytes per parameter tensor are left out. A test holds the claim against
+        the communicator's byte ledger.
         """
 
 
 def make(text: str | TrainingStrategy) -> TrainingStrategy:
-    """`local_sgd(period=16)` → the strategy; ConfigError lists what exists and what it takes."""
+    """Make the strategy that a string such as `local_sgd(period=16)` names; a strategy is returned as it is.
+
+    Raises:
+        ConfigError: There is no such strategy (the error lists those that exist), or it does not take these
+            arguments (the error lists what it takes).
+    """
     if isinstance(text, TrainingStrategy):
         return text
     parsed = spec.parse(text)
@@ -109,6 +136,6 @@ def make(text: str | TrainingStrategy) -> TrainingStrategy:
 
 
 def class_of(name: str) -> type[TrainingStrategy]:
-    """The class that the plug-in file `name` defines."""
+    """Return the class that the plug-in file `name` defines."""
     module = registry.load(PACKAGE, name, kind="strategy")
     return registry.find_class(module, TrainingStrategy)  # type: ignore[type-abstract]

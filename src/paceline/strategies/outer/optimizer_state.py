@@ -1,17 +1,20 @@
-"""Agreement on optimizer state that is averaged: as many tensors everywhere, the largest step counters."""
+"""Averaging of optimizer state: which tensors are averaged, and that all ranks have as many."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
 from paceline.errors import Mismatch
-from paceline.types import Communicator, ReduceOp, Work
+from paceline.types import Communicator, ReduceOp, Replica, Work
+
+
+def averaged_tensors(replica: Replica) -> list[torch.Tensor]:
+    """State that can be averaged: floating-point tensors that are not scalars (step counters are)."""
+    return [tensor for _, tensor in replica.optimizer_state() if _is_averaged(tensor)]
 
 
 def check_count(work: Work, totals: torch.Tensor, count: int, comm: Communicator) -> None:
-    """Mismatch unless all ranks have `count` tensors; totals[2] holds the sum once `work` is done."""
+    """Raise Mismatch unless all ranks have `count` tensors; totals[2] is their sum once `work` is done."""
     work.wait()
     if totals[2] != count * comm.size:
         raise Mismatch(
@@ -21,11 +24,17 @@ def check_count(work: Work, totals: torch.Tensor, count: int, comm: Communicator
         )
 
 
-def unify_counters(replica: Any, comm: Communicator) -> None:
-    """Step counters become the largest of all ranks."""
-    counters = [t for _, t in replica.optimizer_state() if not (t.is_floating_point() and t.ndim)]
+def unify_counters(replica: Replica, comm: Communicator) -> None:
+    """Set every step counter to the largest of all ranks."""
+    state = [tensor for _, tensor in replica.optimizer_state()]
+    counters = [tensor for tensor in state if not _is_averaged(tensor)]
     if counters:
-        flat = torch.stack([c.detach().double().reshape(()) for c in counters if c.numel() == 1])
+        scalars = [counter for counter in counters if counter.numel() == 1]
+        flat = torch.stack([scalar.detach().double().reshape(()) for scalar in scalars])
         comm.all_reduce(flat, op=ReduceOp.MAX).wait()
-        for counter, value in zip([c for c in counters if c.numel() == 1], flat, strict=True):
-            counter.fill_(value.item())
+        for scalar, value in zip(scalars, flat, strict=True):
+            scalar.fill_(value.item())
+
+
+def _is_averaged(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.ndim > 0

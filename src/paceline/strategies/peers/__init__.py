@@ -1,1 +1,1 @@
-"""How a worker without a server tells all its peers."""
+"""Broadcast of updates between peers, without a server."""

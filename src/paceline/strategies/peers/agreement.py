@@ -1,4 +1,4 @@
-"""One model out of replicas that differ by what is on its way."""
+"""One model out of replicas that differ by updates that are on their way."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from paceline.types import Communicator
 def mean_with_residuals(
     comm: Communicator, flats: Sequence[torch.Tensor], residuals: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """The mean of the living ranks' `flats` plus the sum of their `residuals`; equal bits everywhere."""
-    count, means = torch.ones(1, dtype=torch.float64), [flat.double() for flat in flats]
-    left = [residual.double() for residual in residuals]
-    for work in [comm.all_reduce(t) for t in [count, *means, *left]]:
+    """Return the mean of the living ranks' `flats` plus the sum of their `residuals`, alike on all ranks."""
+    count = torch.ones(1, dtype=torch.float64)
+    means = [flat.double() for flat in flats]
+    sums = [residual.double() for residual in residuals]
+    for work in [comm.all_reduce(t) for t in [count, *means, *sums]]:
         work.wait()
-    every = zip(means, left, flats, strict=True)
-    return [(mean / count.item() + rest).to(flat.dtype) for mean, rest, flat in every]
+    rows = zip(means, sums, flats, strict=True)
+    return [(mean / count.item() + residual).to(flat.dtype) for mean, residual, flat in rows]

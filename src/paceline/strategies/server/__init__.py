@@ -1,1 +1,1 @@
-"""The parts of the parameter server: slices, shards, and who hosts them."""
+"""The parts of the parameter server: messages, the client in a worker, shards, and who hosts them."""

@@ -1,16 +1,18 @@
 """Codecs between workers and shards, both ways.
 
 Up, a worker encodes its update; with error feedback (or `threshold`) it keeps what was not sent, per shard.
-Down, a shard remembers what each worker knows of its slice and encodes the difference: W − known, so that
-what one answer leaves out is in the next one. Both apply the same decoded payload, so they agree bit for bit.
-A shard that was rebuilt knows nothing of that, nor does the end need it: there the weights travel whole.
+Down, a shard remembers what each worker knows of its slice and encodes the difference W − known, so that
+what one answer leaves out is in the next one. Both sides apply the same decoded payload, so they agree bit
+for bit. Weights travel whole from a shard that was rebuilt, as it does not know what workers have, and at the
+end, as the final model must be exact.
 
 Source: Tang et al. (DoubleSqueeze), ICML 2019, for error feedback on both sides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,35 +24,32 @@ from paceline.types import Rank
 
 
 def check(codec: Codec | None, flats: Sequence[torch.Tensor]) -> None:
-    """ConfigError unless the parameters are what codecs take."""
-    wrong = [str(f.dtype) for f in flats if f.dtype != torch.float32]
+    """Raise ConfigError unless the parameters are float32, or there is no codec."""
+    wrong = [str(flat.dtype) for flat in flats if flat.dtype != torch.float32]
     if codec is not None and wrong:
         raise ConfigError(f"parameter_server(codec=…) needs float32 parameters, got {', '.join(wrong)}")
 
 
-def stats(codec: Codec | None, pushes: Pushes | None, shards: Iterable[Any]) -> dict[str, Any]:
-    """`codec`: bytes by cause, of this rank's pushes and of its shards' answers."""
-    if codec is None or pushes is None:
-        return {}
-    answers = [state for shard in shards for state in shard.pulls.states.values()]
-    return {"codec": ledger.total(map(codec.stats, [*pushes.states.values(), *answers]))}
+def stats(codec: Codec, pushes: PushEncoder, pulls: Iterable[PullEncoder]) -> dict[str, float]:
+    """Bytes by cause, of this rank's pushes and of its shards' answers."""
+    answers = [state for pull in pulls for state in pull.states.values()]
+    return ledger.total(map(codec.stats, [*pushes.states.values(), *answers]))
 
 
-def encoded_bytes(codec: Codec | None, model_bytes: int, shards: int, method: Any) -> float:
-    """What a whole model takes one way: claimed, or as measured where values decide."""
-    if codec is None:
-        return model_bytes
-    if codec.is_sparse:
-        made = method.stats()["codec"]
-        return float(made["encoded_bytes"] / max(1.0, made["encodes"]) * shards)
+def claimed_bytes(codec: Codec, model_bytes: int, num_shards: int) -> float:
+    """Bytes of a whole model one way, with a codec whose payload sizes are known beforehand."""
     numel = model_bytes // 4
-    return sum(
-        codec.max_encoded_bytes((j + 1) * numel // shards - j * numel // shards) for j in range(shards)
-    )
+    cuts = [j * numel // num_shards for j in range(num_shards + 1)]
+    return sum(codec.max_encoded_bytes(end - start) for start, end in pairwise(cuts))
 
 
-class Pushes:
-    """The worker's side: payloads of updates, and a residual for each piece of each shard's slice."""
+def measured_bytes(counts: Mapping[str, float], num_shards: int) -> float:
+    """The same with a codec whose payload sizes depend on the values, from what `stats` counted."""
+    return counts["encoded_bytes"] / max(1.0, counts["encodes"]) * num_shards
+
+
+class PushEncoder:
+    """The worker's side: payloads of updates, and a codec state for each piece of each shard's slice."""
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
@@ -60,16 +59,17 @@ class Pushes:
         """One payload per piece."""
         payloads = []
         for i, piece in enumerate(pieces):
-            payloads.append(self._codec.encode(piece, self.states.setdefault(f"{shard}.{i}", {})).clone())
+            state = self.states.setdefault(f"{shard}.{i}", {})
+            payloads.append(self._codec.encode(piece, state).clone())
         return payloads
 
 
-class Pulls:
+class PullEncoder:
     """A shard's side: decodes updates; what each worker knows, and the difference that it gets."""
 
     def __init__(self, codec: Codec, weights: Sequence[torch.Tensor], workers: Sequence[Rank]) -> None:
         self._codec = codec
-        self.known = {str(r): [w.clone() for w in weights] for r in workers}
+        self.known = {str(rank): [w.clone() for w in weights] for rank in workers}
         self.states: dict[str, dict[str, Any]] = {}
 
     def decode(self, payloads: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -80,22 +80,26 @@ class Pulls:
         return pieces
 
     def encode(self, rank: Rank, weights: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-        """What brings `rank` nearer to `weights`; None if it is not known what it has: send them whole."""
+        """Payloads that bring `rank` closer to `weights`; None if they must be sent whole.
+
+        That is so after a rebuild, when it is not known what the worker has.
+        """
         known = self.known.get(str(rank))
         if known is None:
-            self.known[str(rank)] = [w.clone() for w in weights]
+            self.sent_whole(rank, weights)
             return None
         payloads = []
         for i, (weight, has) in enumerate(zip(weights, known, strict=True)):
-            rest = torch.zeros_like(weight) if self._codec.keeps_residual else None  # `known` keeps the rest
+            # What is not sent stays in the difference to `known`: a residual of the codec's own starts empty.
+            residual = torch.zeros_like(weight) if self._codec.keeps_residual else None
             state = self.states.setdefault(f"{rank}.{i}", {})
-            payload = self._codec.encode_with_residual(weight - has, rest, state).clone()
+            payload = self._codec.encode_with_residual(weight - has, residual, state).clone()
             self._codec.decode(payload, has, accumulate=True)
             payloads.append(payload)
         return payloads
 
-    def whole(self, rank: Rank, weights: Sequence[torch.Tensor]) -> None:
-        """`rank` is given the weights themselves."""
+    def sent_whole(self, rank: Rank, weights: Sequence[torch.Tensor]) -> None:
+        """Note that `rank` is given the weights themselves."""
         self.known[str(rank)] = [w.clone() for w in weights]
 
     def state_dict(self) -> dict[str, Any]:
@@ -103,5 +107,4 @@ class Pulls:
         return {"known": self.known, "states": self.states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue."""
         self.known, self.states = dict(state["known"]), dict(state["states"])

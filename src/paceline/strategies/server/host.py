@@ -1,128 +1,138 @@
 """Who holds which shard: the rank's message handler, live backups, and recovery after a death.
 
 Every `backup_every` applied updates a shard posts its weights to the next living rank. When an owner dies,
-the next living rank takes over: it asks everybody for the freshest copy (the backup, or what a worker last
-pulled), and goes on from that. Updates that had been acknowledged but are not in it are counted as lost;
+the next living rank takes over: it asks all living ranks for the freshest copy (the backup, or what a worker
+last pulled) and goes on from that. Updates that had been acknowledged but are not in it are counted as lost;
 requests that were not answered are sent again by their workers and recognised by their numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from paceline.strategies.server.script import Script
+from paceline.strategies.server.ownership import owner
+from paceline.strategies.server.protocol import (
+    CHANNEL,
+    Operation,
+    Presence,
+    RankView,
+    ShardCopy,
+    ShardExchange,
+)
+from paceline.strategies.server.recording import Recording
 from paceline.strategies.server.shard import Shard
-from paceline.strategies.server.slices import owner
 from paceline.types import Communicator, Message, Rank, Reply
-
-CHANNEL = "parameter_server"
-
-
-@dataclass
-class Copy:
-    """A shard's state as somebody remembers it."""
-
-    version: int
-    weights: list[torch.Tensor]
-    progress: torch.Tensor
 
 
 class ShardHost:
-    """The server side of one rank. All methods but the constructor run as message handlers."""
+    """The server side of one rank. All methods but the constructor run as message handlers.
+
+    Args:
+        comm: The ranks that host shards and train.
+        num_shards: Number of shards of all ranks together.
+        make_shard: Makes a shard from its index and its weights.
+        initial: Weights of a shard at the start of training.
+        remembered: A shard as this rank's worker last pulled it.
+        view: Shared with this rank's client.
+        backup_every: Applied updates between two backups of a shard; 0 makes none.
+        recording: The order of exchanges, recorded or enforced.
+    """
 
     def __init__(
         self,
         comm: Communicator,
-        num_shards: int,
-        make_shard: Callable[[int, list[torch.Tensor]], Shard],
-        initial: Callable[[int], list[torch.Tensor]],
-        remembered: Callable[[int], Copy],
         *,
+        num_shards: int,
+        make_shard: Callable[[int, Sequence[torch.Tensor]], Shard],
+        initial: Callable[[int], list[torch.Tensor]],
+        remembered: Callable[[int], ShardCopy],
+        view: RankView,
         backup_every: int,
-        script: Script,
+        recording: Recording,
     ) -> None:
-        self._comm, self._num_shards, self._make = comm, num_shards, make_shard
-        self._remembered, self._backup_every, self.script = remembered, backup_every, script
-        self.lost: set[Rank] = set()
-        self.state = ""
-        """This rank's own state, for whoever rebuilds a shard: "", "rest" or "final"."""
-        self._backups: dict[int, Copy] = {}
+        self._comm, self._num_shards, self._make_shard = comm, num_shards, make_shard
+        self._remembered, self._backup_every, self._recording = remembered, backup_every, recording
+        self._view = view
+        self._backups: dict[int, ShardCopy] = {}
         self._backed_up: dict[int, int] = {}
+        """Clock of each own shard at its last backup."""
         self._held: dict[int, list[tuple[Rank, Message, Reply]]] = {}
-        mine = [j for j in range(num_shards) if owner(j, num_shards, comm.size, set()) == comm.rank]
+        """Messages to shards that this rank is about to take over."""
+        mine = [j for j in range(num_shards) if self._owner(j) == comm.rank]
         self.shards = {j: make_shard(j, initial(j)) for j in mine}
         comm.serve(CHANNEL, self.handle)
         comm.on_lost(self._on_lost)
 
     def handle(self, src: Rank, message: Message) -> Message | Reply | None:
-        """Route one message by its "op"."""
-        op, j = message.header["op"], int(message.header["shard"])
-        if op == "backup":
-            self._keep(j, message)
+        """Route one message by its operation."""
+        operation, j = Operation.of(src, message), int(message.header["shard"])
+        if operation is Operation.BACKUP:
+            self._keep(j, ShardCopy.of(message))
             return None
-        if op == "copy":
+        if operation is Operation.COPY:
             return self._copy(j)
         shard = self.shards.get(j)
-        if op == "peek" and shard is not None:
-            return shard.snapshot()
         if shard is None:  # the sender noticed a death before we did, or we are still rebuilding
             reply = self._comm.deferred()
             self._held.setdefault(j, []).append((src, message, reply))
             return reply
-        return self._exchange(j, shard, src, message)
+        if operation is Operation.PEEK:
+            return shard.snapshot()
+        return self._exchange(shard, src, ShardExchange.of(message))
 
     def state_dict(self) -> dict[str, Any]:
         """All shards of this rank."""
         return {str(j): shard.state_dict() for j, shard in self.shards.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`."""
         for j, saved in state.items():
             self.shards[int(j)].load_state_dict(saved)
 
-    def _exchange(self, j: int, shard: Shard, src: Rank, message: Message) -> Message | Reply | None:
-        if not self.script.may_go(j, src, int(message.header["number"])):
+    def _owner(self, j: int) -> Rank:
+        return owner(j, self._num_shards, self._comm.size, self._view.lost)
+
+    def _exchange(self, shard: Shard, src: Rank, exchange: ShardExchange) -> Message | Reply | None:
+        """Let the shard handle an exchange, and those that a recording let wait for it."""
+        j = exchange.shard
+        if not self._recording.may_go(j, src, exchange.number):
             reply = self._comm.deferred()
-            self.script.hold(j, src, int(message.header["number"]), message, reply)
+            self._recording.hold(src, exchange, reply)
             return reply
-        result = shard.exchange(src, message)
+        result = shard.exchange(src, exchange)
         self._back_up(j, shard)
-        released = self.script.released(j)
+        released = self._recording.released(j)
         if released and result is not None:  # its weights change before it is sent: here, or once it is set
             first = self._comm.deferred()
             _forward(result, first, is_copied=True)
             result = first
-        for later_src, later, reply in released:
-            _forward(shard.exchange(later_src, later), reply)
+        for held in released:
+            _forward(shard.exchange(held.src, held.exchange), held.reply)
             self._back_up(j, shard)
         return result
 
     def _back_up(self, j: int, shard: Shard) -> None:
+        """Post a copy of the shard to the next living rank if it is time."""
         if not self._backup_every or shard.clock - self._backed_up.get(j, 0) < self._backup_every:
             return
         self._backed_up[j] = shard.clock
-        size = self._comm.size
-        target = next(
-            (
-                r % size
-                for r in range(self._comm.rank + 1, self._comm.rank + size)
-                if r % size not in self.lost
-            ),
-            None,
-        )
+        size, rank = self._comm.size, self._comm.rank
+        others = [(rank + step) % size for step in range(1, size)]
+        target = next((other for other in others if other not in self._view.lost), None)
         if target is not None:
-            header: dict[str, int | str] = {"op": "backup", "shard": j, "version": shard.clock}
-            self._comm.post(target, CHANNEL, Message(header, [*shard.weights, shard.progress()]))
+            copy = shard.copy()
+            header: dict[str, int | str] = {
+                "op": Operation.BACKUP.value,
+                "shard": j,
+                "version": copy.version,
+            }
+            self._comm.post(target, CHANNEL, Message(header, [*copy.weights, copy.progress]))
 
-    def _keep(self, j: int, message: Message) -> None:
-        *weights, progress = message.tensors
-        version = int(message.header["version"])
-        if j not in self._backups or version >= self._backups[j].version:
-            self._backups[j] = Copy(version, weights, progress)
+    def _keep(self, j: int, backup: ShardCopy) -> None:
+        if j not in self._backups or backup.version >= self._backups[j].version:
+            self._backups[j] = backup
 
     def _copy(self, j: int) -> Message:
         """The freshest copy of a shard that this rank has, and how much of its own work was acknowledged."""
@@ -130,29 +140,27 @@ class ShardHost:
         backup = self._backups.get(j)
         if backup is not None and backup.version > best.version:
             best = backup
-        acknowledged = int(own.progress[0, self._comm.rank])
         header: dict[str, int | str] = {
             "version": best.version,
-            "acknowledged": acknowledged,
-            "state": self.state,
+            "acknowledged": int(own.progress[0, self._comm.rank]),
+            "state": self._view.presence.value,
         }
         return Message(header, [*best.weights, best.progress])
 
     def _on_lost(self, rank: Rank) -> None:
-        if rank in self.lost:
+        if rank in self._view.lost:
             return
-        size = self._comm.size
-        orphans = [j for j in range(self._num_shards) if owner(j, self._num_shards, size, self.lost) == rank]
-        self.lost.add(rank)
+        orphans = [j for j in range(self._num_shards) if self._owner(j) == rank]
+        self._view.lost.add(rank)
         for shard in self.shards.values():
             shard.leave(rank)
         for j in orphans:
-            if owner(j, self._num_shards, size, self.lost) == self._comm.rank:
+            if self._owner(j) == self._comm.rank:
                 self._rebuild(j)
 
     def _rebuild(self, j: int) -> None:
         """Ask every living rank for its copy; when all have answered (or died), take over."""
-        peers = [r for r in range(self._comm.size) if r not in self.lost]
+        peers = [rank for rank in range(self._comm.size) if rank not in self._view.lost]
         answers: dict[Rank, Message] = {}
         open_calls = set(peers)
 
@@ -164,26 +172,33 @@ class ShardHost:
                 self._take_over(j, answers)
 
         for peer in peers:
-            call = self._comm.call(peer, CHANNEL, Message({"op": "copy", "shard": j}))
+            request = Message({"op": Operation.COPY.value, "shard": j})
+            call = self._comm.call(peer, CHANNEL, request)
             call.then(lambda outcome, peer=peer: arrived(peer, outcome))  # type: ignore[misc]
 
     def _take_over(self, j: int, answers: dict[Rank, Message]) -> None:
-        freshest = max(sorted(answers), key=lambda r: int(answers[r].header["version"]))
-        *weights, progress = answers[freshest].tensors
-        shard = self._make(j, weights)
-        shard.restore(int(answers[freshest].header["version"]), progress)
-        for peer, answer in sorted(answers.items()):
-            shard.tally.lost += max(0, int(answer.header["acknowledged"]) - int(progress[0, peer]))
-            shard.set_state(peer, str(answer.header["state"]))
-        for rank in sorted(self.lost):
+        """Make the shard from the freshest copy, and handle what came for it meanwhile."""
+        copies = {rank: ShardCopy.of(answer) for rank, answer in sorted(answers.items())}
+        freshest = max(copies.values(), key=lambda copy: copy.version)
+        shard = self._make_shard(j, freshest.weights)
+        shard.restore(freshest.version, freshest.progress)
+        for peer in copies:
+            header = answers[peer].header
+            shard.tally.lost += max(0, int(header["acknowledged"]) - int(freshest.progress[0, peer]))
+            presence = Presence(header["state"])
+            if presence is not Presence.TRAINING:
+                shard.set_presence(peer, presence)
+        for rank in sorted(self._view.lost):
             shard.leave(rank)
         self.shards[j] = shard
         for src, message, reply in self._held.pop(j, []):
-            if src not in self.lost:
+            if src not in self._view.lost:
                 _forward(self.handle(src, message), reply)
 
 
 def _forward(result: Message | Reply | None, reply: Reply, *, is_copied: bool = False) -> None:
+    """Set `reply` to what `result` is, or will be; to a copy of its tensors if `is_copied`."""
+
     def arrived(outcome: Message | BaseException) -> None:
         if not isinstance(outcome, Message):
             reply.fail(outcome)

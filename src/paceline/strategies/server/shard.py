@@ -1,7 +1,7 @@
 """One shard of the parameter server: a slice of the model with its own clock. Runs inside message handlers.
 
-An exchange is push, pull, or both. Updates are applied serially in the order of arrival; there is no lock, as
-handlers of a rank run one at a time. Reads that a policy holds back are deferred replies.
+Updates are applied serially in the order of arrival; there is no lock, as handlers of a rank run one at a
+time. Reads that a policy holds back are deferred replies.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ import torch
 
 from paceline.codecs.kernel.codec import Codec
 from paceline.strategies.base.staleness_policy import StalenessPolicy
-from paceline.strategies.server.encoding import Pulls
+from paceline.strategies.server.encoding import PullEncoder
+from paceline.strategies.server.protocol import Presence, ShardCopy, ShardExchange
 from paceline.strategies.server.tally import Tally
 from paceline.types import Message, Rank, Reply
 
 
 @dataclass
-class Optimizer:
+class ShardOptimizer:
     """How a shard applies a scaled update: add it, or SGD with momentum on a gradient."""
 
-    is_gradient: bool = False
-    rate: float = 1.0
-    lr: float = 0.1
-    momentum: float = 0.0
+    is_gradient: bool
+    rate: float
+    """Factor on every update."""
+    lr: float
+    """Learning rate; for gradients only."""
+    momentum: float
+    """For gradients only."""
     buffers: list[torch.Tensor] = field(default_factory=list)
 
     def apply(self, weights: list[torch.Tensor], update: list[torch.Tensor]) -> None:
@@ -47,54 +51,60 @@ class Optimizer:
 class _Update:
     src: Rank
     version: int
+    """The shard's clock at the pull that the update was computed from."""
     pieces: list[torch.Tensor]
 
 
 class Shard:
-    """Weights, clock, the workers' progress, collected updates and deferred reads."""
+    """Weights, clock, the workers' progress, collected updates and deferred reads.
+
+    Args:
+        weights: The slice's pieces; cloned.
+        policy: What is done with late updates; this shard's own instance.
+        optimizer: How updates are applied; this shard's own instance.
+        num_workers: Number of ranks, all of which are workers.
+        deferred: Makes a reply that is set later.
+        codec: Encodes updates and answers; None sends both uncompressed.
+    """
 
     def __init__(
         self,
         weights: Sequence[torch.Tensor],
         policy: StalenessPolicy,
-        optimizer: Optimizer,
+        optimizer: ShardOptimizer,
         num_workers: int,
         deferred: Callable[[], Reply],
         codec: Codec | None = None,
     ) -> None:
         self.weights = [w.clone() for w in weights]
         self.clock = 0
+        """Number of times that updates were applied."""
         self.seen = [0] * num_workers
         """Last exchange number of each worker."""
         self.clocks = [0] * num_workers
         """Each worker's own clock: its pushes."""
         self.tally = Tally(num_workers)
         self.away: set[Rank] = set()
-        """Workers that rest (evaluation, saving), are finished, or died: they hold nobody up."""
+        """Workers that rest (evaluation, saving), have finished, or died: no other waits for them."""
         self.finished: set[Rank] = set()
         self.lost: set[Rank] = set()
         self._policy, self._optimizer, self._deferred = policy, optimizer, deferred
         self._num_workers = num_workers
-        self.pulls = None if codec is None else Pulls(codec, self.weights, range(num_workers))
+        self.pulls = None if codec is None else PullEncoder(codec, self.weights, range(num_workers))
         self._collected: list[_Update] = []
         self._waiting: list[tuple[Rank, Reply]] = []
 
-    def exchange(self, src: Rank, message: Message) -> Message | Reply | None:
-        """Handle {"number", "version", "push", "pull", "state": "" | "rest" | "final"} + update pieces."""
-        header = message.header
-        number, state = int(header["number"]), str(header["state"])
-        if number > self.seen[src]:
-            self.seen[src] = number
-            self._come_or_go(src, state)
-            if header["push"]:
+    def exchange(self, src: Rank, exchange: ShardExchange) -> Message | Reply | None:
+        """Handle a push, pull or both. One that is sent again (a known number) changes nothing."""
+        if exchange.number > self.seen[src]:
+            self.seen[src] = exchange.number
+            self.set_presence(src, exchange.presence)
+            if exchange.is_push:
                 self.clocks[src] += 1
-                if message.tensors:
-                    pieces = list(message.tensors)
-                    if self.pulls is not None:
-                        pieces = self.pulls.decode(pieces, self.weights)
-                    self._arrive(_Update(src, int(header["version"]), pieces))
+                if exchange.pieces:
+                    self._collect(src, exchange)
         self._settle()
-        if not header["pull"]:
+        if not exchange.is_pull:
             return None
         if self._may_read(src):
             return self._answer(src)
@@ -102,12 +112,26 @@ class Shard:
         self._waiting.append((src, reply))
         return reply
 
+    def set_presence(self, src: Rank, presence: Presence) -> None:
+        """Note whether others may have to wait for worker `src`."""
+        if presence is Presence.TRAINING:
+            if src in self.away:
+                self.away.discard(src)
+                self.finished.discard(src)
+                # A worker that comes back starts level with the slowest: else all would wait for it.
+                self.clocks[src] = max(self.clocks[src], self._slowest(excluding=src))
+            return
+        self.away.add(src)
+        if presence is Presence.FINISHED:
+            self.finished.add(src)
+            self.tally.close()
+
     def leave(self, src: Rank) -> None:
-        """A worker died: it holds nobody up, and its deferred read is forgotten."""
+        """Worker `src` died: no other waits for it, and its deferred read is forgotten."""
         self.lost.add(src)
         self.away.add(src)
         self.tally.leave(src)
-        self._waiting = [(r, reply) for r, reply in self._waiting if r != src]
+        self._waiting = [(rank, reply) for rank, reply in self._waiting if rank != src]
         self._settle()
 
     def progress(self) -> torch.Tensor:
@@ -115,31 +139,30 @@ class Shard:
         return torch.tensor([self.seen, self.clocks], dtype=torch.int64)
 
     def restore(self, clock: int, progress: torch.Tensor) -> None:
-        """Go on from a copy of another rank's shard."""
+        """Take clock and progress over from a copy of the shard."""
         self.clock = clock
         self.seen, self.clocks = progress.tolist()
         if self.pulls is not None:
             self.pulls.known.clear()
 
-    def set_state(self, src: Rank, state: str) -> None:
-        """What a worker says about itself when a shard is rebuilt."""
-        if state:
-            self._come_or_go(src, state)
+    def copy(self) -> ShardCopy:
+        """The state that a backup holds; it shares memory with the shard."""
+        return ShardCopy(self.clock, self.weights, self.progress())
 
     def snapshot(self) -> Message:
-        """Weights, clock and progress as they are now; once all are finished, also the staleness counts."""
+        """Weights, clock and progress as they are now; once all have finished, also staleness counts."""
         tensors = [*self.weights, self.progress()]
         if self._all_finished():
             tensors.append(self.tally.counts())
         return Message({"version": self.clock, **self.tally.totals()}, tensors)
 
     def _answer(self, src: Rank) -> Message:
-        """What a worker pulls: as `snapshot`, its weights encoded if there is a codec; whole in the end."""
+        """What a worker pulls: a snapshot, with encoded weights if there is a codec; whole at the end."""
         message = self.snapshot()
         if self.pulls is None:
             return message
         if self._all_finished():
-            self.pulls.whole(src, self.weights)
+            self.pulls.sent_whole(src, self.weights)
             return message
         payloads = self.pulls.encode(src, self.weights)
         if payloads is None:
@@ -152,18 +175,17 @@ class Shard:
             "weights": self.weights,
             "clock": self.clock,
             "progress": self.progress(),
-            "collected": [[u.src, u.version, u.pieces] for u in self._collected],
+            "collected": [[update.src, update.version, update.pieces] for update in self._collected],
             "momentum": self._optimizer.buffers,
             "policy": self._policy.state_dict(),
             "pulls": {} if self.pulls is None else self.pulls.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`."""
         for own, saved in zip(self.weights, state["weights"], strict=True):
             own.copy_(saved)
         self.restore(state["clock"], state["progress"])
-        self._collected = [_Update(src, version, list(p)) for src, version, p in state["collected"]]
+        self._collected = [_Update(src, version, list(pieces)) for src, version, pieces in state["collected"]]
         self._optimizer.buffers = list(state["momentum"])
         self._policy.load_state_dict(state["policy"])
         if self.pulls is not None:
@@ -171,30 +193,21 @@ class Shard:
         self.away.clear()
         self.finished.clear()
 
-    def _come_or_go(self, src: Rank, state: str) -> None:
-        if not state and src in self.away:
-            self.away.discard(src)
-            self.finished.discard(src)
-            # Whoever comes back starts level with the slowest, else all would wait for it to catch up.
-            self.clocks[src] = max(self.clocks[src], self._slowest(excluding=src))
-        elif state:
-            self.away.add(src)
-            if state == "final":
-                self.finished.add(src)
-                self.tally.close()
-
-    def _arrive(self, update: _Update) -> None:
-        if self._policy.accepts(self.clock - update.version):
-            self._collected.append(update)
+    def _collect(self, src: Rank, exchange: ShardExchange) -> None:
+        """Keep an update until it is applied with others, unless the policy drops it."""
+        pieces = list(exchange.pieces)
+        if self.pulls is not None:
+            pieces = self.pulls.decode(pieces, self.weights)
+        if self._policy.accepts(self.clock - exchange.version):
+            self._collected.append(_Update(src, exchange.version, pieces))
         else:
-            self.tally.drop(update.src)
+            self.tally.drop(src)
 
     def _settle(self) -> None:
-        """Apply what is complete, then answer the reads that may go on."""
+        """Apply the collected updates if there are enough, then answer the reads that may go on."""
         gone = self.away if self._policy.waits else self.finished | self.lost
         active = self._num_workers - len(gone)
-        needed = min(self._policy.group, max(1, active))
-        if len(self._collected) >= needed:
+        if len(self._collected) >= min(self._policy.group, max(1, active)):
             self._apply_collected()
         still: list[tuple[Rank, Reply]] = []
         ready: list[tuple[Rank, Reply]] = []
@@ -205,6 +218,7 @@ class Shard:
             reply.set(self._answer(src))
 
     def _apply_collected(self) -> None:
+        """Apply the mean of the collected updates, each scaled by its staleness: one tick of the clock."""
         batch, self._collected = self._collected, []
         total: list[torch.Tensor] | None = None
         for update in batch:
@@ -225,13 +239,13 @@ class Shard:
     def _may_read(self, src: Rank) -> bool:
         if src in self.finished:
             return self._all_finished()
-        if self._policy.waits and any(u.src == src for u in self._collected):
+        if self._policy.waits and any(update.src == src for update in self._collected):
             return False
         gap = self._policy.gap
         return gap is None or self.clocks[src] - self._slowest(excluding=src) <= gap
 
     def _slowest(self, *, excluding: Rank) -> int:
-        live = (c for r, c in enumerate(self.clocks) if r not in self.away and r != excluding)
+        live = (clock for r, clock in enumerate(self.clocks) if r not in self.away and r != excluding)
         return min(live, default=self.clocks[excluding])
 
     def _all_finished(self) -> bool:

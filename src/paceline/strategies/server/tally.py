@@ -1,10 +1,10 @@
 """Staleness of applied updates, counted per worker in the steady state.
 
 The window opens when every living worker has had its first update and closes before the first one finishes.
-An update belongs to it if it is applied inside. So intervals between a worker's updates that the opening cuts
-are counted, those that the end cuts are not: in the mean one makes up for the other, and the mean staleness
-is N − 1 however few updates the window holds. (Counting from each worker's own first update on would lose
-intervals at both ends, the long ones above all, and bias the mean by N/updates of itself.)
+An update belongs to the window if it is applied inside it. An interval between two updates of a worker is
+therefore counted if the opening cuts it, and not if the end cuts it. These two errors cancel: the mean
+staleness is N − 1 even if the window holds few updates. (Counting from each worker's own first update would
+lose intervals at both ends, above all long ones, and make the mean too small by a share of N/updates.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 class Tally:
     """Counts from when all workers have had their first update until the first one finishes.
 
-    Until then (for ever, if somebody never sends one) it counts after each worker's own first update.
+    Until then (for ever, if a worker never sends one) it counts after each worker's own first update.
     """
 
     def __init__(self, num_workers: int) -> None:
@@ -36,23 +36,23 @@ class Tally:
         self.applied += 1
         if self._seen[src] and not self._is_closed:
             self._histograms[src][staleness] = self._histograms[src].get(staleness, 0) + 1
-        self._came(src)
+        self._arrived(src)
 
     def drop(self, src: int) -> None:
         """One update of worker `src` was refused."""
         self.dropped += 1
-        self._came(src)
+        self._arrived(src)
 
     def leave(self, src: int) -> None:
-        """Worker `src` died: its first update is not waited for."""
-        self._came(src)
+        """Worker `src` died: its first update is no longer awaited."""
+        self._arrived(src)
 
     def close(self) -> None:
         """A worker finished: what follows is not the steady state."""
         if not self._is_closed:
             self._is_closed, self._table = True, None
 
-    def _came(self, src: int) -> None:
+    def _arrived(self, src: int) -> None:
         self._seen[src] = True
         if src in self._awaited:
             self._awaited.discard(src)
@@ -61,8 +61,8 @@ class Tally:
                     histogram.clear()
 
     def counts(self) -> torch.Tensor:
-        """int64, shape (workers, largest staleness + 1)."""
-        if self._table is not None and self._is_closed:  # nothing is counted any more
+        """Number of updates per worker and staleness: int64, shape (workers, largest staleness + 1)."""
+        if self._table is not None and self._is_closed:  # counting has ended
             return self._table
         width = max((s for h in self._histograms for s in h), default=0) + 1
         table = torch.zeros(len(self._histograms), width, dtype=torch.int64)

@@ -1,1 +1,1 @@
-"""How a parameter server treats updates that come late: one small file per policy; join them with `+`."""
+"""What a parameter server does with late updates: one file per policy; join them with `+`."""

@@ -1,4 +1,4 @@
-"""Stale synchronous parallel: nobody reads more than s clocks ahead of the slowest live worker.
+"""Stale synchronous parallel: no worker reads more than s clocks ahead of the slowest live worker.
 
 Source: Ho et al., More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server, NIPS 2013.
 A worker at clock t may read only if every live worker's clock is ≥ t − s. Finished, resting and dead workers
@@ -7,13 +7,25 @@ do not count. s = 0 is bulk synchronous.
 
 from __future__ import annotations
 
-from paceline.strategies.base.staleness_policy import StalenessPolicy, whole
+from paceline.spec import whole_number
+from paceline.strategies.base.staleness_policy import StalenessPolicy
 
 
 class Bounded(StalenessPolicy):
-    """Clock gap ≤ s at every read; update staleness is then at most (2s + 1)(N − 1)."""
+    """Clock gap ≤ s at every read; update staleness is then at most (2s + 1)(N − 1).
+
+    Args:
+        s: Pushes by which a worker may be ahead of the slowest one when it reads, at least 0; required. 0 is
+            bulk synchronous. Raise it until stragglers no longer hold up the others; staleness grows with it.
+
+    Raises:
+        ConfigError: s below 0.
+
+    Example:
+        `parameter_server(staleness=bounded(s=3)+inverse)`
+    """
 
     advice = "Bounds how far fast workers run ahead; for clusters with occasional stragglers."
 
     def __init__(self, *, s: int) -> None:
-        self.gap = whole("s", s, least=0)
+        self.gap = whole_number("s", s, least=0)

@@ -1,4 +1,4 @@
-"""Every update counts alike, however late: naive asynchronous SGD.
+"""Every update has the same weight, however late it is: naive asynchronous SGD.
 
 Source: Dean et al., Large Scale Distributed Deep Networks (Downpour SGD), NIPS 2012.
 W ← W + λ0·Δ
@@ -10,6 +10,10 @@ from paceline.strategies.base.staleness_policy import StalenessPolicy
 
 
 class Constant(StalenessPolicy):
-    """λ(s) = 1."""
+    """λ(s) = 1.
+
+    Example:
+        `parameter_server(staleness=constant)`
+    """
 
     advice = "The naive baseline; fine for a few workers, loses accuracy or diverges for many."

@@ -15,11 +15,26 @@ import torch
 from paceline.errors import ConfigError
 from paceline.strategies.base.staleness_policy import StalenessPolicy
 
-_LEAST = 0.1  # a coordinate that hardly varies is sped up tenfold at most
+_LEAST = 0.1  # a coordinate that hardly varies becomes at most ten times faster
 
 
 class FASGD(StalenessPolicy):
-    """Damp coordinates whose updates are noisy, and late updates by 1 / max(1, s)."""
+    """Damp coordinates whose updates are noisy, and late updates by 1 / max(1, s).
+
+    Args:
+        gamma: Decay of the moving averages of updates and their squares (the paper's γ), in [0, 1); default
+            0.9. Raise it for noisy gradients.
+        beta: Decay of the moving average of the deviation (the paper's β), in [0, 1); default 0.9.
+        epsilon: Added to the variance, above 0; default 1e-12. Raise it when updates are near float32's
+            resolution.
+        average_inverse: Average 1/deviation, as in the paper's equation; default false, as in its prose.
+
+    Raises:
+        ConfigError: An argument outside of its range.
+
+    Example:
+        `parameter_server(staleness=fasgd(gamma=0.95))`
+    """
 
     advice = "Adaptive per coordinate; when gradients differ much in scale between layers."
 
@@ -38,11 +53,9 @@ class FASGD(StalenessPolicy):
         self._state: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def scale(self, staleness: int) -> float:
-        """1 / max(1, s)."""
         return 1.0 / max(1, staleness)
 
     def transform(self, index: int, update: torch.Tensor) -> None:
-        """Divide by the relative moving standard deviation."""
         if index not in self._state:
             self._state[index] = (update * update, update.clone(), torch.zeros_like(update))
         n, b, v = self._state[index]
@@ -59,9 +72,7 @@ class FASGD(StalenessPolicy):
             update.div_(relative.clamp_(min=_LEAST))
 
     def state_dict(self) -> dict[str, Any]:
-        """The moving averages."""
         return {str(i): list(averages) for i, averages in self._state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue."""
         self._state = {int(i): (n.clone(), b.clone(), v.clone()) for i, (n, b, v) in state.items()}

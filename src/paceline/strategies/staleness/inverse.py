@@ -9,7 +9,15 @@ from paceline.strategies.base.staleness_policy import StalenessPolicy
 
 
 class Inverse(StalenessPolicy):
-    """λ(s) = 1 / max(1, s); with `plus_one` the other rule in use, 1 / (s + 1)."""
+    """λ(s) = 1 / max(1, s).
+
+    Args:
+        plus_one: Use the other common rule, λ(s) = 1 / (s + 1); default false, as in the paper. It halves
+            updates of staleness 1 too: for learning rates at the edge of stability.
+
+    Example:
+        `parameter_server(staleness=inverse)`
+    """
 
     advice = "The default choice: keeps the learning rate of synchronous SGD usable at any number of workers."
 
@@ -17,5 +25,4 @@ class Inverse(StalenessPolicy):
         self._plus_one = plus_one
 
     def scale(self, staleness: int) -> float:
-        """1 / max(1, s), or 1 / (s + 1)."""
         return 1.0 / (staleness + 1 if self._plus_one else max(1, staleness))

@@ -1,4 +1,4 @@
-"""Late updates count less, by a power of your choice: λ(s) = (1 + s)^−a.
+"""Late updates count less, by a chosen power: λ(s) = (1 + s)^−a.
 
 Source: Xie et al., Asynchronous Federated Optimization (FedAsync), 2019.
 """
@@ -10,7 +10,18 @@ from paceline.strategies.base.staleness_policy import StalenessPolicy
 
 
 class Polynomial(StalenessPolicy):
-    """λ(s) = (1 + s)^−a."""
+    """λ(s) = (1 + s)^−a.
+
+    Args:
+        a: Exponent, at least 0; default 0.5. 0 is `constant`; 1 is `inverse(plus_one=true)`. Raise it when
+            training diverges, lower it when late workers contribute too little.
+
+    Raises:
+        ConfigError: a below 0.
+
+    Example:
+        `parameter_server(staleness=polynomial(a=0.5))`
+    """
 
     advice = "Between constant (a=0) and inverse (a=1)."
 
@@ -20,5 +31,4 @@ class Polynomial(StalenessPolicy):
         self._a = a
 
     def scale(self, staleness: int) -> float:
-        """(1 + s)^−a."""
         return float((1 + staleness) ** -self._a)

@@ -6,13 +6,25 @@ Mean staleness in server updates is (N − 1)/c when workers pull right after th
 
 from __future__ import annotations
 
-from paceline.strategies.base.staleness_policy import StalenessPolicy, whole
+from paceline.spec import whole_number
+from paceline.strategies.base.staleness_policy import StalenessPolicy
 
 
 class Softsync(StalenessPolicy):
-    """Apply the mean of every c updates; c=1 is naive asynchronous SGD, c=N nearly synchronous."""
+    """Apply the mean of every c updates.
+
+    Args:
+        c: Updates that are collected, at least 1; required. 1 is naive asynchronous SGD, N nearly
+            synchronous. A larger c lowers noise and staleness, and the number of steps.
+
+    Raises:
+        ConfigError: c below 1.
+
+    Example:
+        `parameter_server(staleness=softsync(c=4)+inverse)`
+    """
 
     advice = "Less noise and less staleness than one by one; best with inverse: softsync(c=4)+inverse."
 
     def __init__(self, *, c: int) -> None:
-        self.group = whole("c", c, least=1)
+        self.group = whole_number("c", c, least=1)

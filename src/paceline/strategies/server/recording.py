@@ -8,28 +8,44 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict, deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from paceline.errors import ConfigError
-from paceline.types import Message, Rank, Reply
+from paceline.strategies.server.protocol import ShardExchange
+from paceline.types import Rank, Reply
 
 
-class Script:
-    """Per shard the (worker, exchange number) pairs in the order of handling."""
+@dataclass(frozen=True)
+class HeldExchange:
+    """An exchange that came before its turn, and the reply that its worker waits for."""
+
+    src: Rank
+    exchange: ShardExchange
+    reply: Reply
+
+
+class Recording:
+    """Per shard the (worker, exchange number) pairs in the order of handling.
+
+    Args:
+        replay: Path of a recording whose order is enforced; "" enforces none.
+        record: Path that the order of this run is written to, one file per rank; "" writes none.
+    """
 
     def __init__(self, *, replay: str = "", record: str = "") -> None:
         self.record_to = record
         self._order: dict[int, list[tuple[Rank, int]]] = defaultdict(list)
         self._expected: dict[int, deque[tuple[Rank, int]]] | None = None
-        self._waiting: dict[tuple[int, Rank, int], tuple[Message, Reply]] = {}
+        self._waiting: dict[tuple[int, Rank, int], HeldExchange] = {}
         self._source = replay
         if replay:
             self._expected = {j: deque(order) for j, order in load(replay).items()}
 
     def check(self, num_shards: int, num_workers: int) -> None:
-        """ConfigError if what is to be repeated was a run of other workers or shards."""
+        """Raise ConfigError if the run to be repeated had other workers or shards."""
         if self._expected is None:
             return
         workers = {src for order in self._expected.values() for src, _ in order}
@@ -50,11 +66,11 @@ class Script:
         self._order[shard].append((src, number))
         return True
 
-    def hold(self, shard: int, src: Rank, number: int, message: Message, reply: Reply) -> None:
+    def hold(self, src: Rank, exchange: ShardExchange, reply: Reply) -> None:
         """Keep an exchange that came before its turn."""
-        self._waiting[shard, src, number] = (message, reply)
+        self._waiting[exchange.shard, src, exchange.number] = HeldExchange(src, exchange, reply)
 
-    def released(self, shard: int) -> list[tuple[Rank, Message, Reply]]:
+    def released(self, shard: int) -> list[HeldExchange]:
         """Exchanges whose turn has come, in order; once the recording is over, all others as they came."""
         turns = []
         expected = (self._expected or {}).get(shard)
@@ -63,7 +79,7 @@ class Script:
         if not expected:
             turns += [turn for turn in self._waiting if turn[0] == shard and turn not in turns]
         self._order[shard] += [(src, number) for _, src, number in turns]
-        return [(turn[1], *self._waiting.pop(turn)) for turn in turns]
+        return [self._waiting.pop(turn) for turn in turns]
 
     def save(self, rank: Rank) -> None:
         """Write what this rank's shards did to `<record>.<rank>`."""
@@ -77,15 +93,11 @@ class Script:
 
 
 def recorded_threads(path: str) -> int:
-    """Intra-op threads of the recorded run: another number gives other bits."""
+    """Intra-op threads of the recorded run: another number gives other bits. Raises ConfigError."""
     try:
         return int(json.loads(_files(path)[0].read_text())["threads"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a recording of parameter_server: {error}") from None
-
-
-def _files(path: str) -> list[Path]:
-    return sorted(Path(path).parent.glob(f"{Path(path).name}.[0-9]*")) or [Path(path)]
 
 
 def load(path: str) -> dict[int, list[tuple[Rank, int]]]:
@@ -98,3 +110,7 @@ def load(path: str) -> dict[int, list[tuple[Rank, int]]]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{file} is not a recording of parameter_server: {error}") from None
     return order
+
+
+def _files(path: str) -> list[Path]:
+    return sorted(Path(path).parent.glob(f"{Path(path).name}.[0-9]*")) or [Path(path)]

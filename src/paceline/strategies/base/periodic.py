@@ -1,0 +1,101 @@
+"""The bases of methods whose workers train alone for some minibatches and then exchange something."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import torch
+
+from paceline import codecs
+from paceline.codecs.reducers.flat_sums import FlatSums
+from paceline.spec import Spec, whole_number
+from paceline.strategies.base.strategy import TrainingStrategy
+
+
+class PeriodicStrategy(TrainingStrategy):
+    """Workers train alone; every `period` minibatches each of them calls `exchange`.
+
+    All ranks count the same minibatches: also one whose optimizer step was skipped, and one of a rank that
+    ran out of data and repeats a batch to stay in step. What a repeated batch changes in the parameters is
+    undone.
+
+    Args:
+        period: Minibatches between two exchanges, at least 1.
+    """
+
+    replicas_differ = True
+
+    def __init__(self, *, period: int) -> None:
+        self.period = whole_number("period", period, least=1)
+        self._done = 0
+        """Minibatches since the last exchange."""
+        self._real = 0
+        """Those of them that trained on data of this rank's own."""
+        self._kept: list[torch.Tensor] | None = None
+        """The parameters as they were before a repeated batch."""
+
+    @abc.abstractmethod
+    def exchange(self) -> None:
+        """Exchange with the other ranks: `period` minibatches are done."""
+
+    def minibatch_done(self) -> None:
+        """Called after every minibatch, before an exchange that is due."""
+
+    def before_update(self) -> None:
+        if not self.replica.has_samples and self._kept is None:
+            self._kept = [flat.clone() for flat in self.replica.parameters]
+
+    def after_update(self) -> None:
+        if self._kept is not None:
+            self.replica.adopt()
+            torch._foreach_copy_(list(self.replica.parameters), self._kept)
+            self._kept = None
+        self._done += 1
+        self._real += int(self.replica.has_samples)
+        self.minibatch_done()
+        if self._done >= self.period:
+            self.exchange()
+            self.start_period()
+
+    def update_skipped(self) -> None:
+        self.after_update()
+
+    def start_period(self) -> None:
+        """Count from zero again."""
+        self._done = self._real = 0
+
+
+class AveragingStrategy(PeriodicStrategy):
+    """Periods are rounds that end with a mean of the workers' models, weighted by their minibatches.
+
+    Args:
+        period: Minibatches of a round, at least 1.
+        codec: A codec for what the workers have learned in a round, such as `int8`; None sends the models
+            uncompressed.
+    """
+
+    def __init__(self, *, period: int, codec: str | Spec | None) -> None:
+        super().__init__(period=period)
+        self._sums = None if codec is None else FlatSums(codecs.make_reducer(codec))
+
+    @abc.abstractmethod
+    def close_round(self, *, finishing: bool) -> bool:
+        """End a round on all ranks; `finishing` says that this one is in `synchronize`.
+
+        Returns whether all ranks are finishing.
+        """
+
+    def exchange(self) -> None:
+        self.close_round(finishing=False)
+
+    def synchronize(self) -> None:
+        """Close the last round. Ranks that still train finish their rounds with this rank's weight 0."""
+        all_finish = False
+        while not all_finish:
+            all_finish = self.close_round(finishing=True)
+            self.start_period()
+
+    def stats(self) -> dict[str, Any]:
+        """`codec`: bytes by cause, encode seconds and extra memory on this rank."""
+        return {} if self._sums is None else {"codec": self._sums.stats()}
