@@ -38,7 +38,7 @@ def test_the_names() -> None:
         ("threshold(density=2)", "density must be"),
         ("threshold(tau=0.1, band=0.5)", "band"),
         ("topk(density=0)", "density must be"),
-        ("topk(k=0)", "positive integer"),
+        ("topk(k=0)", "k=0: a whole number >= 1"),
         ("topk(k=3, density=0.1)", "not both"),
         ("error_feedback", "It takes: codec"),
         ("error_feedback(codec=error_feedback(codec=int8))", "once is enough"),

@@ -80,7 +80,7 @@ def test_hook(tmp_path: Path) -> None:
 
 
 def test_bad_specs() -> None:
-    with pytest.raises(ConfigError, match="rank must be"):
+    with pytest.raises(ConfigError, match="rank=0: a whole number >= 1"):
         paceline.ddp_hook("powersgd(rank=0)")
     with pytest.raises(ConfigError, match="Did you mean 'powersgd'"):
         paceline.ddp_hook("power_sgd")

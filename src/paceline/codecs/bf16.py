@@ -18,10 +18,13 @@ from paceline.errors import ProtocolError
 
 @final
 class Bf16(KernelCodec):
-    """`bf16`: 2 bytes per element."""
+    """bfloat16: 2 bytes per element.
+
+    Example:
+        `all_reduce(codec=bf16)`
+    """
 
     def arguments(self, x: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        """No arguments."""
         return {}
 
     def reference_encode(
@@ -39,7 +42,6 @@ class Bf16(KernelCodec):
 
     @classmethod
     def reference_decode(cls, header: PayloadHeader, body: bytes) -> torch.Tensor:
-        """Widen."""
         if header.parameter != 0:
             raise ProtocolError("bf16 payload: it has no parameter")
         payload.check_body(header, body, 2 * header.numel)

@@ -1,9 +1,9 @@
-"""Error feedback round any codec: what was not sent is added to the next tensor.
+"""Error feedback around any codec: what was not sent is added to the next tensor.
 
     v = x + r;  send encode(v);  r ← v − decode(encode(v))
 
-The residual is `state["residual"]` and belongs in the checkpoint. All kernels do this in the pass that
-encodes. Sources: Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019.
+The residual is `state["residual"]` and belongs in the checkpoint. All kernels update it in the same pass
+that encodes. Sources: Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019.
 """
 
 from __future__ import annotations
@@ -20,7 +20,18 @@ from paceline.spec import Spec
 
 @final
 class ErrorFeedback(Codec):
-    """`error_feedback(codec=onebit)`. Round a codec that keeps its own residual it changes nothing."""
+    """Keep what a codec did not send, and add it to the next tensor.
+
+    Args:
+        codec: The codec to wrap, required. Around `threshold`, which keeps a residual of its own, error
+            feedback changes nothing. `powersgd` keeps one too and cannot be wrapped.
+
+    Raises:
+        ConfigError: A codec that does not exist, or error feedback twice.
+
+    Example:
+        `all_reduce(codec=error_feedback(codec=onebit))`
+    """
 
     def __init__(self, *, codec: str | Spec | Codec) -> None:
         self._codec = codecs.make(codec)
@@ -32,17 +43,15 @@ class ErrorFeedback(Codec):
     keeps_residual = True
 
     def set_options(self, *, checksum: bool = False, use_reference: bool = False) -> None:
-        """Whether payloads carry a CRC-32C, and whether the PyTorch reference runs instead of C++."""
         self._codec.set_options(checksum=checksum, use_reference=use_reference)
 
     def max_encoded_bytes(self, numel: int) -> int:
-        """As the codec inside."""
         return self._codec.max_encoded_bytes(numel)
 
     def encode(
         self, x: torch.Tensor, state: dict[str, Any], *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Encode x + residual and keep the rest."""
+        """Encode x + residual and keep what is not sent."""
         if "residual" not in state:
             state["residual"] = torch.zeros(x.numel(), dtype=torch.float32, device=x.device)
         return self.encode_with_residual(x, state["residual"], state, out=out)
@@ -55,9 +64,7 @@ class ErrorFeedback(Codec):
         *,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As the codec inside."""
         return self._codec.encode_with_residual(x, residual, state, out=out)
 
     def decode(self, payload: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False) -> None:
-        """As the codec inside."""
         self._codec.decode(payload, out, accumulate=accumulate)

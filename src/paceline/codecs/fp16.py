@@ -19,7 +19,18 @@ from paceline.errors import ConfigError
 
 @final
 class Fp16(KernelCodec):
-    """`fp16(block=1024)`: 2 bytes per element and 4 per block."""
+    """Half precision: 2 bytes per element and 4 per block.
+
+    Args:
+        block: Elements that share a scale, a power of two from 32 to 4096; default 1024. Smaller blocks
+            follow the values more closely, for 4 bytes more per block.
+
+    Raises:
+        ConfigError: A block length that is not allowed.
+
+    Example:
+        `all_reduce(codec=fp16)`
+    """
 
     def __init__(self, *, block: int = 1024) -> None:
         if not payload.is_block(block):
@@ -27,11 +38,9 @@ class Fp16(KernelCodec):
         self._block = block
 
     def parameter(self, numel: int) -> int:
-        """Block length."""
         return self._block
 
     def arguments(self, x: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        """Block length."""
         return {"parameter": self._block}
 
     def reference_encode(
@@ -55,7 +64,6 @@ class Fp16(KernelCodec):
 
     @classmethod
     def reference_decode(cls, header: PayloadHeader, body: bytes) -> torch.Tensor:
-        """half · scale."""
         block = payload.check_block(header)
         blocks = payload.num_blocks(header.numel, block)
         payload.check_body(header, body, 4 * blocks + 2 * header.numel)

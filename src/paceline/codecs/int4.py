@@ -18,7 +18,21 @@ from paceline.codecs.kernel.reference import in_blocks
 
 @final
 class Int4(Quantizer):
-    """`int4(block=128, stochastic=false, seed=0)`: half a byte per element and 4 bytes per block."""
+    """4-bit integers: half a byte per element and 4 bytes per block.
+
+    Args:
+        block: Elements that share a scale, a power of two from 32 to 4096; default 128. Smaller blocks follow
+            the values more closely, for 4 bytes more per block.
+        stochastic: Round at random, so that the expectation of the decoded value is the input; default
+            false: to the nearest. Choose it without error feedback when the bias of rounding matters.
+        seed: Seed of that randomness, from 0 to 2^64 - 1; default 0.
+
+    Raises:
+        ConfigError: A block length or seed that is not allowed.
+
+    Example:
+        `diloco(codec=error_feedback(codec=int4))`
+    """
 
     limit = 7
 
@@ -27,13 +41,11 @@ class Int4(Quantizer):
 
     @staticmethod
     def packed(codes: torch.Tensor) -> bytes:
-        """Two codes per byte."""
         halves = (in_blocks(codes, 32) + 8).to(torch.uint8).view(-1, 2, 16)
         return payload.as_bytes(halves[:, 0] | halves[:, 1] << 4)
 
     @classmethod
     def reference_decode(cls, header: PayloadHeader, body: bytes) -> torch.Tensor:
-        """(half byte - 8) · scale."""
         blocks = payload.num_blocks(header.numel, payload.check_block(header))
         payload.check_body(header, body, 4 * blocks + 16 * payload.num_blocks(header.numel, 32))
         halves = payload.as_tensor(body[4 * blocks :], torch.uint8).view(-1, 16)

@@ -16,7 +16,21 @@ from paceline.codecs.kernel.quantize import Quantizer, dequantized
 
 @final
 class Int8(Quantizer):
-    """`int8(block=256, stochastic=false, seed=0)`: 1 byte per element and 4 per block."""
+    """8-bit integers: 1 byte per element and 4 per block.
+
+    Args:
+        block: Elements that share a scale, a power of two from 32 to 4096; default 256. Smaller blocks follow
+            the values more closely, for 4 bytes more per block.
+        stochastic: Round at random, so that the expectation of the decoded value is the input; default
+            false: to the nearest. Choose it without error feedback when the bias of rounding matters.
+        seed: Seed of that randomness, from 0 to 2^64 - 1; default 0.
+
+    Raises:
+        ConfigError: A block length or seed that is not allowed.
+
+    Example:
+        `all_reduce(codec=error_feedback(codec=int8))`
+    """
 
     limit = 127
 
@@ -25,12 +39,10 @@ class Int8(Quantizer):
 
     @staticmethod
     def packed(codes: torch.Tensor) -> bytes:
-        """One byte per code."""
         return payload.as_bytes(codes)
 
     @classmethod
     def reference_decode(cls, header: PayloadHeader, body: bytes) -> torch.Tensor:
-        """code · scale."""
         blocks = payload.num_blocks(header.numel, payload.check_block(header))
         payload.check_body(header, body, 4 * blocks + header.numel)
         codes = payload.as_tensor(body[4 * blocks :], torch.int8).to(torch.float32)

@@ -1,7 +1,7 @@
 """One sign bit per element and one scale, the mean magnitude, per block: 1/30 of the bytes.
 
-Biased: wrap it in error_feedback. The scale travels as bfloat16: short scales cost no accuracy under error
-feedback and keep residuals of integers exact. Source: Seide et al., Interspeech 2014.
+Biased: wrap it in error_feedback. The scale travels as bfloat16: its rounding costs no accuracy under error
+feedback and keeps residuals of integers exact. Source: Seide et al., Interspeech 2014.
 
 Body: blocks × bfloat16 scale, then one bit per element, least bit first, 1 for negative.
 """
@@ -22,7 +22,18 @@ from paceline.errors import ConfigError
 
 @final
 class Onebit(KernelCodec):
-    """`onebit(block=512)`: numel / 8 bytes and 2 per block."""
+    """One bit per element and 2 bytes per block.
+
+    Args:
+        block: Elements that share a scale, a power of two from 32 to 4096; default 512. Smaller blocks follow
+            the values more closely, for 2 bytes more per block.
+
+    Raises:
+        ConfigError: A block length that is not allowed.
+
+    Example:
+        `local_sgd(codec=error_feedback(codec=onebit))`
+    """
 
     def __init__(self, *, block: int = 512) -> None:
         if not payload.is_block(block):
@@ -30,11 +41,9 @@ class Onebit(KernelCodec):
         self._block = block
 
     def parameter(self, numel: int) -> int:
-        """Block length."""
         return self._block
 
     def arguments(self, x: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        """Block length."""
         return {"parameter": self._block}
 
     def reference_encode(
@@ -62,7 +71,6 @@ class Onebit(KernelCodec):
 
     @classmethod
     def reference_decode(cls, header: PayloadHeader, body: bytes) -> torch.Tensor:
-        """±scale."""
         blocks = payload.num_blocks(header.numel, payload.check_block(header))
         payload.check_body(header, body, 2 * blocks + (header.numel + 7) // 8)
         scales = payload.as_tensor(body[: 2 * blocks], torch.bfloat16).to(torch.float32)

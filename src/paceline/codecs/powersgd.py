@@ -2,7 +2,7 @@
 
     M ← M + E;  P ← Σ M Q;  P ← orthonormal(P);  Q ← Σ Mᵀ P;  M̂ ← P Qᵀ ≈ Σ M;  E ← M − M̂ / number of ranks
 
-Q starts from the step before. Tensors of one dimension, and matrices that two factors would not shrink,
+Q starts from the previous step. Tensors of one dimension, and matrices that two factors would not shrink,
 travel uncompressed in the first of the two all-reduces. Source: Vogels, Karimireddy & Jaggi, NeurIPS 2019.
 Bytes: 4r(a + b) per matrix and all-reduce.   [tested]
 """
@@ -18,20 +18,31 @@ import torch
 from paceline.codecs.kernel import ledger
 from paceline.codecs.reducers.reducer import Layout, Reducer
 from paceline.errors import ConfigError
+from paceline.spec import whole_number
 from paceline.types import Communicator, ReduceOp, Work
 
 
 @final
 class PowerSgd(Reducer):
-    """`powersgd(rank=2)`. The first `warmup_steps` travel uncompressed; all ranks draw Q from `seed`."""
+    """Low-rank factors of gradient matrices, with error feedback: 4r(a + b) bytes per a × b matrix.
+
+    Args:
+        rank: Columns r of the factors, at least 1; default 2. A larger one sends more and approximates
+            better: try 4 when accuracy falls behind.
+        warmup_steps: First steps that travel uncompressed, at least 0; default 0. A few hundred help where
+            gradients change much at the start.
+        seed: Seed from which all ranks draw the first Q; default 0. The same on all ranks.
+
+    Raises:
+        ConfigError: A rank below 1 or a negative number of steps.
+
+    Example:
+        `all_reduce(codec=powersgd(rank=2))`
+    """
 
     def __init__(self, *, rank: int = 2, warmup_steps: int = 0, seed: int = 0) -> None:
-        if not isinstance(rank, int) or rank < 1:
-            raise ConfigError(f"powersgd: rank must be a positive integer, got {rank!r}")
-        if not isinstance(warmup_steps, int) or warmup_steps < 0:
-            raise ConfigError(f"powersgd: warmup_steps must be 0 or more, got {warmup_steps!r}")
-        self._rank = rank
-        self._warmup_steps = warmup_steps
+        self._rank = whole_number("powersgd: rank", rank, least=1)
+        self._warmup_steps = whole_number("powersgd: warmup_steps", warmup_steps, least=0)
         self._seed = seed
 
     def stages(
@@ -44,7 +55,7 @@ class PowerSgd(Reducer):
             yield comm.all_reduce(flat, op=ReduceOp.SUM)
             return
         started = time.perf_counter()
-        matrices, rest = self._views(flat, layout)
+        matrices, uncompressed = self._views(flat, layout)
         residual = state.setdefault("residual", torch.zeros_like(flat))
         if "q" not in state:
             generator = torch.Generator().manual_seed(self._seed)
@@ -53,13 +64,13 @@ class PowerSgd(Reducer):
         for matrix, error in zip(matrices, errors, strict=True):
             matrix.add_(error)
         left = [m @ q for m, q in zip(matrices, state["q"], strict=True)]
-        packed = torch.cat([t.reshape(-1) for t in [*left, *rest]])
+        packed = torch.cat([t.reshape(-1) for t in [*left, *uncompressed]])
         spent = time.perf_counter() - started
         yield comm.all_reduce(packed, op=ReduceOp.SUM)
 
         started = time.perf_counter()
-        left, sums = _unpacked(packed, left, rest)
-        for tensor, total in zip(rest, sums, strict=True):
+        left, sums = _unpacked(packed, left, uncompressed)
+        for tensor, total in zip(uncompressed, sums, strict=True):
             tensor.copy_(total)
         left = [torch.linalg.qr(p).Q for p in left]
         right = [m.T @ p for m, p in zip(matrices, left, strict=True)]
@@ -75,12 +86,12 @@ class PowerSgd(Reducer):
             torch.sub(matrix, approximation, alpha=1 / comm.size, out=error)
             error.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             matrix.copy_(approximation)
-        _recover(state)
+        _drop_infinite_factors(state)
         _count(state, flat.numel(), num_sent, spent + time.perf_counter() - started)
 
     def _views(self, flat: torch.Tensor, layout: Layout) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Matrices to compress, and the 1-D tensors between them, as views of `flat`."""
-        matrices, rest, position = [], [], 0
+        matrices, uncompressed, position = [], [], 0
         for offset, shape in sorted(layout):
             numel = torch.Size(shape).numel()
             rows = shape[0] if len(shape) > 1 else 1
@@ -92,18 +103,18 @@ class PowerSgd(Reducer):
             if self._rank * (rows + columns) >= numel:
                 continue
             if offset > position:
-                rest.append(flat[position:offset])
+                uncompressed.append(flat[position:offset])
             matrices.append(flat[offset : offset + numel].view(rows, columns))
             position = offset + numel
         if position < flat.numel():
-            rest.append(flat[position:])
-        return matrices, rest
+            uncompressed.append(flat[position:])
+        return matrices, uncompressed
 
     def traffic(self, numel: int, layout: Layout, size: int) -> float:
         """4r(a + b) per matrix, 4 per other element."""
-        matrices, rest = self._views(torch.empty(numel, device="meta"), layout)
+        matrices, uncompressed = self._views(torch.empty(numel, device="meta"), layout)
         factors = sum(self._rank * sum(m.shape) for m in matrices)
-        return 4.0 * (factors + sum(t.numel() for t in rest))
+        return 4.0 * (factors + sum(t.numel() for t in uncompressed))
 
     def stats(self, state: dict[str, Any]) -> dict[str, float]:
         """Bytes given to all-reduces, encode seconds, and the memory of residual and factors."""
@@ -120,8 +131,8 @@ def _unpacked(
     return [t.clone() for t in shaped[: len(first)]], shaped[len(first) :]
 
 
-def _recover(state: dict[str, Any]) -> None:
-    """A step with infinities (a loss scaler will skip it) must not spoil Q for ever."""
+def _drop_infinite_factors(state: dict[str, Any]) -> None:
+    """Drop Q after a step with infinities, which a loss scaler will skip: else it would never recover."""
     if not all(bool(q.isfinite().all()) for q in state["q"]):
         del state["q"]
 

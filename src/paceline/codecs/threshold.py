@@ -1,4 +1,4 @@
-"""±τ updates with a residual: what has not reached τ yet waits until it does.
+"""±τ updates with a residual: what has not reached τ is kept until it does.
 
     r ← r + x;  where |r_i| ≥ τ send (i, sign) and r_i ← r_i − sign·τ
 
@@ -30,10 +30,23 @@ _SAMPLE = 65536
 
 @final
 class Threshold(KernelCodec):
-    """`threshold(tau=0.01)`, or `threshold(density=1e-3)`: τ adapts so that about this share is sent.
+    """±τ for each element whose accumulated value has reached ±τ (a hit): at most 4 bytes per hit.
 
-    `density` keeps the share of hits within [density / band, density · band]; each tensor (bucket) then has
-    its own τ, which starts at `tau` or else at the quantile of the first tensor. `entropy` codes the gaps.
+    Args:
+        tau: τ, in units of the tensor, from 1e-30 to 1e30. Alone: τ is fixed. With `density`: the first τ.
+            Default: the quantile of the first tensor that `density` says. A smaller τ sends more.
+        density: Share of elements to send, in (0, 0.5]; default 0.001 if `tau` is not given. Each tensor
+            (bucket) then has its own τ, which adapts to keep the share of hits within
+            [density / band, density · band]. Raise it when training falls behind.
+        band: Tolerance of `density`, a factor of at least 1; default 2. 1 adapts τ at every encode.
+        entropy: Code the gaps between hits with Golomb–Rice codes; default false. Fewer bytes for more CPU
+            time.
+
+    Raises:
+        ConfigError: An argument outside of its range.
+
+    Example:
+        `all_reduce(codec=threshold(density=0.001, entropy=true))`
     """
 
     is_sparse = True
@@ -61,18 +74,17 @@ class Threshold(KernelCodec):
     def encode(
         self, x: torch.Tensor, state: dict[str, Any], *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Add x to the residual in the state and encode what has reached ±τ."""
+        """Add x to the residual in the state and encode the elements that have reached ±τ."""
         if "residual" not in state:
             state["residual"] = torch.zeros(x.numel(), dtype=torch.float32, device=x.device)
         return self.encode_with_residual(x, state["residual"], state, out=out)
 
     def arguments(self, x: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        """τ as float32."""
         if "tau" not in state:
             tau = self._tau
             if tau is None:
                 tau = self._quantile(x)
-                if tau == 0.0:  # nothing to send yet, nothing to learn from
+                if tau == 0.0:  # all zero: nothing to send, and no quantile to start from
                     return {"tau": 1.0, "entropy": self._entropy}
             state["tau"] = float(np.float32(tau))
         return {"tau": state["tau"], "entropy": self._entropy}

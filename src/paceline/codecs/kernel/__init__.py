@@ -1,1 +1,1 @@
-"""What all codecs stand on: the base class, payloads, the C++ kernels and the readable reference steps."""
+"""What codecs share: their base, payloads, the C++ kernels, the steps of the readable reference."""

@@ -1,4 +1,4 @@
-"""The base of all codecs, and decoding of any payload."""
+"""The base of all codecs, and the decoding of any payload."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from paceline.errors import ConfigError
 
 
 class Codec(abc.ABC):
-    """Fewer bytes for one flat tensor.
+    """Fewer bytes for one flat tensor: the seam between codecs and what sends tensors.
 
-    `state` is a dict of tensors and plain values, one per tensor that is encoded again and again (a bucket);
-    it is empty at first, belongs to the codec, and belongs in the checkpoint.
+    A new codec is a file in `paceline/codecs` with one concrete subclass. Its constructor's keyword arguments
+    are those of the spec string, and the class docstring describes each of them.
+
+    The `state` given to its methods is a dict of tensors and plain values, one per tensor that is encoded
+    again and again (a bucket); it is empty at first, belongs to the codec, and belongs in the checkpoint.
     """
 
     is_unbiased: bool = False
@@ -39,7 +42,19 @@ class Codec(abc.ABC):
     def encode(
         self, x: torch.Tensor, state: dict[str, Any], *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Payload (1-D uint8) of a floating tensor; a slice of `out` (max_encoded_bytes) when given."""
+        """Encode one tensor.
+
+        Args:
+            x: Floating-point tensor of any shape, at most 2^31 - 1 elements; not changed.
+            state: What is kept for this tensor, see the class.
+            out: 1-D uint8 tensor of `max_encoded_bytes(x.numel())` to write the payload into; default a new
+                one.
+
+        Returns the payload: 1-D uint8, a slice of `out` when that is given.
+
+        Raises:
+            ConfigError: A tensor of another dtype, or a state that belongs to a tensor of another size.
+        """
 
     @abc.abstractmethod
     def encode_with_residual(
@@ -50,15 +65,23 @@ class Codec(abc.ABC):
         *,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Payload of x + residual; afterwards `residual` (float32; None: 0) holds what was not sent."""
+        """Encode x + residual; afterwards `residual` holds what was not sent.
+
+        `residual` is contiguous float32 with as many elements as `x`; None means zero, and what is not sent
+        is lost. Other arguments, result and errors as for `encode`.
+        """
 
     @abc.abstractmethod
     def decode(self, payload: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False) -> None:
-        """Decode into `out`, or add to it. ProtocolError leaves `out` untouched."""
+        """Decode a payload into `out`, or add it to `out` with `accumulate`.
+
+        `out` is a floating-point tensor with as many elements as were encoded. Raises ProtocolError, leaving
+        `out` untouched, when the bytes are not a valid payload of this codec for it.
+        """
 
     @abc.abstractmethod
     def set_options(self, *, checksum: bool = False, use_reference: bool = False) -> None:
-        """Whether payloads carry a CRC-32C, and whether the PyTorch reference runs instead of C++."""
+        """Set whether payloads carry a CRC-32C, and whether the PyTorch reference runs instead of C++."""
 
     def stats(self, state: dict[str, Any]) -> dict[str, float]:
         """Bytes by cause, bits per hit, encode time and extra memory since `state` was new."""
@@ -66,7 +89,7 @@ class Codec(abc.ABC):
 
     @classmethod
     def reference_decode(cls, header: payload.PayloadHeader, body: bytes) -> torch.Tensor:
-        """Float32 values of a body, the readable way; ProtocolError for one that is not valid."""
+        """Return the float32 values of a body, in PyTorch; ProtocolError for one that is not valid."""
         raise NotImplementedError(f"{cls.__name__} has no payload of its own")
 
 
@@ -78,7 +101,7 @@ def decode_any(
     codec: str | None = None,
     use_reference: bool = False,
 ) -> None:
-    """Decode a payload of `codec` (None: whichever it names) into `out`, or add it to `out`."""
+    """Decode a payload of `codec` (None: of the codec that it names) into `out`, or add it to `out`."""
     if encoded.dtype != torch.uint8:
         raise ConfigError(f"decode: a payload is a uint8 tensor, got {encoded.dtype}")
     if not out.is_floating_point():
@@ -86,18 +109,18 @@ def decode_any(
     encoded = encoded.detach().contiguous()
     is_native = not use_reference and out.device.type == "cpu" and encoded.device.type == "cpu"
     if is_native and out.dtype == torch.float32 and out.is_contiguous():
-        name = codec or "any"
-        pointers = encoded.data_ptr(), encoded.numel(), out.data_ptr(), out.numel()
-        _core.codec_decode(name, *pointers, accumulate)
+        _core.codec_decode(
+            codec or "any", encoded.data_ptr(), encoded.numel(), out.data_ptr(), out.numel(), accumulate
+        )
         return
     if is_native:
         values = torch.empty(out.numel(), dtype=torch.float32)
         decode_any(encoded, values, codec=codec)
     else:
         header, body = payload.split(payload.as_bytes(encoded), codec=codec, numel=out.numel())
-        base: Any = Codec
         module = registry.load("paceline.codecs", header.codec, kind="codec")
-        values = registry.find_class(module, base).reference_decode(header, body).to(out.device)
+        decoder = registry.find_class(module, Codec)  # type: ignore[type-abstract]
+        values = decoder.reference_decode(header, body).to(out.device)
     values = values.view(out.shape)
     with torch.no_grad():
         if accumulate:

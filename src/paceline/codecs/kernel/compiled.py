@@ -1,7 +1,7 @@
-"""Codecs with a C++ kernel for CPU tensors; the readable reference runs elsewhere and on request.
+"""Codecs with a C++ kernel for CPU tensors; the readable reference runs on other devices and on request.
 
-A codec file states its wire format twice: `arguments` for the kernel in csrc/core, and
-`reference_encode` / `reference_decode` in PyTorch, which tests hold against each other bit by bit.
+Every wire format exists twice: as a kernel in csrc/core/codecs, which gets what `arguments` returns, and in
+PyTorch, in `reference_encode` and `reference_decode`. Tests compare them bit by bit.
 """
 
 from __future__ import annotations
@@ -21,37 +21,34 @@ from paceline.errors import ConfigError
 
 
 class KernelCodec(Codec):
-    """A codec with a kernel in csrc/core and a reference in PyTorch."""
+    """A codec with a kernel in csrc/core/codecs and a reference in PyTorch."""
 
     _checksum = False
     _use_reference = False
 
     def set_options(self, *, checksum: bool = False, use_reference: bool = False) -> None:
-        """Whether payloads carry a CRC-32C, and whether the PyTorch reference runs instead of C++."""
         self._checksum, self._use_reference = checksum, use_reference
 
     @abc.abstractmethod
     def arguments(self, x: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of the kernel beyond the tensor: parameter, tau, entropy, stochastic, key."""
+        """Return the kernel's arguments besides tensors: parameter, tau, entropy, stochastic, key."""
 
     @abc.abstractmethod
     def reference_encode(
         self, x: torch.Tensor, residual: torch.Tensor | None, arguments: dict[str, Any]
     ) -> tuple[PayloadHeader, bytes]:
-        """PayloadHeader and body for flat float32 x; updates the residual."""
+        """Return header and body for flat float32 x; updates the residual."""
 
     def max_encoded_bytes(self, numel: int) -> int:
-        """Bytes that `encode` needs at most."""
         return _core.codec_max_bytes(self.name, numel, self.parameter(numel))
 
     def parameter(self, numel: int) -> int:
-        """Block length, or the number of elements sent: what decides the payload's size."""
+        """Return what decides the payload's size: block length, or number of elements sent."""
         return 0
 
     def encode(
         self, x: torch.Tensor, state: dict[str, Any], *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Payload (1-D uint8) of a floating tensor; a slice of `out` when given."""
         return self.encode_with_residual(x, None, state, out=out)
 
     def encode_with_residual(
@@ -62,7 +59,6 @@ class KernelCodec(Codec):
         *,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Payload of x + residual; afterwards `residual` holds what was not sent."""
         started = time.perf_counter()
         flat, source = flat_float32(x, self.name)
         if residual is not None:
@@ -93,6 +89,7 @@ class KernelCodec(Codec):
         source: int,
         out: torch.Tensor | None,
     ) -> tuple[torch.Tensor, int]:
+        """Return the payload, and the number of elements left out because they are not finite."""
         if out is None:
             out = torch.empty(self.max_encoded_bytes(x.numel()), dtype=torch.uint8)
         elif out.dtype != torch.uint8 or not out.is_contiguous() or out.device.type != "cpu":
@@ -116,12 +113,11 @@ class KernelCodec(Codec):
         """Called after every encode; adaptive codecs adjust themselves here."""
 
     def decode(self, payload: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False) -> None:
-        """Decode into `out`, or add to it. ProtocolError leaves `out` untouched."""
         decode_any(payload, out, accumulate=accumulate, codec=self.name, use_reference=self._use_reference)
 
 
 def flat_float32(x: torch.Tensor, who: str) -> tuple[torch.Tensor, int]:
-    """Return x as contiguous 1-D float32 and the header's number for its dtype; ConfigError otherwise."""
+    """Return x as contiguous 1-D float32, and the header's number for its dtype. Raises ConfigError."""
     if x.dtype not in payload.SOURCES:
         raise ConfigError(f"{who}: a float32, float16, bfloat16 or float64 tensor expected, got {x.dtype}")
     if x.numel() > payload.MAX_NUMEL:
@@ -130,7 +126,7 @@ def flat_float32(x: torch.Tensor, who: str) -> tuple[torch.Tensor, int]:
 
 
 def check_residual(residual: torch.Tensor, x: torch.Tensor, who: str) -> None:
-    """ConfigError unless `residual` is contiguous float32 like x."""
+    """Raise ConfigError unless `residual` is contiguous float32 of the size of `x`."""
     if residual.dtype != torch.float32 or not residual.is_contiguous() or residual.numel() != x.numel():
         raise ConfigError(
             f"{who}: the residual in the state has {residual.numel()} elements of {residual.dtype}, the "

@@ -26,8 +26,8 @@ _COUNTS = (
 def record(state: dict[str, Any], header: PayloadHeader, num_bytes: int) -> dict[str, Any]:
     """Add one payload to state["ledger"] and return the ledger.
 
-    payload_bytes: values, signs and scales; index_bytes: what says where they belong (a bitmap counts as
-    index but for one bit per hit); header_bytes: 32 per payload.
+    payload_bytes are values, signs and scales. index_bytes say where they belong; a bitmap counts as index,
+    except one bit per hit. header_bytes are 32 per payload.
     """
     ledger: dict[str, Any] = state.setdefault("ledger", dict.fromkeys(_COUNTS, 0))
     body = num_bytes - HEADER_BYTES
@@ -49,7 +49,7 @@ def record(state: dict[str, Any], header: PayloadHeader, num_bytes: int) -> dict
 
 
 def entropy_bound_bits(numel: int, hits: int) -> float:
-    """Least bits for which of `numel` elements are hit, were they independent, and one sign bit per hit."""
+    """Return the entropy of which of `numel` independent elements are hit, plus one sign bit per hit."""
     if hits == 0:
         return 0.0
     p = hits / numel
@@ -58,16 +58,16 @@ def entropy_bound_bits(numel: int, hits: int) -> float:
 
 
 def stats(state: dict[str, Any]) -> dict[str, float]:
-    """Totals since the start, ratios worked out: what `job.stats()` shows.
+    """Return totals since the start with their ratios: what `job.stats()` shows.
 
-    encoded_bytes = payload_bytes + index_bytes + header_bytes; bits_per_hit beside
-    entropy_bound_bits_per_hit (sparse codecs; 0 without hits); encode_s in seconds.
+    encoded_bytes = payload_bytes + index_bytes + header_bytes. bits_per_hit is to be compared with
+    entropy_bound_bits_per_hit (sparse codecs; 0 without hits). encode_s is in seconds.
     """
     return total([state["ledger"]] if "ledger" in state else [])
 
 
 def total(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Stats of several tensors as one: counts added, ratios worked out anew."""
+    """Return the stats of several tensors as one: counts are added, ratios computed from the sums."""
     parts = list(parts)
     shown: dict[str, float] = {key: sum(part.get(key, 0) for part in parts) for key in _COUNTS}
     shown["encoded_bytes"] = shown["payload_bytes"] + shown["index_bytes"] + shown["header_bytes"]

@@ -7,7 +7,7 @@
             7  u8       1 checksum | layout << 1 (0 words, 1 bitmap, 2 Rice code)
             8  u64      number of elements
 
-Readable twin of `csrc/core/codecs/payload.cpp`, which validates in the same order.
+The readable counterpart of `csrc/core/codecs/payload.cpp`, which validates in the same order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What int8 and int4 share: q = round(x / scale) with one scale = max|x| / limit per block.
 
-Rounding is to nearest even, or stochastic: floor(x / scale + u) with u from a counter-based generator, so
-element i of encode number n rounds alike on every machine and the expectation is the input.
+Rounding is to nearest even, or stochastic: floor(x / scale + u) with u from a counter-based generator.
+Element i of encode number n is then rounded alike on every machine, and the expectation is the input.
 """
 
 from __future__ import annotations
@@ -21,12 +21,18 @@ from paceline.errors import ConfigError
 
 
 class Quantizer(KernelCodec):
-    """Block-scaled integers. `stochastic=true` makes them unbiased; `seed` chooses the random stream."""
+    """Block-scaled integers; unbiased with stochastic rounding.
+
+    Args:
+        block: Elements that share a scale, a power of two from 32 to 4096.
+        stochastic: Round at random, so that the expectation of the decoded value is the input.
+        seed: Chooses the random stream, from 0 to 2^64 - 1.
+    """
 
     limit: int
     """Largest code; the smallest is its negative."""
 
-    def __init__(self, *, block: int, stochastic: bool = False, seed: int = 0) -> None:
+    def __init__(self, *, block: int, stochastic: bool, seed: int) -> None:
         if not payload.is_block(block):
             raise ConfigError(f"{self.name}: block must be a power of two from 32 to 4096, got {block!r}")
         if not isinstance(seed, int) or not 0 <= seed < 2**64:
@@ -39,10 +45,9 @@ class Quantizer(KernelCodec):
     @staticmethod
     @abc.abstractmethod
     def packed(codes: torch.Tensor) -> bytes:
-        """Bytes of 1-D int8 codes."""
+        """Return the bytes of 1-D int8 codes."""
 
     def parameter(self, numel: int) -> int:
-        """Block length."""
         return self._block
 
     def arguments(self, x: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
@@ -81,10 +86,10 @@ class Quantizer(KernelCodec):
 
 
 def uniform(key: int, count: int) -> torch.Tensor:
-    """`count` float32 in (0, 1), odd multiples of 2^-17, from hashes under the two halves of key.
+    """Return `count` float32 in (0, 1), odd multiples of 2^-17, from hashes under the two halves of `key`.
 
-    The low and the high 16 bits of hash 16g + l serve elements 32g + l and 32g + 16 + l: half as many hashes,
-    and an expectation that is off by at most 2^-17 of a quantum, in either direction.
+    The low and the high 16 bits of hash 16g + l serve elements 32g + l and 32g + 16 + l. That halves the
+    number of hashes; the expectation is off by at most 2^-17 of a quantum, in either direction.
     """
     counter = torch.arange(-(-count // 32) * 16, dtype=torch.int64)
     low, high = key & 0xFFFFFFFF, key >> 32
@@ -94,12 +99,12 @@ def uniform(key: int, count: int) -> torch.Tensor:
 
 
 def _mixed(z: torch.Tensor) -> torch.Tensor:
-    """32-bit integer hash of good avalanche, in int64 so that nothing is signed."""
+    """A 32-bit integer hash with good avalanche, computed in int64 to avoid signs."""
     z = (z ^ z >> 16) * 0x7FEB352D & 0xFFFFFFFF
     z = (z ^ z >> 15) * 0x846CA68B & 0xFFFFFFFF
     return z ^ z >> 16
 
 
 def dequantized(header: PayloadHeader, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """code · scale of its block."""
+    """Multiply each code by the scale of its block."""
     return (in_blocks(codes, header.parameter) * scales[:, None]).view(-1)[: header.numel]

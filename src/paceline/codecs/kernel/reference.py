@@ -10,26 +10,26 @@ from paceline.errors import ProtocolError
 
 
 def keep_remainder(residual: torch.Tensor, value: torch.Tensor, sent: torch.Tensor) -> None:
-    """residual = value - sent, but the old residual where that is not finite."""
-    rest = value - sent
-    residual.copy_(torch.where(rest.isfinite(), rest, residual))
+    """Set residual = value - sent, but keep the old residual where that is not finite."""
+    remainder = value - sent
+    residual.copy_(torch.where(remainder.isfinite(), remainder, residual))
 
 
 def in_blocks(flat: torch.Tensor, block: int) -> torch.Tensor:
-    """(blocks, block) view of a 1-D tensor, zero-padded."""
+    """Return a 1-D tensor as (blocks, block), zero-padded."""
     count = payload.num_blocks(flat.numel(), block)
     return torch.nn.functional.pad(flat, (0, count * block - flat.numel())).view(count, block)
 
 
 def largest_bits(rows: torch.Tensor) -> torch.Tensor:
-    """Bits (int32) of the largest magnitude of each row: as integers NaN > infinity > every number."""
+    """Return the bits (int32) of each row's largest magnitude: as integers NaN > infinity > every number."""
     if rows.shape[0] == 0:
         return torch.zeros(0, dtype=torch.int32)
     return rows.view(torch.int32).bitwise_and(0x7FFFFFFF).amax(dim=1)
 
 
 def plan_rice(indexes: list[int], *, has_sign: bool) -> tuple[int, int]:
-    """(Rice parameter, bytes) with the fewest bytes for increasing indexes."""
+    """Return the Rice parameter that needs the fewest bytes for increasing indexes, and their number."""
     if not indexes:
         return 0, 0
     middle = (indexes[-1] // len(indexes)).bit_length()
@@ -43,7 +43,7 @@ def plan_rice(indexes: list[int], *, has_sign: bool) -> tuple[int, int]:
 
 
 def write_rice(indexes: list[int], signs: list[int] | None, parameter: int) -> bytes:
-    """Per hit: unary gap >> k (zeros, then a one), k remainder bits, perhaps a sign; least bit first."""
+    """Encode gap >> k in unary (zeros, then a one), k remainder bits, maybe a sign; least bit first."""
     value, length, previous = 0, 0, -1
     for i, index in enumerate(indexes):
         gap = index - previous - 1
@@ -59,7 +59,7 @@ def write_rice(indexes: list[int], signs: list[int] | None, parameter: int) -> b
 
 
 def read_rice(header: PayloadHeader, data: bytes, *, has_sign: bool) -> tuple[list[int], list[int]]:
-    """(indexes, signs) of header.count hits; ProtocolError when the bits do not hold exactly these."""
+    """Return (indexes, signs) of header.count hits; ProtocolError when the bits do not hold exactly these."""
     if header.parameter > MAX_RICE_PARAMETER:
         raise ProtocolError(f"{header.codec} payload: Rice parameter above {MAX_RICE_PARAMETER}")
     value, end = int.from_bytes(data, "little"), 8 * len(data)
@@ -67,12 +67,12 @@ def read_rice(header: PayloadHeader, data: bytes, *, has_sign: bool) -> tuple[li
     signs: list[int] = []
     position, index = 0, -1
     for _ in range(header.count):
-        rest = value >> position
-        zeros = (rest & -rest).bit_length() - 1
+        unread = value >> position
+        zeros = (unread & -unread).bit_length() - 1
         stop = position + zeros + 1 + header.parameter + has_sign
-        if rest == 0 or stop > end:
+        if unread == 0 or stop > end:
             raise ProtocolError("entropy-coded payload: it ends in the middle of a hit")
-        remainder = rest >> zeros + 1
+        remainder = unread >> zeros + 1
         index += 1 + (zeros << header.parameter) + (remainder & ((1 << header.parameter) - 1))
         if index >= header.numel:
             raise ProtocolError("entropy-coded payload: an index beyond the tensor's end")
@@ -85,7 +85,7 @@ def read_rice(header: PayloadHeader, data: bytes, *, has_sign: bool) -> tuple[li
 
 
 def scatter(header: PayloadHeader, indexes: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Dense float32 values of a sparse body; ProtocolError unless the indexes increase within the tensor."""
+    """Return a sparse body as dense float32; ProtocolError unless the indexes increase within the tensor."""
     if indexes.numel() and (bool((indexes.diff() <= 0).any()) or int(indexes[-1]) >= header.numel):
         raise ProtocolError(
             f"{header.codec} payload: indexes are not increasing, or go beyond the tensor's end"
