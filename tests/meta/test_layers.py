@@ -100,13 +100,13 @@ def test_no_file_outgrows_its_purpose() -> None:
 
 
 @pytest.mark.parametrize("package", ["strategies", "strategies/staleness", "collectives", "codecs"])
-def test_plugins_stay_under_150_lines(package: str) -> None:
+def test_plugins_stay_under_200_lines(package: str) -> None:
     if not (PACKAGE / package).exists():
         return
     long = {
-        p.name: n for p in (PACKAGE / package).glob("*.py") if (n := len(p.read_text().splitlines())) >= 150
+        p.name: n for p in (PACKAGE / package).glob("*.py") if (n := len(p.read_text().splitlines())) >= 200
     }
-    assert not long, f"plug-ins over 150 lines: {long}"
+    assert not long, f"plug-ins of 200 lines and more: {long}"
 
 
 @pytest.mark.parametrize("statement", ["import paceline", "import paceline.cli.main"])

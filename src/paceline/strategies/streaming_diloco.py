@@ -17,7 +17,6 @@ import torch
 
 from paceline import codecs
 from paceline.codecs.kernel import ledger
-from paceline.codecs.reducers.reducer import StagedWork
 from paceline.errors import ConfigError
 from paceline.spec import Spec, whole_number
 from paceline.strategies.base.slices import Slices
@@ -35,7 +34,7 @@ class _Transfer:
     due: int
     """The minibatch after which it is applied."""
     progress: list[torch.Tensor]
-    works: list[Work | StagedWork]
+    works: list[Work]
 
     def wait(self) -> None:
         for work in self.works:
@@ -148,7 +147,7 @@ class StreamingDiLoCo(TrainingStrategy):
         works = [self._sum(flat, state) for flat, state in zip(progress, self._codec_states[f], strict=True)]
         self._transfers[f] = _Transfer(self._steps + self.delay, progress, works)
 
-    def _sum(self, flat: torch.Tensor, state: dict[str, Any]) -> Work | StagedWork:
+    def _sum(self, flat: torch.Tensor, state: dict[str, Any]) -> Work:
         if self._reducer is None:
             return self.comm.all_reduce(flat)
         return self._reducer.start(flat, [], self.comm, state)  # its second exchange starts when it is due
