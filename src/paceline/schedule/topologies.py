@@ -340,8 +340,7 @@ def _sized(name: str, arguments: dict[str, Any], num_ranks: int | None) -> dict[
 
 def _positive(**values: int) -> None:
     for key, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{key}: a whole number of at least 1 expected, got {value!r}")
+        specs.whole_number(key, value, least=1)
 
 
 def _few(ranks: int, name: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paceline.errors import ConfigError
+from paceline.spec import whole_number
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -85,9 +86,7 @@ class Task:
                 f'Task.metrics: "accuracy" is missing (got {names}); comparisons rank strategies by it'
             )
         for name in ("batch_size", "epochs"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"Task.{name}: a whole number from 1 up expected, got {value!r}")
+            whole_number(f"Task.{name}", getattr(self, name), least=1)
 
     def _check_optimizer(self) -> None:
         known = {id(p) for p in self.model.parameters()}

@@ -18,6 +18,7 @@ from paceline.comm.fabric import for_device
 from paceline.comm.rendezvous.meeting import Meeting
 from paceline.errors import ConfigError
 from paceline.options import JobOptions
+from paceline.spec import whole_number
 from paceline.strategies.base.strategy import TrainingStrategy, make
 from paceline.train import checkpoint as checkpoints
 from paceline.train import exchange, persistence, preparation
@@ -211,9 +212,7 @@ class Job:
         Args:
             count: Number of epochs in all; a resumed job begins where its checkpoint left off.
         """
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ConfigError(f"job.epochs({count!r}): a whole number >= 0 expected")
-        return self._epochs(count)
+        return self._epochs(whole_number("job.epochs: count", count, least=0))
 
     def _epochs(self, count: int) -> Iterator[int]:
         if self._resume_at is None and self.checkpoint is not None and self._epoch_over is None:

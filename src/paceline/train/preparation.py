@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from paceline.errors import ConfigError, Mismatch
+from paceline.spec import whole_number
 from paceline.strategies.base.strategy import TrainingStrategy
 from paceline.train import plain
 from paceline.train.attachment import Attachment
@@ -108,12 +109,7 @@ def _check(
             f"strategy {name!r} trains on {strategy.max_workers} worker, this job has {comm.size};"
             " start one worker or choose another strategy (`paceline strategies` lists them)"
         )
-    if (
-        isinstance(accumulation_steps, bool)
-        or not isinstance(accumulation_steps, int)
-        or accumulation_steps < 1
-    ):
-        raise ConfigError(f"accumulation_steps={accumulation_steps!r}: a whole number >= 1 expected")
+    whole_number("accumulation_steps", accumulation_steps, least=1)
     own = {id(p) for p in model.parameters()}
     for optimizer in optimizers:
         if not isinstance(optimizer, torch.optim.Optimizer):

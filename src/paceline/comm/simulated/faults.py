@@ -149,8 +149,7 @@ def _join(*, rank: int, at_s: float) -> Add:
 def _random(*, kills: int = 0, pauses: int = 0, until_s: float = 1.0) -> Add:
     def add(faults: Faults, num_workers: int, rng: np.random.Generator) -> None:
         for name, value in (("kills", kills), ("pauses", pauses)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ConfigError(f"random faults: {name}={value}: a whole number of at least 0 expected")
+            specs.whole_number(f"random faults: {name}", value, least=0)
         if not _time(until_s) > 0:
             raise ConfigError(f"random faults: until_s={until_s}: more than 0 expected")
         if kills > num_workers - 1:

@@ -170,8 +170,7 @@ def _settings(
     depth: int,
 ) -> dict[str, Any]:
     for name, value in (("workers", workers), ("depth", depth)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"fit: {name}={value!r}: a whole number from 1 up expected")
+        spec.whole_number(f"fit: {name}", value, least=1)
     chosen = make(strategy)  # a wrong strategy is refused here
     if averaging == "driver" and spec.parse(strategy).name != "local_sgd":
         raise ConfigError(
