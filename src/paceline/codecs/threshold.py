@@ -116,24 +116,23 @@ class Threshold(KernelCodec):
     ) -> tuple[PayloadHeader, bytes]:
         """Compare, take ±τ off the residual, lay out the hits."""
         assert residual is not None
+        tau = arguments["tau"]
         value = residual + x
-        is_hit = value.isfinite() & (value.abs() >= arguments["tau"])
-        sent = torch.where(is_hit, torch.copysign(torch.tensor(arguments["tau"]), value), 0.0)
+        is_hit = value.isfinite() & (value.abs() >= tau)
+        sent = torch.where(is_hit, torch.copysign(torch.tensor(tau), value), 0.0)
         residual.copy_(torch.where(value.isfinite(), value - sent, residual))
         indexes = is_hit.nonzero().view(-1).cpu()
-        signs = value.cpu()[indexes].signbit()
-        plain = PayloadHeader("threshold", x.numel(), scale=arguments["tau"], count=len(indexes))
+        is_negative = value.cpu()[indexes].signbit()
+        header = PayloadHeader("threshold", x.numel(), scale=tau, count=len(indexes))
         if len(indexes) > x.numel() // 16:
-            masks = np.zeros((payload.num_blocks(x.numel(), 16), 2, 16), np.uint8)
-            masks[indexes // 16, signs.to(torch.int64), indexes % 16] = 1
-            return dataclasses.replace(plain, layout=BITMAP), np.packbits(masks, bitorder="little").tobytes()
-        words = indexes.numpy().astype("<u4") | signs.numpy().astype("<u4") << 31
+            return dataclasses.replace(header, layout=BITMAP), _bitmap(x.numel(), indexes, is_negative)
+        words = indexes.numpy().astype("<u4") | is_negative.numpy().astype("<u4") << 31
         if arguments["entropy"]:
             parameter, num_bytes = plan_rice(indexes.tolist(), has_sign=True)
             if num_bytes < words.nbytes:
-                body = write_rice(indexes.tolist(), signs.int().tolist(), parameter)
-                return dataclasses.replace(plain, layout=RICE, parameter=parameter), body
-        return plain, words.tobytes()
+                body = write_rice(indexes.tolist(), is_negative.int().tolist(), parameter)
+                return dataclasses.replace(header, layout=RICE, parameter=parameter), body
+        return header, words.tobytes()
 
     @classmethod
     def reference_decode(cls, header: PayloadHeader, body: bytes) -> torch.Tensor:
@@ -141,21 +140,36 @@ class Threshold(KernelCodec):
         if not 0.0 < header.scale < float("inf"):
             raise ProtocolError("threshold payload: tau is not positive and finite")
         if header.layout == RICE:
-            found, flags = read_rice(header, body, has_sign=True)
-            indexes, signs = torch.tensor(found, dtype=torch.int64), torch.tensor(flags, dtype=torch.int64)
-            return scatter(header, indexes, header.scale * (1.0 - 2.0 * signs.to(torch.float32)))
+            found, signs = read_rice(header, body, has_sign=True)
+            return _scattered(header, torch.tensor(found, dtype=torch.int64), torch.tensor(signs))
         if header.parameter != 0:
             raise ProtocolError("threshold payload: only its entropy-coded form has a parameter")
         if header.layout == WORDS:
             payload.check_body(header, body, 4 * header.count)
             words = torch.from_numpy(np.frombuffer(body, "<u4").astype(np.int64))
-            sign = 1.0 - 2.0 * (words >> 31).to(torch.float32)
-            return scatter(header, words & 0x7FFFFFFF, header.scale * sign)
-        payload.check_body(header, body, 4 * payload.num_blocks(header.numel, 16))
-        masks = np.unpackbits(np.frombuffer(body, np.uint8), bitorder="little").reshape(-1, 2, 16)
-        plus, minus = (torch.from_numpy(masks[:, side].reshape(-1).astype(np.int64)) for side in (0, 1))
-        if bool((plus & minus).any()) or int((plus + minus).sum()) != header.count:
-            raise ProtocolError("threshold payload: an element is hit twice, or not as many as claimed")
-        if bool((plus + minus)[header.numel :].any()):
-            raise ProtocolError("threshold payload: a hit beyond the tensor's end")
-        return header.scale * (plus - minus)[: header.numel].to(torch.float32)
+            return _scattered(header, words & 0x7FFFFFFF, words >> 31)
+        return _from_bitmap(header, body)
+
+
+def _scattered(header: PayloadHeader, indexes: torch.Tensor, is_negative: torch.Tensor) -> torch.Tensor:
+    signs = 1.0 - 2.0 * is_negative.to(torch.float32)
+    return scatter(header, indexes, header.scale * signs)
+
+
+def _bitmap(numel: int, indexes: torch.Tensor, is_negative: torch.Tensor) -> bytes:
+    """Two masks, +τ and −τ, for every 16 elements."""
+    masks = np.zeros((payload.num_blocks(numel, 16), 2, 16), np.uint8)
+    masks[indexes // 16, is_negative.to(torch.int64), indexes % 16] = 1
+    return np.packbits(masks, bitorder="little").tobytes()
+
+
+def _from_bitmap(header: PayloadHeader, body: bytes) -> torch.Tensor:
+    payload.check_body(header, body, 4 * payload.num_blocks(header.numel, 16))
+    masks = np.unpackbits(np.frombuffer(body, np.uint8), bitorder="little").reshape(-1, 2, 16)
+    plus = torch.from_numpy(masks[:, 0].reshape(-1).astype(np.int64))
+    minus = torch.from_numpy(masks[:, 1].reshape(-1).astype(np.int64))
+    if bool((plus & minus).any()) or int((plus + minus).sum()) != header.count:
+        raise ProtocolError("threshold payload: an element is hit twice, or the count of hits is wrong")
+    if bool((plus + minus)[header.numel :].any()):
+        raise ProtocolError("threshold payload: a hit beyond the tensor's end")
+    return header.scale * (plus - minus)[: header.numel].to(torch.float32)

@@ -45,7 +45,7 @@ class Gossip(PeriodicStrategy):
         `gossip(period=4, mode=asynchronous)`
     """
 
-    advice = "No hot spot and no barrier over all: for many workers on uneven links; converges to consensus."
+    advice = "No hot spot, no global barrier: for many workers on uneven links; converges to consensus."
     survives_loss = True
 
     def __init__(self, *, period: int = 1, mode: str | Spec = "asynchronous", seed: int = 0) -> None:

@@ -64,7 +64,7 @@ class ParameterServer(PeriodicStrategy):
         `parameter_server(shards=4, staleness=softsync(c=4)+inverse)`
     """
 
-    advice = "Nobody waits for stragglers: for uneven or busy machines. Shards spread load over all ports."
+    advice = "No worker waits for stragglers: for uneven or busy machines. Shards spread load over all ports."
     survives_loss = True
 
     def __init__(

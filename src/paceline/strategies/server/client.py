@@ -15,9 +15,9 @@ from paceline.strategies.server.encoding import PushEncoder
 from paceline.strategies.server.ownership import owner
 from paceline.strategies.server.protocol import (
     CHANNEL,
-    Operation,
     Presence,
     RankView,
+    ServerOperation,
     ShardCopy,
     ShardExchange,
 )
@@ -135,7 +135,7 @@ class ShardClient:
         flats = [flat.clone() for flat in self._flats]
         calls = []
         for j in range(self._num_shards):
-            header: dict[str, int | str] = {"op": Operation.PEEK.value, "shard": j, "number": 0}
+            header: dict[str, int | str] = {"op": ServerOperation.PEEK.value, "shard": j, "number": 0}
             calls.append(self._call(j, Message(header)))
         for j, answer in enumerate(self._await(calls)):
             for view, weights in zip(self._slices.of(flats, j), answer.tensors, strict=False):

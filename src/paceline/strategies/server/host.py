@@ -16,9 +16,9 @@ import torch
 from paceline.strategies.server.ownership import owner
 from paceline.strategies.server.protocol import (
     CHANNEL,
-    Operation,
     Presence,
     RankView,
+    ServerOperation,
     ShardCopy,
     ShardExchange,
 )
@@ -68,18 +68,18 @@ class ShardHost:
 
     def handle(self, src: Rank, message: Message) -> Message | Reply | None:
         """Route one message by its operation."""
-        operation, j = Operation.of(src, message), int(message.header["shard"])
-        if operation is Operation.BACKUP:
+        operation, j = ServerOperation.of(src, message), int(message.header["shard"])
+        if operation is ServerOperation.BACKUP:
             self._keep(j, ShardCopy.of(message))
             return None
-        if operation is Operation.COPY:
+        if operation is ServerOperation.COPY:
             return self._copy(j)
         shard = self.shards.get(j)
         if shard is None:  # the sender noticed a death before we did, or we are still rebuilding
             reply = self._comm.deferred()
             self._held.setdefault(j, []).append((src, message, reply))
             return reply
-        if operation is Operation.PEEK:
+        if operation is ServerOperation.PEEK:
             return shard.snapshot()
         return self._exchange(shard, src, ShardExchange.of(message))
 
@@ -124,7 +124,7 @@ class ShardHost:
         if target is not None:
             copy = shard.copy()
             header: dict[str, int | str] = {
-                "op": Operation.BACKUP.value,
+                "op": ServerOperation.BACKUP.value,
                 "shard": j,
                 "version": copy.version,
             }
@@ -172,7 +172,7 @@ class ShardHost:
                 self._take_over(j, answers)
 
         for peer in peers:
-            request = Message({"op": Operation.COPY.value, "shard": j})
+            request = Message({"op": ServerOperation.COPY.value, "shard": j})
             call = self._comm.call(peer, CHANNEL, request)
             call.then(lambda outcome, peer=peer: arrived(peer, outcome))  # type: ignore[misc]
 

@@ -26,7 +26,7 @@ from paceline.types import Message, Rank
 CHANNEL = "parameter_server"
 
 
-class Operation(enum.Enum):
+class ServerOperation(enum.Enum):
     """What a message asks for; the value is what travels."""
 
     EXCHANGE = "exchange"
@@ -35,7 +35,7 @@ class Operation(enum.Enum):
     BACKUP = "backup"
 
     @classmethod
-    def of(cls, src: Rank, message: Message) -> Operation:
+    def of(cls, src: Rank, message: Message) -> ServerOperation:
         """Read the operation of a message; ProtocolError for one that does not exist."""
         text = message.header.get("op")
         try:
@@ -72,7 +72,7 @@ class ShardExchange:
     def message(self) -> Message:
         """Return the message that says this."""
         header: dict[str, int | str | bool] = {
-            "op": Operation.EXCHANGE.value,
+            "op": ServerOperation.EXCHANGE.value,
             "shard": self.shard,
             "number": self.number,
             "version": self.version,

@@ -19,7 +19,7 @@ class Inverse(StalenessPolicy):
         `parameter_server(staleness=inverse)`
     """
 
-    advice = "The default choice: keeps the learning rate of synchronous SGD usable at any number of workers."
+    advice = "The usual choice: keeps the learning rate of synchronous SGD usable at any number of workers."
 
     def __init__(self, *, plus_one: bool = False) -> None:
         self._plus_one = plus_one
