@@ -37,7 +37,7 @@ _MAX_ITERATIONS = 5000
 
 @dataclasses.dataclass(frozen=True)
 class CollectiveTiming:
-    """One measurement."""
+    """How long one library needs for one operation at one size."""
 
     operation: str
     num_bytes: int

@@ -200,8 +200,14 @@ class TorchCommunicator(FabricCommunicator):
         source_counts: Sequence[int],
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> Work:
-        counts = (list(output_counts), list(source_counts))
-        return self._start("all_to_all_v", dist.all_to_all_single, output.view(-1), source.view(-1), *counts)
+        return self._start(
+            "all_to_all_v",
+            dist.all_to_all_single,
+            output.view(-1),
+            source.view(-1),
+            list(output_counts),
+            list(source_counts),
+        )
 
     def start_barrier(self, options: CallOptions = DEFAULT_OPTIONS) -> Work:
         return self._start("barrier", dist.barrier)

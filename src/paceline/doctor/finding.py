@@ -32,7 +32,7 @@ class Finding:
         return dataclasses.replace(self, where=where)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The finding as plain values for JSON."""
         return dataclasses.asdict(self)
 
 

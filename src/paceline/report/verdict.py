@@ -129,7 +129,7 @@ def noise_points(comparison: Comparison) -> float:
 
 
 def percent(share: float) -> str:
-    """0.9712 → 97.12 %."""
+    """Write 0.9712 as `97.12 %`."""
     return f"{100 * share:.2f} %"
 
 

@@ -190,7 +190,7 @@ def _compute_objects(
     if not objects:
         return {}
     outputs, targets = ([pair[column] for pair in kept] for column in (0, 1))
-    everything = gather_rows(outputs, comm), gather_rows(targets, comm)
+    all_outputs, all_targets = gather_rows(outputs, comm), gather_rows(targets, comm)
     results = {}
     for name, metric in objects.items():
         metric.reset()
@@ -198,7 +198,7 @@ def _compute_objects(
         switches = {a: getattr(metric, a) for a in ("sync_on_compute", "_to_sync") if hasattr(metric, a)}
         for attribute in switches:
             setattr(metric, attribute, False)
-        metric.update(*everything)
+        metric.update(all_outputs, all_targets)
         value = metric.compute()
         for attribute, before in switches.items():
             setattr(metric, attribute, before)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class _SyncControl(_BackwardSyncControl):  # type: ignore[misc]
-    """Fabric's `no_backward_sync`."""
+    """What Fabric asks for `no_backward_sync`: backward passes that only accumulate."""
 
     def __init__(self, owner: PacelineStrategy) -> None:
         self._owner = owner
