@@ -32,7 +32,7 @@ class Finding:
         return dataclasses.replace(self, where=where)
 
     def to_json(self) -> dict[str, Any]:
-        """The finding as plain values for JSON."""
+        """Plain values."""
         return dataclasses.asdict(self)
 
 

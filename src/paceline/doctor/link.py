@@ -39,7 +39,7 @@ class Listener:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop answering, and wait until the thread has ended."""
+        """Stop answering."""
         try:
             self._server.shutdown(socket.SHUT_RDWR)
         except OSError:
