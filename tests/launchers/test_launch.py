@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import paceline
-from paceline.launchers.call import Call
+from paceline.launchers.function_call import FunctionCall
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -90,7 +90,7 @@ def test_result_that_cannot_travel() -> None:
 )
 def test_bad_calls(fn: Any, args: Any, said: str) -> None:
     with pytest.raises(paceline.ConfigError, match=said):
-        Call(fn, args)
+        FunctionCall(fn, args)
     with pytest.raises(paceline.ConfigError, match="at least 1"):
         paceline.launch(rank, num_workers=0)
 

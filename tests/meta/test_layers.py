@@ -14,7 +14,7 @@ PACKAGE = ROOT / "src" / "paceline"
 
 # A module may import its own layer and those to its left. Layers on one line do not see each other.
 ORDER = [
-    {"errors", "types", "registry", "spec", "options", "_core", "__init__"},
+    {"errors", "types", "registry", "spec", "options", "worker_function", "_core", "__init__"},
     {"schedule"},
     {"collectives"},
     {"comm", "codecs"},

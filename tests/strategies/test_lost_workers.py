@@ -109,7 +109,7 @@ def test_a_worker_that_fails_is_lost_too(how: str, capfd: pytest.CaptureFixture[
     assert results[1] is None
     assert results[0][0] == results[2][0]
     said = "".join(capfd.readouterr())
-    assert "going on without rank 1: 2 of 3 workers live" in said
+    assert "continuing without rank 1: 2 of 3 workers live" in said
     assert ("this worker's disk is full" in said) == (how == "raise")
 
 

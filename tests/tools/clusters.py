@@ -19,7 +19,7 @@ import pytest
 from engine_bodies import EPOCHS, SPARK_SETTINGS
 
 import paceline
-from paceline.launchers.processes import orphan_guard
+from paceline.launchers.processes import watchdog
 
 # Where workers find the functions that tests send them by name.
 _HERE = Path(__file__).resolve().parent
@@ -58,12 +58,12 @@ def servers() -> Iterator[tuple[dict[str, str], Path]]:
     token = secrets.token_hex(16)
     folder = Path(tempfile.mkdtemp(prefix="pl-", dir="/tmp"))  # short: Ray puts sockets there
     with subprocess.Popen(
-        [sys.executable, "-I", "-S", orphan_guard.__file__, token],
+        [sys.executable, "-I", "-S", watchdog.__file__, token],
         stdin=subprocess.PIPE,
         start_new_session=True,
     ) as watch:
         try:
-            yield {**os.environ, orphan_guard.VARIABLE: token}, folder
+            yield {**os.environ, watchdog.VARIABLE: token}, folder
         finally:
             assert watch.stdin is not None
             watch.stdin.close()  # unlike a dismissal: it sweeps

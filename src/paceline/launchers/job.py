@@ -1,37 +1,39 @@
-"""What a launcher is asked to run, checked before any work starts."""
+"""What a launcher is asked to run, checked before anything starts."""
 
 from __future__ import annotations
 
-import ipaddress
 import os
-import socket
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from paceline.comm.rendezvous.interfaces import local_address_towards
 from paceline.errors import ConfigError
+from paceline.launchers.endpoint import parse_endpoint
+from paceline.launchers.function_call import FunctionCall
 from paceline.options import JobOptions
-
-if TYPE_CHECKING:
-    from paceline.launchers.call import Call
 
 GRACE_S = 5.0
 GRACE_WITH_CHECKPOINT_S = 30.0
 MAX_WORKERS = 4096
-DEFAULT_PORT = 29400
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one worker needs. An engine that schedules by resources reserves it."""
+    """What one worker needs. An engine that schedules by resources reserves it.
+
+    Args:
+        cpus: Cores; default 1. Also the worker's number of threads, unless `JobSpec.threads` is given.
+        gpus: GPUs; default none. May be a fraction where the engine can share one.
+        memory_bytes: Memory; None: not reserved.
+
+    Raises:
+        ConfigError: A number is negative, or no memory at all is asked for.
+    """
 
     cpus: float = 1.0
     gpus: float = 0.0
     memory_bytes: int | None = None
-    """None: not reserved."""
 
     def __post_init__(self) -> None:
         _at_least("cpus per worker (--resources cpus=)", self.cpus, 0)
@@ -42,47 +44,67 @@ class Resources:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """One job, the same for every engine. Raises ConfigError on construction if it cannot work on any."""
+    """One job, the same for every engine.
+
+    Args:
+        command: What each worker executes: program and arguments. A first word that is this process's own
+            `sys.executable` means "Python": on another host, the Python that the engine uses there.
+        num_workers: Workers on each of `nodes` hosts. With one node, an engine that places workers itself may
+            use more hosts.
+        options: What the workers are told about training: strategy, fabric, checkpoint, logs.
+        call: The function to run when `launch` starts the job: its results go into the call's folder.
+        name: The job's name in the engine's own lists.
+        resources: What each worker needs; None: what the engine gives by default.
+        working_directory: Where workers run; None: the launcher's current directory.
+        ship: A folder of code that the engine sends to its hosts; workers run in a copy of it there.
+        min_workers: The job continues after losing workers while this many live, over all hosts; None: any
+            loss is a failure.
+        max_workers: Start up to this many workers, over all hosts, when the engine has room; None: only those
+            asked for.
+        engine_options: What only one engine knows, such as a cluster's address or a queue; see
+            `Runner.options`.
+        nodes: Hosts; default 1.
+        rendezvous: HOST:PORT where the hosts meet when each runs a launcher; HOST must be one of them.
+        secret_file: A file with the job's secret, the same on every host; None: the secret is made for the
+            job and shared at the rendezvous.
+        threads: Intra-op threads per worker; None: the cpus of `resources`, else OMP_NUM_THREADS if set, else
+            this host's cores / workers.
+        max_restarts: How many times all workers are restarted after a failure; None: the engine's own policy
+            (local: never).
+        grace_s: Seconds between SIGTERM and SIGKILL when the job is stopped; None: 30 with a checkpoint to
+            write, else 5.
+        join_timeout_s: Seconds that a host waits for the others.
+        environment: Added to what workers inherit.
+        local_rank_option: "--local_rank" or "--local-rank": given to each worker with its local rank, as
+            old launchers did; None: not given.
+
+    Raises:
+        ConfigError: The job cannot work on any engine.
+
+    Example:
+        JobSpec(command=(sys.executable, "-u", "train.py"), num_workers=4, nodes=2)
+    """
 
     command: tuple[str, ...]
-    """What each worker executes: program and arguments. A first word that is this process's own
-    `sys.executable` means "Python": on another host, the Python that the engine uses there."""
     num_workers: int
-    """Workers on each of `nodes` hosts. With one node, an engine that places workers may use more hosts."""
     options: JobOptions = field(default_factory=JobOptions)
-    call: Call | None = None
-    """The function to run, when it is `launch` that asks: its results go into the call's folder."""
+    call: FunctionCall | None = None
     name: str = "paceline"
-    """What the engine calls the job in its own lists."""
     resources: Resources | None = None
-    """For each worker; None: what the engine gives by default."""
     working_directory: Path | None = None
-    """Where workers run; None: the launcher's current directory."""
     ship: Path | None = None
-    """A folder of code that the engine sends to its hosts; workers run in a copy of it there."""
     min_workers: int | None = None
-    """Elastic bounds over all hosts: a job that lost workers goes on with no fewer; None: no bound."""
     max_workers: int | None = None
     engine_options: Mapping[str, str] = field(default_factory=dict)
-    """What only one engine knows, such as a cluster's address or a queue; see `Engine.options`."""
     nodes: int = 1
     rendezvous: str | None = None
-    """HOST:PORT where hosts with a launcher each meet; HOST must be one of them."""
     secret_file: Path | None = None
-    """A file with the job's secret, the same on every host; None: made for the job and shared there."""
     threads: int | None = None
-    """Intra-op threads per worker; None: the cpus of `resources`, else OMP_NUM_THREADS if set, else
-    this host's cores / workers."""
     max_restarts: int | None = None
-    """How often all workers start again after a failure; None: the engine's own policy (local: never)."""
     grace_s: float | None = None
-    """Seconds between SIGTERM and SIGKILL when the job is stopped."""
     join_timeout_s: float = 600.0
-    """How long a host waits for the others."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Added to what workers inherit."""
     local_rank_option: str | None = None
-    """"--local_rank" or "--local-rank": given to each worker with its local rank, as old launchers did."""
 
     def __post_init__(self) -> None:
         _at_least("workers (-n)", self.num_workers, 1)
@@ -123,8 +145,13 @@ class JobSpec:
         return self.num_workers * self.nodes
 
     @property
+    def is_elastic(self) -> bool:
+        """Whether the job may run with fewer or more workers than asked for."""
+        return self.min_workers is not None or self.max_workers is not None
+
+    @property
     def stop_grace_s(self) -> float:
-        """The grace to give: as asked, else longer when there is a checkpoint to write."""
+        """`grace_s`, or its default: longer when there is a checkpoint to write."""
         if self.grace_s is not None:
             return self.grace_s
         return GRACE_WITH_CHECKPOINT_S if self.options.checkpoint else GRACE_S
@@ -140,58 +167,15 @@ class JobSpec:
             return int(given)
         return max(1, len(os.sched_getaffinity(0)) // self.num_workers)
 
+    @property
+    def remote_worker_threads(self) -> int:
+        """Intra-op threads for one worker on a host whose number of cores is not known here."""
+        return self.threads or max(1, int(self.resources.cpus if self.resources is not None else 1))
+
 
 def _at_least(what: str, value: float, least: int) -> None:
     if not value >= least:
         raise ConfigError(f"{what}: at least {least} expected, got {value}")
-
-
-def parse_endpoint(text: str) -> tuple[str, int]:
-    """Split `host`, `host:port` or `[v6]:port`; the port defaults to 29400."""
-    host, port = text, str(DEFAULT_PORT)
-    if text.startswith("["):
-        host, _, rest = text[1:].partition("]")
-        port = rest[1:] if rest.startswith(":") else port
-    elif text.count(":") == 1:
-        host, port = text.split(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(f"rendezvous {text!r}: HOST:PORT with a port from 1 to 65535 expected")
-    return host, int(port)
-
-
-def resolve(host: str) -> str:
-    """The IP address of `host`; ConfigError if it has none."""
-    try:
-        return str(ipaddress.ip_address(host))
-    except ValueError:
-        pass
-    try:
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError as error:
-        raise ConfigError(
-            f"rendezvous host {host!r} cannot be resolved ({error.strerror or error}); give its IP address"
-        ) from None
-
-
-def is_local(address: str) -> bool:
-    """Whether `address` belongs to this host: exactly then can a socket be bound to it."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind((address, 0))
-        except OSError:
-            return False
-    return True
-
-
-def address_towards(peer: str, port: int) -> str:
-    """The address of this host's interface that leads to `peer`; nothing is sent."""
-    try:
-        return local_address_towards(peer, port)
-    except OSError as error:
-        raise ConfigError(
-            f"no route from this host to the rendezvous at {peer}: {error.strerror or error}"
-        ) from None
 
 
 def read_secret(path: Path) -> str:

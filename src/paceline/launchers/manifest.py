@@ -1,7 +1,7 @@
 """A job as a Kubernetes object: Kubeflow Trainer's TrainJob, or the older training operator's PyTorchJob.
 
-Both start `torchrun` in every pod with its options in the environment (PET_…); `paceline.init()` finds its
-place there. Sources: trainer.kubeflow.org/v1alpha1 TrainJob; kubeflow.org/v1 PyTorchJob.
+Both start `torchrun` in every pod with its options in the environment (PET_…); `paceline.init()` reads its rank
+from torchrun's variables. Sources: trainer.kubeflow.org/v1alpha1 TrainJob; kubeflow.org/v1 PyTorchJob.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from paceline.errors import ConfigError
 from paceline.launchers.job import JobSpec
 
 KINDS = ("trainjob", "pytorchjob")
+Json = dict[str, Any] | list[Any]
 _SHM = "shared-memory"
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 
@@ -30,12 +31,23 @@ def manifest(
     namespace: str | None = None,
     runtime: str = "torch-distributed",
 ) -> dict[str, Any]:
-    """The object for `kubectl apply`. Raises ConfigError for what the kind cannot express."""
+    """The object for `kubectl apply`.
+
+    Args:
+        job: What to run. Its command's script must be in the image.
+        image: Container image with paceline and the script.
+        kind: "trainjob" or "pytorchjob".
+        namespace: The object's namespace; None: kubectl's current one.
+        runtime: Name of the ClusterTrainingRuntime of a TrainJob.
+
+    Raises:
+        ConfigError: The kind is unknown or cannot express the job.
+    """
     if kind not in KINDS:
         raise ConfigError(f"manifest: kind {' or '.join(KINDS)} expected, got {kind!r}")
     if len(job.name) > 63 or not _NAME.fullmatch(job.name):
         raise ConfigError(
-            f"--name {job.name!r}: Kubernetes wants at most 63 of a-z, 0-9 and '-', beginning with a letter"
+            f"--name {job.name!r}: Kubernetes allows at most 63 of a-z, 0-9 and '-', beginning with a letter"
         )
     for what, given in (
         ("--rendezvous", job.rendezvous),
@@ -44,10 +56,10 @@ def manifest(
     ):
         if given is not None:
             raise ConfigError(f"manifest: {what} has no meaning in a cluster; leave it out")
-    if kind == "trainjob" and (job.min_workers, job.max_workers) != (None, None):
+    if kind == "trainjob" and job.is_elastic:
         raise ConfigError("manifest: a TrainJob has a fixed number of nodes; --kind pytorchjob is elastic")
     if kind == "trainjob" and job.max_restarts:
-        raise ConfigError("manifest: a TrainJob's restarts are its runtime's; leave out --max-restarts")
+        raise ConfigError("manifest: a TrainJob's restarts are set in its runtime; leave out --max-restarts")
     metadata = {"name": job.name} | ({"namespace": namespace} if namespace else {})
     if kind == "trainjob":
         return {
@@ -64,12 +76,12 @@ def manifest(
     }
 
 
-def to_yaml(value: Any, indent: str = "") -> str:
-    """Block style for plain values; strings as JSON writes them, which every YAML reader takes as text."""
+def to_yaml(value: Json, indent: str = "") -> str:
+    """Plain values in YAML's block style. Strings are quoted as in JSON, so every YAML reader takes them as text."""
     return "".join(f"{line}\n" for line in _lines(value, indent))
 
 
-def _lines(value: Any, indent: str) -> Iterator[str]:
+def _lines(value: Json, indent: str) -> Iterator[str]:
     if isinstance(value, dict):
         for key, item in value.items():
             if isinstance(item, (dict, list)) and item:
@@ -80,9 +92,9 @@ def _lines(value: Any, indent: str) -> Iterator[str]:
         return
     for item in value:
         if isinstance(item, dict):
-            first, *rest = _lines(item, indent + "  ")
+            first, *others = _lines(item, indent + "  ")
             yield f"{indent}- {first.strip()}"
-            yield from rest
+            yield from others
         else:
             yield f"{indent}- {json.dumps(item)}"
 
@@ -123,7 +135,7 @@ def _pytorch_spec(job: JobSpec, image: str) -> dict[str, Any]:
     spec: dict[str, Any] = {"nprocPerNode": str(job.num_workers)}
     if job.max_restarts is not None:
         spec["runPolicy"] = {"backoffLimit": job.max_restarts}
-    if (job.min_workers, job.max_workers) != (None, None):
+    if job.is_elastic:
         spec["elasticPolicy"] = {
             "rdzvBackend": "c10d",
             "minReplicas": _hosts(job, job.min_workers or job.num_workers, "--min-workers"),
@@ -138,14 +150,14 @@ def _pytorch_spec(job: JobSpec, image: str) -> dict[str, Any]:
 def _hosts(job: JobSpec, workers: int, option: str) -> int:
     if workers % job.num_workers:
         raise ConfigError(
-            f"manifest: {option} {workers}: pods come and go as a whole; a multiple of -n {job.num_workers}"
+            f"manifest: {option} {workers}: pods start and end as a whole; a multiple of -n {job.num_workers}"
             " expected"
         )
     return workers // job.num_workers
 
 
 def _command(job: JobSpec) -> list[str]:
-    """torchrun with the job's script: the Python of this host is not the image's."""
+    """torchrun with the job's script, without the Python of this host: the image has its own."""
     words = list(job.command)
     if words and words[0] == sys.executable:
         words = words[1:]
@@ -154,10 +166,9 @@ def _command(job: JobSpec) -> list[str]:
 
 def _env(job: JobSpec) -> list[dict[str, str]]:
     options = dataclasses.replace(job.options, secret="", bar_columns=0)
-    cpus = job.resources.cpus if job.resources is not None else 1
     variables = {
         "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": str(job.threads or max(1, int(cpus))),
+        "OMP_NUM_THREADS": str(job.remote_worker_threads),
         **options.to_environment(),
         **job.environment,
     }
@@ -165,7 +176,7 @@ def _env(job: JobSpec) -> list[dict[str, str]]:
 
 
 def _resources(job: JobSpec) -> dict[str, Any]:
-    """Requests and limits of a pod: what all its workers need."""
+    """Requests and limits of a pod: the sum of what its workers need."""
     if job.resources is None:
         return {}
     wanted: dict[str, str] = {"cpu": f"{math.ceil(job.resources.cpus * job.num_workers * 1000)}m"}

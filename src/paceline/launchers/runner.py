@@ -1,81 +1,69 @@
-"""What an engine is: something that exists and can run processes. One file per engine, named after it.
+"""A runner takes one `JobSpec` and runs it to its end on an engine: this host, Ray, Spark, Slurm, MPI.
 
-An engine takes one `JobSpec` and runs it to its end. Paceline brings no scheduler: where processes go,
-when they start and what happens to a lost machine is the engine's business.
+`engines/` has one runner per file, named after its engine. Paceline has no scheduler: where processes go, when
+they start and what happens to a lost machine is decided by the engine.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import shlex
-import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from paceline import registry
 from paceline.errors import ConfigError
 from paceline.launchers.job import JobSpec
-
-if TYPE_CHECKING:
-    from paceline.launchers.processes.console import Console
-    from paceline.launchers.processes.failure import Failure
+from paceline.launchers.processes.console import Console
+from paceline.launchers.processes.outcome import Outcome
 
 PACKAGE = "paceline.launchers.engines"
 DEFAULT = "local"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended. What `job.call` returned or raised is in its folder."""
+class Runner(ABC):
+    """Runs jobs on one engine. Its module is imported without the engine's package; `run` imports that.
 
-    exit_code: int
-    failure: Failure | None = None
-    signal: signal.Signals | None = None
-    """The signal that the launcher received, if that is why the job ended."""
-    lost: frozenset[int] = frozenset()
-    """Ranks that died while the job went on."""
+    A subclass defines `run` and sets the class variables that differ from these defaults:
 
-
-class Engine(ABC):
-    """Runs jobs. An engine's module is imported without the package it drives; `run` imports that."""
+    Args:
+        extra: Paceline's extra that installs what the engine needs: `pip install 'paceline[EXTRA]'`.
+        packages: Python modules that must be installed.
+        options: Names of the `JobSpec.engine_options` that it knows, each with a line of help; "*" accepts any
+            name.
+        is_elastic: Whether a job may run with fewer or more workers than asked for, within `min_workers` and
+            `max_workers`.
+        can_ship: Whether it sends the folder `JobSpec.ship` to its hosts.
+        needs_rendezvous: Whether each host runs a launcher of its own, so that hosts have to meet at
+            `JobSpec.rendezvous`.
+    """
 
     extra: ClassVar[str | None] = None
-    """The extra of Paceline that installs what it needs: `pip install 'paceline[extra]'`."""
     packages: ClassVar[tuple[str, ...]] = ()
-    """Modules that must be there."""
     options: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Names of `JobSpec.engine_options` that it knows, each with a line of help; "*" for any name."""
     is_elastic: ClassVar[bool] = False
-    """Whether a job may run with fewer or more workers than asked for, within its bounds."""
     can_ship: ClassVar[bool] = False
-    """Whether it sends `JobSpec.ship` along."""
     needs_rendezvous: ClassVar[bool] = False
-    """Whether hosts meet at `JobSpec.rendezvous`, because each runs a launcher of its own."""
 
     @property
     def name(self) -> str:
-        """Its file's name."""
+        """The engine's name, which is that of the runner's file."""
         return type(self).__module__.rsplit(".", 1)[-1]
 
     def check(self, job: JobSpec) -> None:
         """Raise ConfigError for what this engine cannot do, before anything starts."""
         self.check_installed()
-        for option in job.engine_options if "*" not in self.options else ():
-            if not self.options:
-                raise ConfigError(f"engine {self.name} has no options of its own, got {option}=")
-            if option not in self.options:
-                raise ConfigError(registry.unknown(f"option of engine {self.name}:", option, self.options))
-        if not self.is_elastic and (job.min_workers, job.max_workers) != (None, None):
+        self._check_options(job)
+        if job.is_elastic and not self.is_elastic:
             raise ConfigError(
                 f"engine {self.name} starts exactly the workers it is asked for;"
                 " leave out --min-workers and --max-workers"
             )
         if job.ship is not None and not self.can_ship:
             raise ConfigError(
-                f"engine {self.name} sends no code along (--ship {job.ship}): its hosts must see the same"
+                f"engine {self.name} sends no code to its hosts (--ship {job.ship}): they must see the same"
                 " folder, see --workdir"
             )
         if self.needs_rendezvous and job.nodes > 1 and job.rendezvous is None:
@@ -85,6 +73,13 @@ class Engine(ABC):
             )
         if not self.needs_rendezvous and job.rendezvous is not None:
             raise ConfigError(f"engine {self.name} tells its hosts where to meet; leave out --rendezvous")
+
+    def _check_options(self, job: JobSpec) -> None:
+        for option in job.engine_options if "*" not in self.options else ():
+            if not self.options:
+                raise ConfigError(f"engine {self.name} has no options of its own, got {option}=")
+            if option not in self.options:
+                raise ConfigError(registry.unknown(f"option of engine {self.name}:", option, self.options))
 
     def check_installed(self) -> None:
         """Raise ConfigError naming the extra to install."""
@@ -101,17 +96,22 @@ class Engine(ABC):
 
     @property
     def dumps(self) -> Callable[[Any], bytes] | None:
-        """Pickles functions that cannot be imported where workers run; None: plain pickle."""
+        """Pickles functions that workers cannot import; None: plain pickle."""
         return None
 
     @abstractmethod
     def run(self, job: JobSpec, *, console: Console) -> Outcome:
-        """Run `job` to its end and leave nothing behind; the failure is not printed.
+        """Run `job` to its end and leave nothing behind; a failure is returned, not printed.
 
-        On SIGINT, SIGTERM and SIGHUP the workers are stopped with their grace time.
+        On SIGINT, SIGTERM and SIGHUP the workers get SIGTERM, and SIGKILL after the job's grace time.
+
+        Args:
+            job: What to run; `check` has accepted it.
+            console: Where the workers' output and the engine's messages go.
         """
 
 
-def make(name: str) -> Engine:
-    """The engine of that name; ConfigError if there is none."""
-    return registry.find_class(registry.load(PACKAGE, name, kind="engine"), Engine)()  # type: ignore[type-abstract]
+def make(name: str) -> Runner:
+    """The runner of engine `name`; ConfigError if there is none."""
+    module = registry.load(PACKAGE, name, kind="engine")
+    return registry.find_class(module, Runner)()  # type: ignore[type-abstract]

@@ -10,14 +10,15 @@ import pytest
 
 import paceline
 from paceline.cli.arguments import job as arguments
-from paceline.launchers import runner as engines
+from paceline.launchers import runner as runners
 from paceline.launchers.engines import ray, spark
 from paceline.launchers.job import JobSpec, Resources
 from paceline.launchers.processes.console import Console
-from paceline.launchers.runner import Engine, Outcome
+from paceline.launchers.processes.outcome import Outcome
+from paceline.launchers.runner import Runner
 
 
-class Elsewhere(Engine):
+class Elsewhere(Runner):
     extra = "elsewhere"
     packages = ("no_such_package",)
     options: ClassVar[Mapping[str, str]] = {"queue": "where to wait"}
@@ -30,11 +31,11 @@ class Here(Elsewhere):
     packages = ()
 
 
-class Ray(ray.Ray):
+class Ray(ray.RayRunner):
     packages = ()
 
 
-class Spark(spark.Spark):
+class Spark(spark.SparkRunner):
     packages = ()
 
 
@@ -45,9 +46,9 @@ def job(**values: Any) -> JobSpec:
 def test_every_engine_is_found_and_checks_a_plain_job_or_names_its_extra() -> None:
     from paceline import registry
 
-    assert "local" in registry.names(engines.PACKAGE)
-    for name in registry.names(engines.PACKAGE):
-        engine = engines.make(name)
+    assert "local" in registry.names(runners.PACKAGE)
+    for name in registry.names(runners.PACKAGE):
+        engine = runners.make(name)
         assert engine.name == name
         assert not engine.packages or engine.extra, "what is missing must be installable by an extra"
 
@@ -60,17 +61,17 @@ def test_every_engine_is_found_and_checks_a_plain_job_or_names_its_extra() -> No
         (Here(), {"min_workers": 1}, "exactly the workers"),
         (Here(), {"ship": Path()}, "sends no code"),
         (Here(), {"rendezvous": "a:1"}, "leave out --rendezvous"),
-        (engines.make("local"), {"nodes": 2}, "needs --rendezvous"),
+        (runners.make("local"), {"nodes": 2}, "needs --rendezvous"),
         (Spark(), {"nodes": 2}, "give -n 4 and leave out --nodes"),
         (Spark(), {"resources": Resources(gpus=1)}, "spark.task.resource.gpu.amount"),
         (Spark(), {"engine_options": {"mster": "a"}}, "master, wait or spark"),
         (Ray(), {"engine_options": {"wait": "long"}}, "wait=long: seconds from 0 up expected"),
         (Ray(), {"rendezvous": "a:1"}, "leave out --rendezvous"),
-        (engines.make("local"), {"engine_options": {"a": "b"}}, "no options of its own"),
-        (engines.make("local"), {"resources": Resources(gpus=1)}, "reserves neither gpus nor memory"),
+        (runners.make("local"), {"engine_options": {"a": "b"}}, "no options of its own"),
+        (runners.make("local"), {"resources": Resources(gpus=1)}, "reserves neither gpus nor memory"),
     ],
 )
-def test_an_engine_refuses_what_it_cannot_do(engine: Engine, values: dict[str, Any], said: str) -> None:
+def test_an_engine_refuses_what_it_cannot_do(engine: Runner, values: dict[str, Any], said: str) -> None:
     with pytest.raises(paceline.ConfigError, match=said):
         engine.check(job(**values))
 

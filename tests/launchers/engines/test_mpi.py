@@ -16,7 +16,7 @@ from netlab import Lab, why_not
 import paceline
 from paceline.errors import ConfigError
 from paceline.launchers.job import JobSpec
-from paceline.launchers.processes.child import Marked, TaggedLines
+from paceline.launchers.processes.child_process import MarkedPieces, TaggedLines
 from paceline.launchers.runner import make
 from paceline.options import JobOptions
 
@@ -168,7 +168,7 @@ def test_output_is_split_by_rank() -> None:
     tagged = TaggedLines(rb"\[[^\]]*?(\d+)\](?:<std\w+>)?: ")
     assert list(tagged.feed(b"[1,0]<stdout>: a\nwarning\n[1,1]<st")) == [(0, b"a\n"), (None, b"warning\n")]
     assert list(tagged.feed(b"derr>: b\n")) == [(1, b"b\n")]
-    marked = Marked(b"\x1e")
+    marked = MarkedPieces(b"\x1e")
     pieces = [
         piece
         for data in (b"own\x1e0\x1eab", b"\x1e1", b"\x1ec\n\x1e", b"0\x1e\n")

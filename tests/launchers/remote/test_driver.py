@@ -1,4 +1,4 @@
-"""What Ray and Spark share, without either: keepers in this process, real workers."""
+"""What Ray and Spark share, without either: supervisors in this process, real workers."""
 
 from __future__ import annotations
 
@@ -14,56 +14,59 @@ from typing import Any
 import pytest
 
 from paceline.errors import CommError, ConfigError, ProtocolError
-from paceline.launchers.call import Call
+from paceline.launchers.function_call import FunctionCall
 from paceline.launchers.job import JobSpec
 from paceline.launchers.processes.console import Console
-from paceline.launchers.remote import driver, wire
-from paceline.launchers.remote.supervisor import Event, Keeper, Member, Order
-from paceline.launchers.runner import Outcome
+from paceline.launchers.processes.outcome import Outcome
+from paceline.launchers.remote import wire
+from paceline.launchers.remote.attempts import run_job
+from paceline.launchers.remote.driver import Driver
+from paceline.launchers.remote.events import Event, ExitEvent
+from paceline.launchers.remote.supervisor import StartCommand, Supervisor, WorkerLocation
 
 pytestmark = pytest.mark.xdist_group("processes")
 
 
-class Crew(driver.Crew):
+class LocalDriver(Driver):
     """Two hosts that are one."""
 
     def __init__(self, hosts: tuple[str, ...] = ("b", "a", "b")) -> None:
-        self.keepers = [Keeper() for _ in hosts]
+        self.supervisors = [Supervisor() for _ in hosts]
         self.hosts = hosts
         self.was_closed = False
 
-    def gather(self, attempt: int) -> list[Member]:
-        return [Member(h, f"host {h}", "127.0.0.1") for h in self.hosts]
+    def gather(self) -> list[WorkerLocation]:
+        return [WorkerLocation(h, f"host {h}", "127.0.0.1") for h in self.hosts]
 
     def open_store(self, index: int) -> int:
         return 1
 
-    def start(self, index: int, order: Order) -> None:
-        self.keepers[index].start(order)
+    def start(self, index: int, command: StartCommand) -> None:
+        self.supervisors[index].start(command)
 
     def poll(self, wait_s: float) -> list[tuple[int, Event]]:
-        return [(i, e) for i, k in enumerate(self.keepers) for e in k.events(wait_s / 10)]
+        return [(i, e) for i, k in enumerate(self.supervisors) for e in k.events(wait_s / 10)]
 
     def stop(self, grace_s: float, attempt: int) -> None:
-        for keeper in self.keepers:
-            threading.Thread(target=keeper.stop, args=(grace_s, attempt), daemon=True).start()
+        for supervisor in self.supervisors:
+            threading.Thread(target=supervisor.stop, args=(grace_s, attempt), daemon=True).start()
 
     def prepare_restart(self) -> None:
         pass
 
     def close(self, *, succeeded: bool) -> None:
-        for keeper in self.keepers:
-            keeper.close()
+        for supervisor in self.supervisors:
+            supervisor.close()
         self.was_closed = True
 
 
 def run(fn: Any, *args: Any, **values: Any) -> tuple[Outcome, list[Any], str]:
     text = io.StringIO()
-    with Call(fn, args) as call:
+    with FunctionCall(fn, args) as call:
         job = JobSpec(command=call.command, call=call, num_workers=3, **values)
-        members = Crew()
-        outcome = driver.work(job, members, Console(text, text))
-        assert members.was_closed
+        driver = LocalDriver()
+        outcome = run_job(job, driver, Console(text, text))
+        assert driver.was_closed
         return outcome, call.results() if outcome.exit_code == 0 else [], text.getvalue()
 
 
@@ -122,14 +125,14 @@ def test_a_failing_script_is_not_a_loss() -> None:
 
 
 def test_a_folder_that_is_not_there_is_refused() -> None:
-    keeper = Keeper()
+    supervisor = Supervisor()
     try:
         with pytest.raises(ConfigError, match="rank 0: folder /no/such is not on host"):
-            keeper.start(Order(0, 0, ("-c", ""), True, {}, "/no/such", None))
+            supervisor.start(StartCommand(0, 0, ("-c", ""), True, {}, "/no/such", None))
         with pytest.raises(ConfigError, match="cannot start 'no-such-program'"):
-            keeper.start(Order(0, 0, ("no-such-program",), False, {}, None, None))
+            supervisor.start(StartCommand(0, 0, ("no-such-program",), False, {}, None, None))
     finally:
-        keeper.close()
+        supervisor.close()
 
 
 @pytest.mark.parametrize("secret", [b"right" * 8, b"wrong" * 8])
@@ -163,7 +166,7 @@ def test_the_wire_lets_in_only_who_knows_the_secret(secret: bytes) -> None:
 
 
 def leaves_progress(folder: str) -> str:
-    from paceline.launchers.call import keep_progress, progress
+    from paceline.launchers.function_call import keep_progress, progress
 
     found = progress()
     if found is None and os.environ["RANK"] == "0":
@@ -180,14 +183,14 @@ def test_progress_reaches_every_worker_of_the_next_attempt(tmp_path: Path) -> No
 
 
 def test_a_late_stop_does_not_end_the_next_attempt() -> None:
-    keeper = Keeper()
+    supervisor = Supervisor()
     try:
-        keeper.start(Order(0, 1, ("-c", "import time; time.sleep(1)"), True, {}, None, None))
-        keeper.stop(0.0, attempt=0)
+        supervisor.start(StartCommand(0, 1, ("-c", "import time; time.sleep(1)"), True, {}, None, None))
+        supervisor.stop(0.0, attempt=0)
         ended = []
         deadline = time.monotonic() + 30
         while not ended and time.monotonic() < deadline:
-            ended = [value for kind, value in keeper.events(0.5) if kind == "end"]
+            ended = [e.reason for e in supervisor.events(0.5) if isinstance(e, ExitEvent)]
         assert [e.exit_code for e in ended] == [0]
     finally:
-        keeper.close()
+        supervisor.close()

@@ -75,7 +75,7 @@ def doctor(
 def _look_at(name: str, port: int) -> list[Finding]:
     """What can be seen of another host from here."""
     from paceline.doctor import network
-    from paceline.launchers.job import parse_endpoint
+    from paceline.launchers.endpoint import parse_endpoint
 
     if ":" in name:
         name, port = parse_endpoint(name)

@@ -161,13 +161,10 @@ def run(
     SIGTERM and the grace time, e.g. to save a checkpoint.
     """
     from paceline.launchers import runner as engines
-    from paceline.launchers.engines.local import quiet_torch
     from paceline.launchers.job import JobSpec
     from paceline.options import JobOptions
 
     engine = engines.make(on)
-    if on == engines.DEFAULT:
-        quiet_torch()
     folder = ship or workdir or Path()
     args.check(script, module=module, folder=folder, strategy=strategy, fabric=fabric)
     args.check_log_formats(log_to)

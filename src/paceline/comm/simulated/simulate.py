@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
 from typing import Any
 
 from paceline.comm import current
@@ -29,6 +28,7 @@ from paceline.comm.simulated.group import SimulatedGroup
 from paceline.comm.simulated.network import SimulatedNetwork
 from paceline.errors import ConfigError
 from paceline.schedule import topologies
+from paceline.worker_function import takes_rank
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def simulate(
         seed=seed,
         detect_s=detect_s,
     )
-    passes_rank = _passes_rank(fn, args)
+    passes_rank = takes_rank(fn, args, caller="simulate")
     group = SimulatedGroup(cluster, range(num_workers))
 
     def body(rank: int) -> Any:
@@ -136,17 +136,3 @@ def simulate(
             events.write_trace(trace)
     killed = [w.rank for w in clock.workers if w.is_killed]
     return SimulatedRun(results, clock.now, killed, clock.num_events, events)
-
-
-def _passes_rank(fn: Callable[..., Any], args: Sequence[Any]) -> bool:
-    try:
-        takes = signature(fn)
-    except (ValueError, TypeError):
-        return False
-    for given, passes_rank in ((tuple(args), False), ((0, *args), True)):
-        try:
-            takes.bind(*given)
-        except TypeError:
-            continue
-        return passes_rank
-    raise ConfigError(f"simulate: the function takes {takes}, which does not fit {len(args)} arguments")

@@ -14,11 +14,12 @@ from paceline import spec
 from paceline.compat.spark import averaging as by_driver
 from paceline.compat.spark import rows, worker
 from paceline.errors import ConfigError
-from paceline.launchers.call import Call
-from paceline.launchers.engines.spark import Spark, run_stage
+from paceline.launchers.engines.spark import SparkRunner
+from paceline.launchers.function_call import FunctionCall
 from paceline.launchers.job import JobSpec, Resources
 from paceline.launchers.launch import results_of
 from paceline.launchers.processes.console import Console
+from paceline.launchers.spark.driver import run_stage
 from paceline.launchers.spark.session import use_own_python
 from paceline.options import JobOptions
 from paceline.strategies.base.strategy import make
@@ -93,8 +94,8 @@ def fit(
     Example:
         `model, history = fit(df, "digits", strategy="local_sgd(period=8)", workers=4)`
     """
-    engine = Spark()
-    engine.check_installed()
+    runner = SparkRunner()
+    runner.check_installed()
     if averaging not in ("collective", "driver"):
         raise ConfigError(f"fit: averaging={averaging!r}: 'collective' or 'driver' expected")
     torch.manual_seed(seed)
@@ -115,7 +116,7 @@ def fit(
         result = by_driver.train(frame, built, columns, settings)
     else:
         own = dataclasses.replace(built, train_set=built.test_set)  # its rows come from the DataFrame
-        with Call(worker.train, (own, columns, settings), dumps=engine.dumps) as call:
+        with FunctionCall(worker.train, (own, columns, settings), dumps=runner.dumps) as call:
             job = JobSpec(
                 command=call.command,
                 call=call,

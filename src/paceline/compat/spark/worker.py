@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from paceline.compat.spark.rows import Columns, tensors
 from paceline.errors import ConfigError
-from paceline.launchers.call import keep_progress, progress
+from paceline.launchers.function_call import keep_progress, progress
 from paceline.launchers.spark.tasks import PARTITION
 from paceline.tasks.task import Task
 from paceline.train.job import Job

@@ -1,11 +1,12 @@
 """Workers started by `mpirun`: Open MPI, MPICH or Intel MPI. Only their launchers are used, not MPI itself.
 
-Ranks are told by the environment that mpirun gives them (comm.placement). On one host they meet in a file;
-for several, the first host of `hosts` or `hostfile` is where they meet.
+Workers read their ranks from the environment that mpirun gives them (`comm.rendezvous.environment`). On one
+host they meet in a file; on several, at the first host of `hosts` or `hostfile`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import random
@@ -19,38 +20,50 @@ from typing import ClassVar
 
 from paceline.errors import ConfigError
 from paceline.launchers.job import JobSpec, read_secret
-from paceline.launchers.processes.child import Marked, Program, Splitter, TaggedLines
+from paceline.launchers.processes.child_process import ChildProcess, MarkedPieces, RankSplitter, TaggedLines
 from paceline.launchers.processes.console import Console
-from paceline.launchers.runner import Engine, Outcome
-from paceline.options import JobOptions, new_secret
+from paceline.launchers.processes.outcome import Outcome
+from paceline.launchers.runner import Runner
+from paceline.options import new_secret
 
 _MARK = "\x1e"
 _OPEN_MPI_TAG = rb"\[[^\]]*?(\d+)\](?:<std\w+>)?: "
 _PORTS = range(20000, 30000)
-_OPEN_MPI = "Open MPI"
+_OPEN_MPI, _HYDRA = "Open MPI", "Hydra"
 _HINTS = {
     "not enough slots": "mpirun has fewer slots than workers: add slots to the hosts (a:4,b:4)",
     "Permission denied": "mpirun could not log in to a host: ssh must work there without a password",
     "Could not resolve hostname": "mpirun could not find a host: see the names in hosts= or hostfile=",
     "Host key verification failed": "mpirun could not log in: accept the host's key once, by hand",
-    "was unable to find the specified executable": "the Python that runs this must exist on every host",
+    "was unable to find the specified executable": "the Python of this process must exist on every host",
 }
 
 
-class Mpi(Engine):
-    """Starts the workers with mpirun and lets it place them."""
+class MpiRunner(Runner):
+    """Starts the workers with mpirun and lets it place them.
+
+    Args:
+        mpirun: Engine option: the program to call; default mpirun, as found on the PATH.
+        hosts: Engine option: where workers run and how many on each host: a:4,b:4. Needed for several hosts,
+            unless `hostfile` is given.
+        hostfile: Engine option: a file with one host per line, in mpirun's own form, instead of `hosts`.
+        args: Engine option: further options for mpirun, in one string.
+
+    Example:
+        paceline run --on mpi --nodes 2 -n 4 -o hosts=a:4,b:4 train.py
+    """
 
     options: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
             "mpirun": "the program to call (default: mpirun)",
             "hosts": "where workers run: a:4,b:4",
-            "hostfile": "a file with a host on each line, in mpirun's own form",
-            "args": "more words for mpirun",
+            "hostfile": "a file with one host per line, in mpirun's own form",
+            "args": "further options for mpirun",
         }
     )
 
     def check(self, job: JobSpec) -> None:
-        """Hosts must be named when there are several, and the options must make sense together."""
+        """Refuse options that contradict each other, several hosts without names, and restarts."""
         super().check(job)
         options = job.engine_options
         if "hosts" in options and "hostfile" in options:
@@ -61,38 +74,35 @@ class Mpi(Engine):
                 " hostfile=PATH)"
             )
         if job.max_restarts:
-            raise ConfigError("engine mpi: mpirun does not start ranks again; leave out --max-restarts")
+            raise ConfigError("engine mpi: mpirun does not restart ranks; leave out --max-restarts")
         if job.resources is not None and (job.resources.gpus or job.resources.memory_bytes):
             raise ConfigError("engine mpi reserves neither gpus nor memory; of --resources only cpus= counts")
 
     def preview(self, job: JobSpec) -> str:
-        """The command line."""
         program = _find(job, must_exist=False)
-        return shlex.join(_command(job, program, _flavour(program), _variables(job))) + "\n"
+        return shlex.join(_command(job, program, _implementation(program), _variables(job))) + "\n"
 
     def run(self, job: JobSpec, *, console: Console) -> Outcome:
-        """Call mpirun and wait for it."""
+        """Call mpirun and wait for its end."""
         program = _find(job, must_exist=True)
-        flavour = _flavour(program)
+        implementation = _implementation(program)
         variables = _variables(job)
-        worker = Program(console)
-
-        def splitter() -> Splitter:
-            return (
-                TaggedLines(rb"\[[^\]]*?(\d+)\](?:<std\w+>)?: ") if flavour == _OPEN_MPI else Marked(b"\x1e")
-            )
-
         path = os.pathsep.join([str(Path(program).parent), os.environ.get("PATH", "")])
-        outcome = worker.run(
-            _command(job, program, flavour, variables),
+        mpirun = ChildProcess(console)
+        outcome = mpirun.run_to_end(
+            _command(job, program, implementation, variables),
             environment={**os.environ, "PATH": path, **variables},
-            cwd=job.working_directory,
-            splitters=(splitter(), splitter()),
+            directory=job.working_directory,
+            splitters=(_splitter(implementation), _splitter(implementation)),
             grace_s=job.stop_grace_s,
         )
         if outcome.exit_code and outcome.signal is None:
-            _explain(worker.said, outcome.exit_code, console)
+            _explain(mpirun.messages, outcome.exit_code, console)
         return outcome
+
+
+def _splitter(implementation: str) -> RankSplitter:
+    return TaggedLines(_OPEN_MPI_TAG) if implementation == _OPEN_MPI else MarkedPieces(_MARK.encode())
 
 
 def _find(job: JobSpec, *, must_exist: bool) -> str:
@@ -106,22 +116,23 @@ def _find(job: JobSpec, *, must_exist: bool) -> str:
     return found or name
 
 
-def _flavour(program: str) -> str:
-    """ "Open MPI", or "Hydra" for MPICH and Intel MPI; Open MPI when it cannot be asked."""
+def _implementation(program: str) -> str:
+    """ "Open MPI", or "Hydra" for MPICH and Intel MPI; Open MPI when the program gives no version."""
     try:
         environment = {**os.environ, "PATH": os.pathsep.join([str(Path(program).parent), os.defpath])}
-        asked = subprocess.run(
+        version = subprocess.run(
             [program, "--version"], capture_output=True, text=True, check=False, timeout=30, env=environment
         )
     except (OSError, subprocess.SubprocessError):
         return _OPEN_MPI
-    return "Hydra" if "HYDRA" in asked.stdout or "Intel" in asked.stdout else _OPEN_MPI
+    return _HYDRA if "HYDRA" in version.stdout or "Intel" in version.stdout else _OPEN_MPI
 
 
-def _command(job: JobSpec, program: str, flavour: str, variables: Mapping[str, str]) -> list[str]:
-    options, several = job.engine_options, job.nodes > 1
+def _command(job: JobSpec, program: str, implementation: str, variables: Mapping[str, str]) -> list[str]:
+    options = job.engine_options
+    several = job.nodes > 1
     words = [program, "-n", str(job.total_workers)]
-    if flavour == _OPEN_MPI:
+    if implementation == _OPEN_MPI:
         words += ["--tag-output", "--bind-to", "none"]
         words += ["--allow-run-as-root"] if os.geteuid() == 0 else []
         words += ["--map-by", f"ppr:{job.num_workers}:node:OVERSUBSCRIBE" if several else ":OVERSUBSCRIBE"]
@@ -138,14 +149,13 @@ def _command(job: JobSpec, program: str, flavour: str, variables: Mapping[str, s
 
 
 def _variables(job: JobSpec) -> dict[str, str]:
-    """What every worker needs in its environment; values stay out of command lines, which others can read."""
+    """Environment variables for the workers. Their values stay out of command lines, which others can read."""
     secret = new_secret()
     if job.secret_file is not None:
         secret = hashlib.sha256(read_secret(job.secret_file).encode()).hexdigest()
-    fields = {k: v for k, v in vars(job.options).items() if k != "secret"}
     variables = {
         **job.environment,
-        **JobOptions(**fields, secret=secret).to_environment(),
+        **dataclasses.replace(job.options, secret=secret).to_environment(),
         "OMP_NUM_THREADS": str(job.worker_threads(os.environ)),
         "PYTHONFAULTHANDLER": "1",
     }
@@ -169,13 +179,13 @@ def _hosts(job: JobSpec) -> list[str]:
     return []
 
 
-def _explain(said: list[str], code: int, console: Console) -> None:
-    text = "\n".join(said)
-    for sign, hint in _HINTS.items():
-        if sign in text:
-            console.note(hint)
-            break
+def _explain(messages: list[str], code: int, console: Console) -> None:
+    """Print a hint for a known error of mpirun, else its own first lines."""
+    text = "\n".join(messages)
+    hint = next((hint for sign, hint in _HINTS.items() if sign in text), None)
+    if hint is not None:
+        console.note(hint)
     else:
-        for line in [line for line in said if line.strip() and set(line.strip()) != {"-"}][:20]:
+        for line in [m for m in messages if m.strip() and set(m.strip()) != {"-"}][:20]:
             console.note(line)
     console.note(f"mpirun ended with exit code {code}")

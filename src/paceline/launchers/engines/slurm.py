@@ -1,15 +1,13 @@
 """Workers under Slurm: a batch script whose `srun` starts them; ranks come from srun's environment.
 
-Inside an allocation (salloc, or a batch script of your own) `srun` is called at once; otherwise the script is
-handed to `sbatch`, its output followed, and the job cancelled when this launcher is told to stop.
+Inside an allocation (salloc, or a batch script of your own) `srun` is called directly. Otherwise the script is
+given to `sbatch`, its output is followed, and the job is cancelled when this launcher is told to stop.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-import shlex
 import shutil
 import tempfile
 import threading
@@ -20,38 +18,59 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from paceline.errors import ConfigError
+from paceline.launchers.batch_script import batch_script, output_file, srun_command, worker_variables
 from paceline.launchers.job import JobSpec
-from paceline.launchers.processes.child import Program, TaggedLines
+from paceline.launchers.processes.child_process import ChildProcess, TaggedLines
 from paceline.launchers.processes.console import Console
-from paceline.launchers.runner import Engine, Outcome
-from paceline.options import JobOptions
+from paceline.launchers.processes.outcome import Outcome
+from paceline.launchers.runner import Runner
 
-_LABEL = rb"\s*(\d+): ?"
+_LABEL = rb"\s*(\d+): ?"  # srun --label
 _FOLLOW_S = 0.3
-_OWN = ("job-name", "nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-task", "mem", "open-mode", "wait")
-# After a checkpoint on SIGTERM a worker ends with this code: the job is not over.
-_PREEMPTED = 75
+_WRITTEN_FROM_JOB = (
+    "job-name",
+    "nodes",
+    "ntasks-per-node",
+    "cpus-per-task",
+    "gpus-per-task",
+    "mem",
+    "open-mode",
+    "wait",
+)
 
 
-class Slurm(Engine):
-    """Asks Slurm for hosts and lets srun start the workers."""
+class SlurmRunner(Runner):
+    """Asks Slurm for hosts and lets srun start the workers.
+
+    Args:
+        partition: Engine option: the partition in which to queue. Any other long option of sbatch may be
+            given in the same way; an empty value gives the option without one (`-o exclusive=`).
+        account: Engine option: the account that is charged.
+        time: Engine option: the time limit, e.g. 04:00:00. With a checkpoint, the job is queued again when it
+            reaches the limit.
+        output: Engine option: the file for the output; default NAME-%j.out, %j being the job's number.
+        setup: Engine option: a shell command before the workers start, e.g. `module load gcc`.
+
+    Example:
+        paceline run --on slurm --nodes 4 -n 8 -o partition=cpu -o time=04:00:00 train.py
+    """
 
     options: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
-            "partition": "where to queue (any long option of sbatch may be given like this)",
-            "account": "who pays",
+            "partition": "the partition in which to queue",
+            "account": "the account that is charged",
             "time": "the limit, e.g. 04:00:00; with a checkpoint the job is queued again when it is reached",
-            "output": "where the output goes (default: NAME-%j.out)",
+            "output": "the file for the output (default: NAME-%j.out)",
             "setup": "a shell command before the workers start, such as `module load gcc`",
             "*": "any other long option of sbatch",
         }
     )
 
     def check(self, job: JobSpec) -> None:
-        """Options that this engine writes itself are refused, and secrets would be readable in the script."""
+        """Refuse options that the batch script sets itself, and secrets, which would be readable in it."""
         super().check(job)
         for name in job.engine_options:
-            if name in _OWN:
+            if name in _WRITTEN_FROM_JOB:
                 raise ConfigError(
                     f"engine slurm: {name}= is written from -n, --nodes, --resources and --name; leave it out"
                 )
@@ -59,82 +78,89 @@ class Slurm(Engine):
             raise ConfigError("engine slurm: the job makes its own secret; leave out --secret-file")
 
     def preview(self, job: JobSpec) -> str:
-        """The batch script."""
-        return script(job)
+        return batch_script(job)
 
     def run(self, job: JobSpec, *, console: Console) -> Outcome:
-        """Submit and follow, or call srun inside an allocation."""
+        """Submit the job and follow its output, or call srun inside an allocation."""
         if "SLURM_JOB_ID" in os.environ and shutil.which("srun"):
-            return self._step(job, console)
+            return _run_step(job, console)
         if shutil.which("sbatch") is None:
             raise ConfigError(
-                "engine slurm: neither an allocation (SLURM_JOB_ID) nor the program sbatch is here; run this"
-                " on a login node of the cluster, or print the script with --dry-run and submit it there"
+                "engine slurm: there is neither an allocation (SLURM_JOB_ID) nor the program sbatch on this"
+                " host; run this on a login node of the cluster, or print the script with --dry-run and"
+                " submit it there"
             )
         with tempfile.TemporaryDirectory(prefix="paceline-slurm-") as folder:
             path = Path(folder) / "job.sh"
-            path.write_text(script(job))
-            return self._submit(job, path, console)
+            path.write_text(batch_script(job))
+            return _submit(job, path, console)
 
-    def _step(self, job: JobSpec, console: Console) -> Outcome:
-        program = Program(console)
-        outcome = program.run(
-            [*_srun(job), *job.command],
-            environment={**os.environ, **_variables(job)},
-            cwd=job.working_directory,
+
+def _run_step(job: JobSpec, console: Console) -> Outcome:
+    """Start the workers in the allocation that this process is part of."""
+    srun = ChildProcess(console)
+    outcome = srun.run_to_end(
+        [*srun_command(job), *job.command],
+        environment={**os.environ, **worker_variables(job)},
+        directory=job.working_directory,
+        splitters=(TaggedLines(_LABEL), TaggedLines(_LABEL)),
+        grace_s=job.stop_grace_s,
+    )
+    for line in srun.messages if outcome.exit_code else ():
+        console.note(line)
+    return outcome
+
+
+def _submit(job: JobSpec, path: Path, console: Console) -> Outcome:
+    sbatch = ChildProcess(console)
+    with _following(sbatch, (job.working_directory or Path()) / output_file(job), console):
+        outcome = sbatch.run_to_end(
+            ["sbatch", "--parsable", "--wait", str(path)],
+            environment=os.environ,
+            directory=job.working_directory,
             splitters=(TaggedLines(_LABEL), TaggedLines(_LABEL)),
             grace_s=job.stop_grace_s,
+            stop_command=lambda: _cancel_command(sbatch),
         )
-        for line in program.said if outcome.exit_code else ():
-            console.note(line)
-        return outcome
-
-    def _submit(self, job: JobSpec, path: Path, console: Console) -> Outcome:
-        program = Program(console)
-        output = job.engine_options.get("output", f"{job.name}-%j.out")
-        with _following(program, (job.working_directory or Path()) / output, console):
-            outcome = program.run(
-                ["sbatch", "--parsable", "--wait", str(path)],
-                environment=os.environ,
-                cwd=job.working_directory,
-                splitters=(TaggedLines(_LABEL), TaggedLines(_LABEL)),
-                grace_s=job.stop_grace_s,
-                stop=lambda: ["scancel", *_number(program)],
-            )
-        for line in program.said[1:] if outcome.exit_code and outcome.signal is None else ():
-            console.note(line)
-        return outcome
+    for line in sbatch.messages[1:] if outcome.exit_code and outcome.signal is None else ():
+        console.note(line)
+    return outcome
 
 
-def _number(program: Program) -> list[str]:
-    """[job number] once sbatch has said it (`123` or `123;cluster`), else []."""
-    first = program.said[0].split(";")[0].strip() if program.said else ""
-    return [first] if first.isdigit() else []
+def _job_number(sbatch: ChildProcess) -> str | None:
+    """The job's number once sbatch has printed it (`123` or `123;cluster`)."""
+    first = sbatch.messages[0].split(";")[0].strip() if sbatch.messages else ""
+    return first if first.isdigit() else None
+
+
+def _cancel_command(sbatch: ChildProcess) -> list[str]:
+    number = _job_number(sbatch)
+    return ["scancel"] if number is None else ["scancel", number]
 
 
 @contextlib.contextmanager
-def _following(program: Program, output: Path, console: Console) -> Iterator[None]:
+def _following(sbatch: ChildProcess, output: Path, console: Console) -> Iterator[None]:
     """Show the job's output file as it grows, if this host sees it."""
-    over = threading.Event()
-    reader = threading.Thread(target=_follow, args=(program, output, console, over), daemon=True)
+    has_ended = threading.Event()
+    reader = threading.Thread(target=_follow, args=(sbatch, output, console, has_ended), daemon=True)
     reader.start()
     try:
         yield
     finally:
-        over.set()
+        has_ended.set()
         reader.join(10)
 
 
-def _follow(program: Program, output: Path, console: Console, over: threading.Event) -> None:
-    while not (number := _number(program)) and not over.is_set():
+def _follow(sbatch: ChildProcess, output: Path, console: Console, has_ended: threading.Event) -> None:
+    while (number := _job_number(sbatch)) is None and not has_ended.is_set():
         time.sleep(_FOLLOW_S)
-    if not number:
+    if number is None:
         return
-    path, lines, position = Path(str(output).replace("%j", number[0])), TaggedLines(_LABEL), 0
-    console.note(f"Slurm job {number[0]}; its output goes to {path}")
+    path, lines, position = Path(str(output).replace("%j", number)), TaggedLines(_LABEL), 0
+    console.note(f"Slurm job {number}; its output goes to {path}")
     is_last = False
     while not is_last:
-        is_last = over.is_set()  # read once more after the end
+        is_last = has_ended.is_set()  # read once more after the end
         with contextlib.suppress(OSError), path.open("rb") as file:
             file.seek(position)
             data = file.read()
@@ -143,78 +169,4 @@ def _follow(program: Program, output: Path, console: Console, over: threading.Ev
                 shown = text.decode("utf-8", "replace").rstrip("\n")
                 console.note(shown) if rank is None else console.line(rank, shown)
         if not is_last:
-            over.wait(_FOLLOW_S)
-
-
-def script(job: JobSpec) -> str:
-    """What sbatch is given; `bash -n` accepts it."""
-    lines = ["#!/bin/bash", *(f"#SBATCH {d}" for d in _directives(job)), "", "set -u"]
-    if "setup" in job.engine_options:
-        lines.append(job.engine_options["setup"])
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(_variables(job).items())]
-    restarts = job.max_restarts or 0
-    lines += [
-        "",
-        "# Slurm signals the workers (time limit, preemption); the shell itself must outlive that.",
-        "trap : TERM USR1",
-        f"{shlex.join(_srun(job))} \\",
-        f"  {shlex.join(job.command)} &",
-        "step=$!",
-        "code=143",
-        'while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done',
-        "",
-        f"# {_PREEMPTED}: a checkpoint was saved on SIGTERM; the job goes on when there is room again.",
-        f'if [ "$code" -eq {_PREEMPTED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
-    ]
-    if restarts:
-        lines += [
-            f'if [ "$code" -ne 0 ] && [ "$code" -ne {_PREEMPTED} ]'
-            f' && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then',
-            '  scontrol requeue "$SLURM_JOB_ID"',
-            "fi",
-        ]
-    return "\n".join([*lines, 'exit "$code"', ""])
-
-
-def _directives(job: JobSpec) -> Iterator[str]:
-    yield f"--job-name={job.name}"
-    yield f"--nodes={job.nodes}"
-    yield f"--ntasks-per-node={job.num_workers}"
-    if job.resources is not None:
-        yield f"--cpus-per-task={max(1, math.ceil(job.resources.cpus))}"
-        if job.resources.gpus:
-            yield f"--gpus-per-task={math.ceil(job.resources.gpus)}"
-        if job.resources.memory_bytes is not None:
-            yield f"--mem={math.ceil(job.resources.memory_bytes * job.num_workers / 2**20)}M"
-    if job.working_directory is not None:
-        yield f"--chdir={job.working_directory.resolve()}"
-    given = {k: v for k, v in job.engine_options.items() if k != "setup"}
-    yield f"--output={given.pop('output', f'{job.name}-%j.out')}"
-    yield "--open-mode=append"
-    # Preemption and node failures queue the job again; it resumes from its checkpoint.
-    yield "--requeue" if job.options.checkpoint or job.max_restarts else "--no-requeue"
-    if "signal" not in given:
-        yield f"--signal=TERM@{max(60, math.ceil(2 * job.stop_grace_s))}"
-    for name, value in sorted(given.items()):
-        yield f"--{name}={value}" if value else f"--{name}"
-
-
-def _srun(job: JobSpec) -> list[str]:
-    words = ["srun", "--label", "--kill-on-bad-exit=1", f"--nodes={job.nodes}"]
-    words += [f"--ntasks={job.total_workers}", f"--ntasks-per-node={job.num_workers}"]
-    if job.resources is not None:
-        # srun does not take this over from the batch script any more (Slurm 22.05).
-        words.append(f"--cpus-per-task={max(1, math.ceil(job.resources.cpus))}")
-    return words
-
-
-def _variables(job: JobSpec) -> dict[str, str]:
-    options = JobOptions(**{**vars(job.options), "secret": "", "bar_columns": 0})
-    threads = job.threads or (job.resources and int(max(1, job.resources.cpus))) or 1
-    return {
-        **job.environment,
-        **options.to_environment(),
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONFAULTHANDLER": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
+            has_ended.wait(_FOLLOW_S)

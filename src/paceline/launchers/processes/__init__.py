@@ -1,1 +1,1 @@
-"""The processes of one host: started, listened to, and ended without a trace."""
+"""The processes of one host: started, their output read, and ended without a trace."""

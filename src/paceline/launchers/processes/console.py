@@ -46,7 +46,7 @@ class Console:
         self._write(stream, f"{self._prefix(rank, stream)}{text}\n")
 
     def bar(self, rank: int, text: str) -> None:
-        """The line that worker `rank` keeps rewriting; shown on a terminal only."""
+        """The line that worker `rank` rewrites, e.g. a progress bar; shown on a terminal only."""
         if self._draws_bars:
             with self._lock:
                 self._bar = f"{self._prefix(rank, self._err)}{text}" if text.strip() else ""
@@ -54,7 +54,7 @@ class Console:
 
     @property
     def bar_columns(self) -> int:
-        """Columns for a worker's bar; 0 without a terminal."""
+        """Width of a worker's progress bar in columns; 0 without a terminal."""
         return max(20, shutil.get_terminal_size().columns - 8) if self._draws_bars else 0
 
     def note(self, text: str) -> None:
@@ -90,4 +90,4 @@ class Console:
             encoding = stream.encoding or "ascii"
             stream.write(text.encode(encoding, "replace").decode(encoding))
         except (OSError, ValueError):
-            pass  # nobody reads any more (`| head`): the job goes on
+            pass  # the reader has gone (`| head`): the job continues

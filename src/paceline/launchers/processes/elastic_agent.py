@@ -1,7 +1,7 @@
-"""torch's elastic agent, with processes of our own.
+"""torch's elastic agent, with worker processes of our own.
 
-Rendezvous, ranks, restarts and the final barrier are `SimpleElasticAgent`'s. What differs from torchrun is
-how workers are started and ended, and what the user gets to see of them.
+Rendezvous, ranks, restarts and the final barrier are `SimpleElasticAgent`'s. This differs from torchrun in how
+workers are started and ended, and in how their output and failures are shown.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import math
 import os
 import signal
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
+from torch._C._distributed_c10d import Store
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
     SimpleElasticAgent,
@@ -27,15 +28,16 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from paceline.comm.rendezvous.interfaces import interface_of
 from paceline.launchers.job import JobSpec, read_secret
 from paceline.launchers.processes.console import Console
-from paceline.launchers.processes.failure import Failure, first_failure
-from paceline.launchers.processes.workers import Worker, Workers
+from paceline.launchers.processes.failure import JobFailure, first_failure
+from paceline.launchers.processes.worker_process import WorkerCommand, WorkerProcess
+from paceline.launchers.processes.workers import Workers
 from paceline.options import new_secret
 
 _FAILURE_GRACE_S = 3.0
 _EXIT_BARRIER_S = 60.0
 
 
-class Agent(SimpleElasticAgent):
+class ElasticAgent(SimpleElasticAgent):
     """Starts, watches and ends the workers of one host."""
 
     def __init__(self, spec: WorkerSpec, job: JobSpec, console: Console) -> None:
@@ -45,31 +47,31 @@ class Agent(SimpleElasticAgent):
         self._job = job
         self._console = console
         self._workers = Workers(console)
-        self.failure: Failure | None = None
+        self.failure: JobFailure | None = None
         self._lost: set[int] = set()
 
     @property
     def lost(self) -> frozenset[int]:
-        """Ranks of this host whose deaths the job has survived."""
+        """Ranks of this host that died while the job continued without them."""
         return frozenset(self._lost)
 
     def close(self) -> None:
-        """End every process that is left."""
+        """End every process that is left on this host."""
         self._workers.close()
 
-    def find_failure(self) -> Failure | None:
+    def find_failure(self) -> JobFailure | None:
         """The first failure among this host's workers, which have all ended."""
         workers = self._worker_group.workers
-        endings = [w.ending for w in self._workers.all if w.exit_code is not None]
-        return first_failure(endings, workers[0].world_size) if workers else None
+        reasons = [w.exit_reason for w in self._workers.all if w.exit_code is not None]
+        return first_failure(reasons, workers[0].world_size) if workers else None
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._workers.forget()
         self._lost.clear()
         shared = self._shared_environment(worker_group)
         commands = {
-            w.global_rank: (
-                self._command(w.local_rank),
+            w.global_rank: WorkerCommand(
+                self._words(w.local_rank),
                 shared
                 | {
                     "RANK": str(w.global_rank),
@@ -81,15 +83,15 @@ class Agent(SimpleElasticAgent):
             )
             for w in worker_group.workers
         }
-        self._workers.start(commands, cwd=self._job.working_directory)
+        self._workers.start(commands, directory=self._job.working_directory)
         return {local: w.pid for local, w in enumerate(self._workers.all)}
 
-    def _command(self, local_rank: int) -> tuple[str, ...]:
+    def _words(self, local_rank: int) -> tuple[str, ...]:
         option = self._job.local_rank_option
         return (*self._job.command, f"{option}={local_rank}") if option else self._job.command
 
     def _shared_environment(self, group: WorkerGroup) -> dict[str, str]:
-        """What all workers of this host find in their environment; names as torchrun's."""
+        """The part of the environment that all workers of this host share; names as torchrun's."""
         spec = group.spec
         options = dataclasses.replace(
             self._job.options,
@@ -131,35 +133,35 @@ class Agent(SimpleElasticAgent):
             key = read_secret(self._job.secret_file).encode()
             job = f"{group.master_addr}:{group.master_port}".encode()
             return hmac.new(key, job, hashlib.sha256).hexdigest()
-        store: Any = group.store
-        return str(store.compare_set("paceline/secret", "", new_secret()).decode())
+        return str(_store(group).compare_set("paceline/secret", "", new_secret()).decode())
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         ended = [w for w in self._workers.all if w.exit_code is not None]
         failed = [w for w in ended if w.exit_code]
-        if failed and not self._goes_on_without(failed):
+        if failed and not self._continues_without(failed):
             return self._fail()
         if len(ended) < len(self._workers.all):
             return RunResult(state=WorkerState.HEALTHY)
         return RunResult(state=WorkerState.SUCCEEDED, return_values={w.rank: None for w in self._workers.all})
 
-    def _goes_on_without(self, failed: Sequence[Worker]) -> bool:
-        """Whether enough workers live; rank 0 is needed, because the others agree through it."""
+    def _continues_without(self, failed: Sequence[WorkerProcess]) -> bool:
+        """Whether enough workers live. Rank 0 is needed, because the others agree through it."""
         if self._job.min_workers is None or any(w.rank == 0 for w in failed):
             return False
         new = [w for w in failed if w.rank not in self._lost]
         self._lost.update(w.rank for w in new)
         size = self._worker_group.workers[0].world_size
-        store: Any = self._worker_group.store
-        num_lost = len(self._lost) if self._job.nodes == 1 else store.add("paceline/lost", len(new))
+        num_lost = len(self._lost)
+        if self._job.nodes > 1:
+            num_lost = _store(self._worker_group).add("paceline/lost", len(new))
         if size - num_lost < self._job.min_workers:
             return False
         for worker in new:
-            failure = first_failure([worker.ending], size)
+            failure = first_failure([worker.exit_reason], size)
             if failure is not None:
                 failure.show(self._console)
             self._console.note(
-                f"going on without rank {worker.rank}: {size - num_lost} of {size} workers live"
+                f"continuing without rank {worker.rank}: {size - num_lost} of {size} workers live"
             )
         return True
 
@@ -182,3 +184,8 @@ class Agent(SimpleElasticAgent):
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         self._workers.stop(timeout)
+
+
+def _store(group: WorkerGroup) -> Store:
+    """The rendezvous store. torch sets it in the rendezvous but declares it as None."""
+    return cast(Store, group.store)

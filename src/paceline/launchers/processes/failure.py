@@ -1,4 +1,4 @@
-"""Which worker failed first, and how to say it."""
+"""Exit reasons of workers, and which of several failed workers caused the others to fail."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from paceline.launchers.processes.console import Console
 
-# What a worker says when another one has gone: a consequence, hardly ever the cause.
+# What a worker prints when another one has gone: a consequence, hardly ever the cause.
 _CONSEQUENCE = re.compile(
     r"PeerLost|Timeout|[Tt]imed out|Connection (closed|reset|refused)|Broken pipe|DistNetworkError"
     r"|DistBackendError|KeyboardInterrupt"
@@ -17,27 +17,28 @@ _CONSEQUENCE = re.compile(
 
 
 @dataclass(frozen=True)
-class Ending:
-    """How one worker ended, here or on another host."""
+class ExitReason:
+    """How one worker process ended, on this host or on another."""
 
     rank: int
     host: str
     pid: int
     exit_code: int
-    """As of subprocess: negative for a signal."""
+    """As subprocess gives it: negative for a signal."""
     traceback: tuple[str, ...] = ()
     began_s: float = 0.0
     """When its traceback began, else when it ended; the same clock for all workers that are compared."""
     was_told_to_stop: bool = False
     lost: str = ""
-    """Why nobody could see it end, e.g. that its host is gone."""
+    """Why its end was not observed, e.g. because its host is gone."""
     result: bytes | None = None
-    """What it left for `launch`, pickled."""
+    """What its function returned under `launch`, pickled."""
     error: bytes | None = None
+    """What its function raised under `launch`, pickled."""
 
     @property
     def has_failed(self) -> bool:
-        """Whether it ended badly, and not because the launcher wanted it."""
+        """Whether it failed, rather than ended because the launcher stopped it."""
         if not self.exit_code:
             return False
         if self.was_told_to_stop and self.exit_code in (-signal.SIGTERM, -signal.SIGKILL):
@@ -46,20 +47,20 @@ class Ending:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """The first failure of a job, and what followed from it."""
+class JobFailure:
+    """The first failure of a job, and the failures that followed from it."""
 
     rank: int
     world_size: int
     host: str
     pid: int
     exit_code: int
-    """As of subprocess: negative for a signal."""
+    """As subprocess gives it: negative for a signal."""
     traceback: tuple[str, ...]
     followers: tuple[str, ...]
     """One line for each other worker that failed too."""
     lost: str = ""
-    """See `Ending.lost`."""
+    """See `ExitReason.lost`."""
 
     @property
     def shell_code(self) -> int:
@@ -68,7 +69,7 @@ class Failure:
 
     @property
     def headline(self) -> str:
-        """One sentence: who, where, how."""
+        """One sentence: which rank failed, where, and how."""
         who = f"rank {self.rank} of {self.world_size} (host {self.host}, pid {self.pid})"
         if self.lost:
             return f"{who} was lost: {self.lost}"
@@ -82,11 +83,11 @@ class Failure:
 
     @property
     def error_line(self) -> str:
-        """The exception's own line of the traceback, or ""."""
+        """The line of the traceback that names the exception, or ""."""
         return error_line(self.traceback)
 
     def show(self, console: Console) -> None:
-        """Print what followed first, and the cause last."""
+        """Print the consequences first, and the cause last."""
         for line in self.followers:
             console.note(line)
         console.note(self.headline)
@@ -94,30 +95,30 @@ class Failure:
             console.line(self.rank, line, error=True)
 
 
-def first_failure(endings: Sequence[Ending], world_size: int) -> Failure | None:
+def first_failure(exit_reasons: Sequence[ExitReason], world_size: int) -> JobFailure | None:
     """Return the failure that most likely caused the others; None if no worker failed.
 
-    Each worker's failure is dated by the start of its traceback, else by its death. Complaints about lost
-    peers come after everything else, whatever their date.
+    Each worker's failure is dated by the start of its traceback, else by its death. Errors about lost peers
+    come after all other errors, whatever their date.
     """
-    failed = [e for e in endings if e.has_failed]
+    failed = [reason for reason in exit_reasons if reason.has_failed]
     if not failed:
         return None
     cause, *others = sorted(failed, key=_order)
-    return Failure(
+    return JobFailure(
         rank=cause.rank,
         world_size=world_size,
         host=cause.host,
         pid=cause.pid,
         exit_code=cause.exit_code or 1,
         traceback=cause.traceback,
-        followers=tuple(_follower(e) for e in sorted(others, key=lambda e: e.rank)),
+        followers=tuple(_follower(reason) for reason in sorted(others, key=lambda r: r.rank)),
         lost=cause.lost,
     )
 
 
 def error_line(traceback: Sequence[str]) -> str:
-    """The line of a traceback that names the exception: the first one not indented, of the last block."""
+    """The line of a traceback that names the exception: of the last block, the first line not indented."""
     found, in_frames = "", False
     for line in traceback:
         if line.startswith("Traceback (most recent call last):"):
@@ -127,11 +128,14 @@ def error_line(traceback: Sequence[str]) -> str:
     return found or (traceback[0] if traceback else "")
 
 
-def _order(ending: Ending) -> tuple[bool, float, int]:
-    return bool(_CONSEQUENCE.search(error_line(ending.traceback))), ending.began_s, ending.rank
+def _order(reason: ExitReason) -> tuple[bool, float, int]:
+    return bool(_CONSEQUENCE.search(error_line(reason.traceback))), reason.began_s, reason.rank
 
 
-def _follower(ending: Ending) -> str:
-    said, code = error_line(ending.traceback), ending.exit_code
-    end = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return f"rank {ending.rank} failed after it ({ending.lost or end})" + (f": {said}" if said else "")
+def _follower(reason: ExitReason) -> str:
+    error = error_line(reason.traceback)
+    if reason.exit_code < 0:
+        end = f"ended by {signal.Signals(-reason.exit_code).name}"
+    else:
+        end = f"exit code {reason.exit_code}"
+    return f"rank {reason.rank} failed after it ({reason.lost or end})" + (f": {error}" if error else "")

@@ -1,4 +1,4 @@
-"""A worker's output stream, cut into lines, with its last traceback kept apart."""
+"""A worker's output stream, cut into lines; its last traceback is held back, to be shown at the end."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ _BEGINS = re.compile(
     r"Traceback \(most recent call last\):|  \+ Exception Group Traceback"
     r"|Fatal Python error: |terminate called "
 )
-# torch's C++ logger speaks while the interpreter shuts down, after the traceback; it is not part of it.
+# torch's C++ logger prints while the interpreter shuts down, after the traceback and not as part of it.
 _LOGGER = re.compile(r"\[(rank\d+\]:\[)?[WIEF]\d{4} ")
 
 
 class LineReader:
-    """Cuts bytes into lines. A carriage return starts the line again, as on a terminal."""
+    """Cuts bytes into lines. A carriage return restarts the line, as on a terminal."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._pending = b""
 
     def feed(self, data: bytes) -> Iterator[tuple[str, bool]]:
         """Yield (text, True) for each line that ended, and (text, False) for one being rewritten."""
-        *lines, rest = (self._rest + data).split(b"\n")
+        *lines, pending = (self._pending + data).split(b"\n")
         for line in lines:
             yield _visible(line), True
-        head, returned, tail = rest.rpartition(b"\r")
+        head, returned, tail = pending.rpartition(b"\r")
         if returned:
             yield _visible(head + b"\r" + tail), False
-            # Kept with its return: whatever replaces the text below replaces all of it.
+            # Kept with its return, so that the next text replaces all of it.
             shown = _visible(head + b"\r" + tail)
-            rest = b"\r" + shown.encode() if shown else b""
-        if len(rest) > _MAX_LINE_BYTES:
-            yield _visible(rest), True
-            rest = b""
-        self._rest = rest
+            pending = b"\r" + shown.encode() if shown else b""
+        if len(pending) > _MAX_LINE_BYTES:
+            yield _visible(pending), True
+            pending = b""
+        self._pending = pending
 
     def finish(self) -> Iterator[tuple[str, bool]]:
         """Yield the unfinished last line, if there is one."""
-        rest, self._rest = self._rest, b""
-        if text := _visible(rest):
+        pending, self._pending = self._pending, b""
+        if text := _visible(pending):
             yield text, True
 
 
@@ -56,15 +56,15 @@ def _visible(line: bytes) -> str:
 class TracebackKeeper:
     """Holds back a traceback at the end of a stream, so that it can be shown last, and once.
 
-    A traceback that is followed by three seconds of life was caught and printed by the program itself: it is
-    released as ordinary output, and still remembered in case the process dies of it later.
+    If the process lives on for three seconds, the program caught the error and printed the traceback itself:
+    the lines are released as ordinary output, and remembered in case the process dies of the error later.
     """
 
     PATIENCE_S = 3.0
 
     def __init__(self) -> None:
         self.began_s: float | None = None
-        """When the block that is held or was released last began."""
+        """When the traceback that is held, or was released last, began."""
         self._held: list[str] = []
         self._last: list[str] = []
         self._fed_s = 0.0
@@ -87,7 +87,7 @@ class TracebackKeeper:
         return self.release() if self._held and now_s - self._fed_s > self.PATIENCE_S else []
 
     def release(self) -> list[str]:
-        """Give up holding: return the lines to show."""
+        """Stop holding; return the lines to show."""
         self._last, self._held = self._held, []
         return self._last
 

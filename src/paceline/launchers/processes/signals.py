@@ -1,4 +1,4 @@
-"""The signals that end a job: as exceptions in the launcher's main thread, or noted for safe points."""
+"""The signals that end a job: raised as exceptions in the launcher's main thread, or noted for later."""
 
 from __future__ import annotations
 
@@ -10,20 +10,26 @@ from types import FrameType
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-_noted: list[signal.Signals] = []
+# What the innermost `noted` block has received. Only a main thread receives signals, so one list is enough.
+_received: list[signal.Signals] = []
 
 
 class Stopped(BaseException):
-    """The launcher was told to stop."""
+    """The launcher received a signal that ends the job."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(f"received {number.name}")
-        self.sigval = number
+        self.number = number
+
+
+def number_of(error: KeyboardInterrupt | Stopped) -> signal.Signals:
+    """The signal that `error` stands for."""
+    return error.number if isinstance(error, Stopped) else signal.SIGINT
 
 
 @contextlib.contextmanager
 def raised(exception: Callable[[signal.Signals], BaseException] = Stopped) -> Iterator[None]:
-    """While inside, each of `ENDING` raises `exception(signal)`; only a process's main thread can."""
+    """Inside, each signal of `ENDING` raises `exception(signal)`. No effect outside the main thread."""
 
     def handle(number: int, _frame: FrameType | None) -> None:
         raise exception(signal.Signals(number))
@@ -33,25 +39,34 @@ def raised(exception: Callable[[signal.Signals], BaseException] = Stopped) -> It
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[None]:
-    """While inside, each of `ENDING` is only noted, until `check` raises it.
+def noted() -> Iterator[list[signal.Signals]]:
+    """Inside, signals of `ENDING` are appended to the list that this yields; `check` raises the first.
 
-    For launchers that call into an engine's C code, which an exception out of nowhere would break.
+    For launchers that call into an engine's C code, which an exception at an arbitrary point would break.
+    No effect outside the main thread.
     """
-    _noted.clear()
-    with _handled_by(lambda number, _frame: _noted.append(signal.Signals(number))):
-        yield
+    global _received
+    received: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    outer, _received = _received, received
+    try:
+        with _handled_by(lambda number, _frame: received.append(signal.Signals(number))):
+            yield received
+    finally:
+        _received = outer
 
 
 def check() -> None:
     """Raise `Stopped` if a signal has been noted."""
-    if _noted:
-        raise Stopped(_noted[0])
+    if _received:
+        raise Stopped(_received[0])
 
 
 def is_urgent() -> bool:
-    """Whether another signal came after the first: somebody does not want to wait."""
-    return len(_noted) > 1
+    """Whether a second signal followed the first: the user does not want to wait."""
+    return len(_received) > 1
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The worker processes of one host: started, listened to, and ended without a trace."""
+"""The worker processes of one host: started, their output read, and ended without a trace."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import secrets
 import selectors
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,16 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from paceline.launchers.processes import orphan_guard
-from paceline.launchers.processes.failure import Ending
-from paceline.launchers.processes.output import LineReader, TracebackKeeper
+from paceline.launchers.processes import watchdog
+from paceline.launchers.processes.worker_process import WorkerCommand, WorkerProcess
 
 _CHUNK_BYTES = 1 << 16
 _DRAIN_S = 2.0
 
 
-class Listener(Protocol):
-    """Who is told what workers say: a console, or whatever passes it on to one."""
+class OutputSink(Protocol):
+    """Where workers' output goes: a console, or an object that forwards it to one."""
 
     def line(self, rank: int, text: str, *, error: bool = False) -> None: ...
 
@@ -34,92 +32,24 @@ class Listener(Protocol):
     def end_bar(self) -> None: ...
 
 
-class Worker:
-    """One process: its rank, its streams, how it ended."""
-
-    def __init__(
-        self, rank: int, command: Sequence[str], environment: Mapping[str, str], cwd: Path | None = None
-    ) -> None:
-        # Its own session: a Ctrl-C at the terminal reaches the launcher alone, which then stops the workers
-        # in order; and the whole group can be signalled at once.
-        self._process = subprocess.Popen(
-            command,
-            env=dict(environment),
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        assert self._process.stdout is not None and self._process.stderr is not None
-        self.rank = rank
-        self.pid = self._process.pid
-        self.out_fd = self._process.stdout.fileno()
-        self.err_fd = self._process.stderr.fileno()
-        self.death_fd = os.pidfd_open(self.pid)
-        self.lines = {self.out_fd: LineReader(), self.err_fd: LineReader()}
-        self.keeper = TracebackKeeper()
-        self.exit_code: int | None = None
-        """As of subprocess: negative for a signal; None while running."""
-        self.ended_s = 0.0
-        self.was_told_to_stop = False
-        for fd in (self.out_fd, self.err_fd):
-            os.set_blocking(fd, False)
-
-    def reap(self) -> None:
-        """Record the exit of a process that has ended."""
-        self.ended_s = time.monotonic()
-        self.exit_code = self._process.wait()
-
-    def signal(self, number: signal.Signals) -> None:
-        """Signal the worker and its process group, unless it has ended."""
-        if self.exit_code is None:
-            self.was_told_to_stop = True
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, number)
-
-    @property
-    def ending(self) -> Ending:
-        """How it ended, which it has."""
-        assert self.exit_code is not None
-        lines = tuple(self.keeper.traceback)
-        return Ending(
-            rank=self.rank,
-            host=socket.gethostname(),
-            pid=self.pid,
-            exit_code=self.exit_code,
-            traceback=lines,
-            began_s=(self.keeper.began_s if lines else None) or self.ended_s,
-            was_told_to_stop=self.was_told_to_stop,
-        )
-
-    def close(self) -> None:
-        """Close what this process holds of it."""
-        for stream in (self._process.stdout, self._process.stderr):
-            if stream is not None:
-                stream.close()
-        os.close(self.death_fd)
-
-
 class Workers:
-    """All workers of one host, with one thread that reads their output and sees their deaths in order."""
+    """All workers of one host, and the thread that reads their output and sees their deaths in order."""
 
-    def __init__(self, console: Listener) -> None:
-        self._console = console
+    def __init__(self, output: OutputSink) -> None:
+        self._output = output
         self._token = secrets.token_hex(16)
-        self._guard = _start_guard(self._token)
+        self._watchdog = _start_watchdog(self._token)
         self._selector = selectors.DefaultSelector()
         self._reader: threading.Thread | None = None
         self._closing = threading.Event()
-        self.all: list[Worker] = []
+        self.all: list[WorkerProcess] = []
 
-    def start(
-        self, commands: Mapping[int, tuple[Sequence[str], Mapping[str, str]]], *, cwd: Path | None = None
-    ) -> None:
-        """Start one process per rank: rank → (command, environment); `cwd`: None for this process's."""
+    def start(self, commands: Mapping[int, WorkerCommand], *, directory: Path | None = None) -> None:
+        """Start one process per rank (the key) in `directory`; None: the current one."""
         self._closing.clear()
-        for rank, (command, environment) in commands.items():
-            worker = Worker(rank, command, {**environment, orphan_guard.VARIABLE: self._token}, cwd)
+        for rank, command in commands.items():
+            environment = {**command.environment, watchdog.VARIABLE: self._token}
+            worker = WorkerProcess(rank, WorkerCommand(command.words, environment), directory)
             self.all.append(worker)
             for fd in (worker.out_fd, worker.err_fd, worker.death_fd):
                 self._selector.register(fd, selectors.EVENT_READ, worker)
@@ -127,7 +57,7 @@ class Workers:
         self._reader.start()
 
     @property
-    def running(self) -> list[Worker]:
+    def running(self) -> list[WorkerProcess]:
         """The workers that have not ended."""
         return [w for w in self.all if w.exit_code is None]
 
@@ -143,15 +73,15 @@ class Workers:
             self.kill()
 
     def kill(self) -> None:
-        """End every process of the job at once, grandchildren too, and show what they said last."""
+        """End every process of the job at once, grandchildren too, and show their last output."""
         for worker in self.running:
             worker.signal(signal.SIGKILL)
-        orphan_guard.sweep(self._token)
+        watchdog.kill_marked(self._token)
         self._closing.set()
         if self._reader is not None:
             self._reader.join(_DRAIN_S + 10.0)
             self._reader = None
-        self._console.end_bar()
+        self._output.end_bar()
 
     def forget(self) -> None:
         """Drop ended workers, so that others can be started in their place."""
@@ -162,22 +92,22 @@ class Workers:
         self._selector = selectors.DefaultSelector()
 
     def close(self) -> None:
-        """End everything and dismiss the guard."""
+        """End all workers and dismiss the watchdog."""
         self.kill()
         self.forget()
         self._selector.close()
-        assert self._guard.stdin is not None
+        assert self._watchdog.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._guard.stdin.write(orphan_guard.DISMISS)
-            self._guard.stdin.close()
-        self._guard.wait(10)
+            self._watchdog.stdin.write(watchdog.DISMISS)
+            self._watchdog.stdin.close()
+        self._watchdog.wait(10)
 
     def _read(self) -> None:
         """Body of the reading thread: ends when all streams have, or soon after closing began."""
         deadline: float | None = None
         while self._selector.get_map():
-            holding = any(w.keeper.is_holding for w in self.all)
-            for key, _ in self._selector.select(0.1 if holding or self._closing.is_set() else 0.5):
+            is_holding = any(w.traceback_keeper.is_holding for w in self.all)
+            for key, _ in self._selector.select(0.1 if is_holding or self._closing.is_set() else 0.5):
                 if key.fd == key.data.death_fd:
                     self._selector.unregister(key.fd)
                     self._on_death(key.data)
@@ -186,21 +116,21 @@ class Workers:
             now = time.monotonic()
             for worker in self.all:
                 if worker.exit_code is None:
-                    self._show(worker, worker.keeper.stale(now))
+                    self._show(worker, worker.traceback_keeper.stale(now))
             if self._closing.is_set():
                 deadline = deadline or now + _DRAIN_S
                 if now > deadline:
                     return
 
-    def _on_death(self, worker: Worker) -> None:
+    def _on_death(self, worker: WorkerProcess) -> None:
         for fd in (worker.out_fd, worker.err_fd):
             if fd in self._selector.get_map() and not self._drain(worker, fd, limit=1 << 10):
                 self._selector.unregister(fd)
         worker.reap()
         if worker.exit_code == 0:
-            self._show(worker, worker.keeper.release())
+            self._show(worker, worker.traceback_keeper.release())
 
-    def _drain(self, worker: Worker, fd: int, *, limit: int) -> bool:
+    def _drain(self, worker: WorkerProcess, fd: int, *, limit: int) -> bool:
         """Read up to `limit` chunks; False at the stream's end."""
         for _ in range(limit):
             try:
@@ -212,27 +142,28 @@ class Workers:
                 return False
         return True
 
-    def _emit(self, worker: Worker, fd: int, lines: Iterator[tuple[str, bool]]) -> None:
+    def _emit(self, worker: WorkerProcess, fd: int, lines: Iterator[tuple[str, bool]]) -> None:
         for text, is_whole in lines:
             if not is_whole:
-                self._console.bar(worker.rank, text)
+                self._output.bar(worker.rank, text)
             elif fd == worker.err_fd:
                 # torch's exception hook writes the rank too; once is enough.
                 text = text.removeprefix(f"[rank{worker.rank}]: ")
-                self._show(worker, worker.keeper.add(text, time.monotonic()))
+                self._show(worker, worker.traceback_keeper.add(text, time.monotonic()))
             else:
-                self._console.line(worker.rank, text)
+                self._output.line(worker.rank, text)
 
-    def _show(self, worker: Worker, lines: Sequence[str]) -> None:
+    def _show(self, worker: WorkerProcess, lines: Sequence[str]) -> None:
         for line in lines:
-            self._console.line(worker.rank, line, error=True)
+            self._output.line(worker.rank, line, error=True)
 
 
-def _start_guard(token: str) -> subprocess.Popen[bytes]:
-    # Without the mark of an outer launcher: if that one ends this job, the guard must outlive it to clean up.
-    environment = {k: v for k, v in os.environ.items() if k != orphan_guard.VARIABLE}
+def _start_watchdog(token: str) -> subprocess.Popen[bytes]:
+    # Without the mark of an outer launcher: if that one ends this job, the watchdog must outlive it to end
+    # the workers.
+    environment = {k: v for k, v in os.environ.items() if k != watchdog.VARIABLE}
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", str(Path(orphan_guard.__file__)), token],
+        [sys.executable, "-I", "-S", str(Path(watchdog.__file__)), token],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

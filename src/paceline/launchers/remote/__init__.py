@@ -1,1 +1,1 @@
-"""Workers on machines that an engine chose: a driver here, a supervisor beside each worker."""
+"""Workers that an engine placed on other hosts: the driver here, and one supervisor beside each worker."""

@@ -1,8 +1,8 @@
-"""One authenticated socket between a launcher and a keeper: frames of a small JSON header and raw bytes.
+"""One authenticated socket between the driver and a supervisor: frames of a JSON header and raw bytes.
 
     frame   header_bytes u32 · blob_bytes u64 · header (UTF-8 JSON object) · blob
 
-Mutual challenge-response (`comm.authentication`) comes first. It authenticates; it does not encrypt.
+Mutual challenge-response (`comm.messages.authentication`) comes first. Frames are not encrypted.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ _HEAD = struct.Struct("<IQ")
 _MAX_HEADER_BYTES = 1 << 24
 _MAX_BLOB_BYTES = 1 << 36
 _HANDSHAKE_S = 20.0
-_LAUNCHER = 0
-MAX_MEMBERS = 1 << 20
+_DRIVER = 0  # the driver's rank in the handshake
+MAX_SUPERVISORS = 1 << 20
 
 
 class Wire:
-    """Both ends. `send` may be called from any thread, `receive` from one."""
+    """One end of the socket. `send` may be called from any thread, `receive` from one."""
 
-    def __init__(self, sock: socket.socket, guard: Initiator | Acceptor) -> None:
+    def __init__(self, sock: socket.socket, handshake: Initiator | Acceptor) -> None:
         self._sock = sock
         self._lock = threading.Lock()
         sock.settimeout(_HANDSHAKE_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if opening := guard.start():
+        if opening := handshake.start():
             sock.sendall(opening)
-        while not guard.is_done:
-            if answer := guard.feed(bytes(self._read(guard.needs))):
+        while not handshake.is_done:
+            if answer := handshake.feed(bytes(self._read(handshake.needs))):
                 sock.sendall(answer)
         sock.settimeout(None)
 
-    def send(self, header: dict[str, Any], blob: bytes = b"") -> None:
+    def send(self, header: dict[str, object], blob: bytes = b"") -> None:
         """Send one frame. Raises OSError when the other end is gone."""
         text = json.dumps(header).encode()
         with self._lock:
@@ -49,7 +49,7 @@ class Wire:
             self._sock.sendall(blob)
 
     def receive(self) -> tuple[dict[str, Any], bytes]:
-        """Wait for the next frame. Raises OSError when the other end is gone, ProtocolError for nonsense."""
+        """Wait for the next frame. Raises OSError when the other end is gone, ProtocolError for absurd sizes."""
         header_bytes, blob_bytes = _HEAD.unpack(self._read(_HEAD.size))
         if header_bytes > _MAX_HEADER_BYTES or blob_bytes > _MAX_BLOB_BYTES:
             raise ProtocolError(f"a frame announces {header_bytes} and {blob_bytes} bytes")
@@ -74,19 +74,19 @@ class Wire:
 
 
 def connect(host: str, port: int, secret: bytes, index: int) -> Wire:
-    """The keeper's end. Raises CommError when the launcher cannot be reached."""
+    """The supervisor's end. Raises CommError when the driver cannot be reached."""
     try:
         sock = socket.create_connection((host, port), timeout=_HANDSHAKE_S)
-        return Wire(sock, Initiator(secret, rank=index, peer=_LAUNCHER))
+        return Wire(sock, Initiator(secret, rank=index, peer=_DRIVER))
     except OSError as error:
         raise CommError(
-            f"host {socket.gethostname()}: the launcher at {host}:{port} cannot be reached: {error}; is its"
-            " address one that this host can route to?"
+            f"host {socket.gethostname()}: the launcher at {host}:{port} cannot be reached: {error}; can this"
+            " host route to that address?"
         ) from None
 
 
 def accept(sock: socket.socket, secret: bytes) -> tuple[Wire, int]:
-    """The launcher's end of a new connection, and the index the keeper has. Raises OSError, ProtocolError."""
-    guard = Acceptor(secret, rank=_LAUNCHER, size=MAX_MEMBERS)
-    wire = Wire(sock, guard)
-    return wire, guard.peer
+    """The driver's end of a new connection, and the supervisor's index. Raises OSError, ProtocolError."""
+    handshake = Acceptor(secret, rank=_DRIVER, size=MAX_SUPERVISORS)
+    wire = Wire(sock, handshake)
+    return wire, handshake.peer

@@ -1,1 +1,1 @@
-"""What the Spark engine and `paceline.compat.spark` share."""
+"""Jobs in barrier stages of Spark: the session, the driver, and what runs in a task."""

@@ -1,8 +1,8 @@
 """Ends every process of a job when its launcher is gone, however the launcher died.
 
-Run as a separate process by file path (`python -I -S guard.py TOKEN`), with the standard library only, so
+Runs as a separate process by file path (`python -I -S watchdog.py TOKEN`), with the standard library only, so
 it starts in milliseconds and survives a SIGKILL of the launcher. Every process of a job carries the job's
-token in its environment, which children and grandchildren inherit, also those that left the session.
+token in its environment. Children and grandchildren inherit it, also those that left the session.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 VARIABLE = "PACELINE_LAUNCHER"
 """The environment variable that marks the processes of one launcher."""
 DISMISS = b"."
-"""Written to the guard's standard input when the launcher has cleaned up itself."""
+"""Written to the watchdog's standard input when the launcher has ended its processes itself."""
 
 
 def marked(token: str) -> list[int]:
@@ -30,20 +30,20 @@ def marked(token: str) -> list[int]:
                 if needle in file.read().split(b"\0"):
                     found.append(int(name))
         except OSError:
-            continue  # gone meanwhile, or another user's
+            continue  # it has ended meanwhile, or belongs to another user
     return found
 
 
-def sweep(token: str, *, timeout_s: float = 10.0) -> list[int]:
-    """SIGKILL every process marked with `token`; returns those that would not die in time.
+def kill_marked(token: str, *, timeout_s: float = 10.0) -> list[int]:
+    """SIGKILL every process marked with `token`; returns those that did not die in time.
 
     Looks twice after the last one was seen, because a process may be starting another at this moment.
     """
     deadline = time.monotonic() + timeout_s
-    clear = 0
-    while clear < 2:
+    empty_looks = 0
+    while empty_looks < 2:
         left = marked(token)
-        clear = 0 if left else clear + 1
+        empty_looks = 0 if left else empty_looks + 1
         if time.monotonic() > deadline:
             return left
         for pid in left:
@@ -51,17 +51,17 @@ def sweep(token: str, *, timeout_s: float = 10.0) -> list[int]:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-        if left or clear < 2:
+        if empty_looks < 2:
             time.sleep(0.02)
     return []
 
 
 def main(token: str) -> None:
-    """Wait for the launcher to dismiss us or to disappear; in the second case end its processes."""
+    """Wait until the launcher dismisses this process or disappears; then end the launcher's processes."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if os.read(0, 1) != DISMISS:
-        sweep(token)
+        kill_marked(token)
 
 
 if __name__ == "__main__":
