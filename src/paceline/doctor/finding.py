@@ -1,4 +1,4 @@
-"""What a check says."""
+"""What a check finds."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ _ORDER = (OK, NOTE, WARNING, PROBLEM)
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     check: str
-    """What kind of thing: "cores", "shared memory", …"""
+    """Which check: "cores", "shared memory", …"""
     status: str
     """"ok", "note", "warning" (training works, but badly) or "problem" (it will not work)."""
     message: str
-    """What is the case, in one sentence."""
+    """What was found, in one sentence."""
     fix: str = ""
-    """What to do, for warnings and problems."""
+    """What to do about a warning or a problem."""
     where: str = ""
-    """The host, or "a -> b" for two."""
+    """The host, or "a -> b" for the link between two."""
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The figures behind the sentence; units are in the names."""
+    """The figures behind the message, with units in their names."""
 
     def at(self, where: str) -> Finding:
-        """The same finding with its place."""
+        """The same finding, with its host or link."""
         return dataclasses.replace(self, where=where)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The finding as a JSON object."""
         return dataclasses.asdict(self)
 
 
 def worst(findings: Iterable[Finding]) -> str:
-    """The worst status among them; "ok" for none."""
+    """The worst status of all; "ok" if there are no findings."""
     return max((f.status for f in findings), key=_ORDER.index, default=OK)
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """1 if there is a problem, else 0."""
+    """The exit code of `paceline doctor`: 1 if there is a problem, else 0."""
     return int(worst(findings) == PROBLEM)

@@ -22,7 +22,7 @@ _PEEK = "import os, sys; os.open(f'/proc/{sys.argv[1]}/fd/{sys.argv[2]}', os.O_R
 
 
 def examine(*, local_ranks: int = 1, environment: Mapping[str, str] = os.environ) -> list[Finding]:
-    """Everything about this host, for so many ranks on it."""
+    """All findings about this host, on which `local_ranks` ranks are to run."""
     checks: list[Callable[[], Finding]] = [
         _versions,
         _core,
@@ -36,7 +36,7 @@ def examine(*, local_ranks: int = 1, environment: Mapping[str, str] = os.environ
     for check in checks:
         try:
             found.append(check())
-        except OSError as error:  # a check that cannot be made must not hide the others
+        except OSError as error:  # a check that fails must not hide the others
             found.append(Finding(check.__name__.strip("_"), NOTE, f"could not be checked: {error}"))
     return found
 
@@ -66,13 +66,13 @@ def _core() -> Finding:
     try:
         importlib.import_module("paceline._core")
     except ImportError as error:
-        fix = "reinstall paceline with this very Python: pip install --force-reinstall --no-deps paceline"
+        fix = "reinstall paceline with this Python: pip install --force-reinstall --no-deps paceline"
         return Finding("core", PROBLEM, f"the C++ core cannot be loaded: {error}", fix)
     return Finding("core", OK, "the C++ core is loaded")
 
 
 def _shared_segments() -> Finding:
-    """Do two processes of one user see each other's memory segments, as the native fabric's ranks must?"""
+    """Whether processes of one user can open each other's memory segments, as the native fabric requires."""
     descriptor = os.memfd_create("paceline-doctor", os.MFD_CLOEXEC)
     try:
         os.ftruncate(descriptor, 4096)
@@ -86,7 +86,8 @@ def _shared_segments() -> Finding:
         return Finding(
             "shared segments",
             PROBLEM,
-            f"a process cannot open another one's memory segment ({reason}): the native fabric cannot work",
+            f"a process cannot open another process's memory segment ({reason}): the native fabric cannot"
+            " work",
             "run the ranks in one container as one user, without a seccomp profile that hides /proc/PID/fd;"
             " or use --fabric torch",
         )
@@ -96,13 +97,13 @@ def _shared_segments() -> Finding:
 def _shared_memory() -> Finding:
     status = os.statvfs("/dev/shm")
     size, free = status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize
-    text = f"/dev/shm: {size / 2**30:.2f} GiB, {free / 2**30:.2f} free"
+    text = f"/dev/shm: {size / 2**30:.2f} GiB, of which {free / 2**30:.2f} GiB are free"
     values = {"size_bytes": size, "free_bytes": free}
     if free < _LITTLE_SHM_BYTES:
         return Finding(
             "shared memory",
             WARNING,
-            f"{text}; DataLoader workers hand over batches there and die of SIGBUS when it is full",
+            f"{text}; DataLoader workers pass batches through it and are killed by SIGBUS when it is full",
             "give it more (docker run --shm-size=2g; in Kubernetes an emptyDir with medium: Memory),"
             " or remount: mount -o remount,size=2g /dev/shm",
             values=values,
@@ -118,13 +119,13 @@ def _files() -> Finding:
         status = PROBLEM if soft < _TOO_FEW_FILES else WARNING
         best = hard if hard >= _FEW_FILES else 65536
         more = "" if hard >= _FEW_FILES else " (as root, or in /etc/security/limits.conf)"
-        text += "; sockets to all ranks and DataLoader workers need more"
+        text += "; connections to all ranks and DataLoader workers need more"
         return Finding("open files", status, text, f"ulimit -n {min(best, 65536)}{more}", values=values)
     return Finding("open files", OK, text, values=values)
 
 
 def _name() -> Finding:
-    """A host whose own name leads to loopback cannot tell others where it is by that name."""
+    """Whether the host's own name resolves, and to an address that other hosts can use."""
     name = socket.gethostname()
     try:
         address = str(socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
@@ -132,11 +133,11 @@ def _name() -> Finding:
         return Finding(
             "own name",
             WARNING,
-            f"{name!r} cannot be resolved here ({error.strerror or error}); Gloo and MPI try to",
+            f"{name!r} cannot be resolved on this host ({error.strerror or error}), as Gloo and MPI require",
             f"add a line `<address> {name}` to /etc/hosts",
         )
     if address.startswith("127."):
-        message = f"{name!r} leads to {address}: other software may offer that address to other hosts"
+        message = f"{name!r} resolves to {address}: other software may give that address to other hosts"
         return Finding("own name", NOTE, f"{message}; Paceline does not", values={"address": address})
     return Finding("own name", OK, f"{name!r} is {address}", values={"address": address})
 
@@ -150,7 +151,7 @@ def _cores(local_ranks: int, environment: Mapping[str, str]) -> Finding:
     values = {"cores": cores, "quota": quota, "ranks": local_ranks}
     if local_ranks > usable:
         fix = f"start at most {max(1, int(usable))} ranks on this host"
-        return Finding("cores", WARNING, f"{text}: ranks wait for each other's turns", fix, values=values)
+        return Finding("cores", WARNING, f"{text}: ranks have to share cores", fix, values=values)
     threads = environment.get("OMP_NUM_THREADS", "")
     if threads.isdigit() and int(threads) * local_ranks > usable:
         text += f", each with OMP_NUM_THREADS={threads}: more threads than cores"
@@ -160,12 +161,13 @@ def _cores(local_ranks: int, environment: Mapping[str, str]) -> Finding:
 
 
 def _quota() -> float | None:
-    """CPUs that the control group grants, or None."""
-    try:
+    """The number of CPUs to which the control group limits this process; None: no limit."""
+    try:  # version 2 of control groups
         limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return None if limit == "max" else int(limit) / int(period)
     except (OSError, ValueError):
         pass
+    # version 1
     folder = Path("/sys/fs/cgroup/cpu")
     try:
         limit_us = int((folder / "cpu.cfs_quota_us").read_text())

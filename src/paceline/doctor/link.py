@@ -1,7 +1,8 @@
-"""Measures between two processes: latency, bandwidth, clocks. Each listens; one asks, the other answers.
+"""Measurements between two ranks: latency, bandwidth, difference of clocks.
 
-The asking side proves first that it knows the job's secret. Ports are picked by the system, like those of the
-fabrics, so that a firewall between ranks shows up here.
+Each rank runs a `LinkResponder`; one rank measures, the other's responder answers. The measuring rank first
+proves that it knows the job's secret. The system chooses the ports, as for the fabrics, so that a firewall
+between ranks shows up here.
 """
 
 from __future__ import annotations
@@ -24,10 +25,17 @@ _SKEW_S = 1.0
 _SLOW_BYTES_PER_S = 12.5e6
 _LONG_S = 0.005
 _TIME = struct.Struct("!d")
+# Requests of one byte. A stream is followed by its size in bytes.
+_GET_TIME, _PING, _STREAM, _DONE = b"t", b"p", b"s", b"q"
 
 
-class Listener:
-    """Answers on a port of its own, in a thread, until closed."""
+class LinkResponder:
+    """Answers measurements on a port of its own, in a thread, until closed.
+
+    Args:
+        secret: The job's secret.
+        address: The local address to listen on; "": all.
+    """
 
     def __init__(self, secret: bytes, address: str = "") -> None:
         self._key = _key(secret)
@@ -39,7 +47,7 @@ class Listener:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop answering."""
+        """Stop answering and close the port."""
         try:
             self._server.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -65,12 +73,12 @@ class Listener:
         if not hmac.compare_digest(_receive(peer, len(self._key)), self._key):
             return
         while True:
-            word = peer.recv(1)
-            if word == b"t":
+            request = peer.recv(1)
+            if request == _GET_TIME:
                 peer.sendall(_TIME.pack(time.time()))
-            elif word == b"p":
-                peer.sendall(b"q")
-            elif word == b"s":
+            elif request == _PING:
+                peer.sendall(_DONE)
+            elif request == _STREAM:
                 (size,) = struct.unpack("!Q", _receive(peer, 8))
                 left = size
                 while left:
@@ -78,25 +86,25 @@ class Listener:
                     if not data:
                         return
                     left -= len(data)
-                peer.sendall(b"q")
+                peer.sendall(_DONE)
             else:
                 return
 
 
 def measure(address: str, port: int, secret: bytes, *, timeout_s: float = 5.0) -> list[Finding]:
-    """Connect, and say what the link and the other clock are like."""
+    """Connect to the responder at `address`; findings about its clock, the latency and the bandwidth."""
     try:
         peer = socket.create_connection((address, port), timeout=timeout_s)
     except OSError as error:
-        silent = isinstance(error, TimeoutError)
-        reason = f"nothing came back for {timeout_s:g} s" if silent else str(error.strerror or error)
+        is_silent = isinstance(error, TimeoutError)
+        reason = f"no answer within {timeout_s:g} s" if is_silent else str(error.strerror or error)
         return [
             Finding(
                 "connection",
                 PROBLEM,
                 f"no connection to {address} port {port}, where a rank listens: {reason}",
-                "a firewall between the hosts? Ranks use ports that the system picks: allow all TCP between"
-                " the hosts of a job",
+                "check for a firewall between the hosts: ranks use ports that the system chooses, so allow"
+                " all TCP between the hosts of a job",
                 values={"address": address, "port": port},
             )
         ]
@@ -107,9 +115,14 @@ def measure(address: str, port: int, secret: bytes, *, timeout_s: float = 5.0) -
             peer.sendall(_key(secret))
             return [_clock(peer), _latency(peer), _bandwidth(peer)]
         except OSError as error:
-            text = f"the connection to {address} port {port} broke while it was measured: {error}"
+            text = f"the connection to {address} port {port} broke during the measurement: {error}"
             return [
-                Finding("connection", PROBLEM, text, "is the other host overloaded, or the link unstable?")
+                Finding(
+                    "connection",
+                    PROBLEM,
+                    text,
+                    "check whether the other host is overloaded or the link is unstable",
+                )
             ]
 
 
@@ -117,7 +130,7 @@ def _clock(peer: socket.socket) -> Finding:
     best = (float("inf"), 0.0)
     for _ in range(9):
         before = time.time()
-        peer.sendall(b"t")
+        peer.sendall(_GET_TIME)
         (there,) = _TIME.unpack(_receive(peer, _TIME.size))
         after = time.time()
         best = min(best, (after - before, there - (before + after) / 2))
@@ -125,11 +138,11 @@ def _clock(peer: socket.socket) -> Finding:
 
 
 def judge_clock(skew_s: float, uncertainty_s: float) -> Finding:
-    """What a difference of clocks means."""
+    """The finding for a difference of two clocks."""
     values = {"skew_s": skew_s, "uncertainty_s": uncertainty_s}
     text = f"the clocks differ by {abs(skew_s) * 1e3:.1f} ms (± {uncertainty_s * 1e3:.1f})"
     if abs(skew_s) - uncertainty_s > _SKEW_S:
-        text += "; training does not mind, but logs, checkpoints' dates and certificates do"
+        text += "; training works, but times in logs and checkpoints are wrong, and certificates may fail"
         return Finding(
             "clocks", WARNING, text, "start chrony or systemd-timesyncd on both hosts", values=values
         )
@@ -140,7 +153,7 @@ def _latency(peer: socket.socket) -> Finding:
     times = []
     for _ in range(_PINGS):
         began = time.perf_counter()
-        peer.sendall(b"p")
+        peer.sendall(_PING)
         _receive(peer, 1)
         times.append(time.perf_counter() - began)
     one_way_s = statistics.median(times[_PINGS // 6 :]) / 2
@@ -148,8 +161,8 @@ def _latency(peer: socket.socket) -> Finding:
     values = {"latency_s": one_way_s, "worst_latency_s": worst_s}
     text = f"latency {_microseconds(one_way_s)} one way (worst {_microseconds(worst_s)})"
     if one_way_s > _LONG_S:
-        text += ": synchronising every step costs this several times per step"
-        fix = "a strategy that communicates rarely, such as local_sgd(period=16) or diloco"
+        text += ": a strategy that synchronises in every step waits for this several times per step"
+        fix = "use a strategy that communicates rarely, such as local_sgd(period=16) or diloco"
         return Finding("latency", WARNING, text, fix, values=values)
     return Finding("latency", OK, text, values=values)
 
@@ -158,10 +171,11 @@ def _bandwidth(peer: socket.socket) -> Finding:
     payload = bytes(_CHUNK_BYTES)
     size, rate = _CHUNK_BYTES, 0.0
     began_all = time.perf_counter()
-    # Grow until one transfer takes a good part of a second: slow links are not drowned, fast ones are filled.
+    # Grow until one transfer takes a quarter of a second: enough to fill a fast link, and no burden on a slow
+    # one.
     while time.perf_counter() - began_all < _STREAM_S and size <= _STREAM_BYTES:
         began = time.perf_counter()
-        peer.sendall(b"s" + struct.pack("!Q", size))
+        peer.sendall(_STREAM + struct.pack("!Q", size))
         for _ in range(size // _CHUNK_BYTES):
             peer.sendall(payload)
         _receive(peer, 1)
@@ -174,7 +188,7 @@ def _bandwidth(peer: socket.socket) -> Finding:
     text = f"bandwidth {rate / 1e6:.0f} MB/s ({rate * 8 / 1e9:.2f} Gbit/s) on one connection"
     if rate < _SLOW_BYTES_PER_S:
         text += f": a model of 100 MB takes {1e8 / rate:.0f} s to send"
-        fix = "fewer bytes (codec=…, local_sgd, diloco); see `paceline strategies`; or a faster interface"
+        fix = "send fewer bytes (codec=…, local_sgd, diloco; see `paceline strategies`); or a faster network"
         return Finding("bandwidth", WARNING, text, fix, values=values)
     return Finding("bandwidth", NOTE if rate < 1e8 else OK, text, values=values)
 
@@ -192,13 +206,13 @@ def _receive(peer: socket.socket, count: int) -> bytes:
     while len(data) < count:
         piece = peer.recv(count - len(data))
         if not piece:
-            raise ConnectionError("the other side closed")
+            raise ConnectionError("the other host closed the connection")
         data += piece
     return data
 
 
 def figures(findings: list[Finding]) -> dict[str, Any]:
-    """{"latency_s": …, "bytes_per_s": …, "skew_s": …} of one link."""
+    """The figures of one link: {"latency_s": …, "bytes_per_s": …, "skew_s": …}."""
     return {
         k: v for f in findings for k, v in f.values.items() if k in ("latency_s", "bytes_per_s", "skew_s")
     }

@@ -1,4 +1,4 @@
-"""What can be said about another host without a process of ours on it: its name, the route, a port."""
+"""Checks of another host from here, without a process of ours on it: its name, the route, a port."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SLOW_MBIT = 1000
 
 
 def interfaces() -> Finding:
-    """The network interfaces of this host."""
+    """The finding about this host's network interfaces."""
     found = []
     for _, name in socket.if_nameindex():
         folder = Path("/sys/class/net") / name
@@ -44,7 +44,7 @@ def interfaces() -> Finding:
 
 
 def resolve(name: str) -> tuple[str | None, Finding]:
-    """The address of `name`, and what to say about it."""
+    """The address of `name` (None: it has none), and the finding about it."""
     try:
         return str(ipaddress.ip_address(name)), Finding("name", OK, f"{name} is an address")
     except ValueError:
@@ -59,34 +59,36 @@ def resolve(name: str) -> tuple[str | None, Finding]:
     values = {"address": address, "seconds": took_s}
     if address.startswith("127.") and name not in ("localhost", socket.gethostname()):
         fix = f"give {name} its address on the network in /etc/hosts"
-        return address, Finding("name", PROBLEM, f"{name} leads to {address}, this host", fix, values=values)
-    if took_s > 1.0:
-        fix = "see /etc/resolv.conf: a name server does not answer"
         return address, Finding(
-            "name", WARNING, f"{name} is {address}; asking took {took_s:.1f} s", fix, values=values
+            "name", PROBLEM, f"{name} resolves to {address}, which is this host", fix, values=values
+        )
+    if took_s > 1.0:
+        fix = "check the name servers in /etc/resolv.conf: one does not answer"
+        return address, Finding(
+            "name", WARNING, f"{name} is {address}; the lookup took {took_s:.1f} s", fix, values=values
         )
     return address, Finding("name", OK, f"{name} is {address}", values=values)
 
 
 def route(address: str) -> Finding:
-    """Which of this host's addresses and interfaces lead to `address`."""
+    """The finding about the route: which of this host's addresses and interfaces lead to `address`."""
     try:
         own = local_address_towards(address, 9)
     except OSError as error:
-        fix = "see `ip route`: this host has no way to that network"
+        fix = "check `ip route`: this host has no route to that network"
         return Finding("route", PROBLEM, f"no route to {address}: {error.strerror or error}", fix)
     name = interface_of(own) or "?"
     mtu, speed = (_read(Path("/sys/class/net") / name / f) for f in ("mtu", "speed"))
     values = {"own_address": own, "interface": name, "mtu_bytes": int(mtu) if mtu.isdigit() else None}
     text = f"{address} is reached from {own} through {name}" + (f", MTU {mtu}" if mtu else "")
     if speed.isdigit() and int(speed) < _SLOW_MBIT and name != "lo":
-        fix = "another interface may be faster; see `ip -s link` and `ethtool`"
+        fix = "use a faster interface if there is one; see `ip -s link` and `ethtool`"
         return Finding("route", WARNING, f"{text}, a link of {speed} Mbit/s", fix, values=values)
     return Finding("route", OK, text, values=values)
 
 
 def port(address: str, number: int, *, timeout_s: float = 3.0) -> Finding:
-    """Whether packets reach `number` on `address`; a refusal proves that they do."""
+    """Whether packets reach port `number` of `address`; a refused connection proves that they do."""
     began = time.perf_counter()
     values: dict[str, Any] = {"port": number}
     try:
@@ -99,9 +101,9 @@ def port(address: str, number: int, *, timeout_s: float = 3.0) -> Finding:
             return Finding(
                 "port",
                 PROBLEM,
-                f"nothing comes back from {address} port {number} within {timeout_s:g} s: a firewall drops"
-                " the packets, or the host is down",
-                f"open the port on {address} (ranks also use ports that the system picks: allow all TCP"
+                f"no answer from {address} port {number} within {timeout_s:g} s: a firewall drops the"
+                " packets, or the host is down",
+                f"open the port on {address} (ranks also use ports that the system chooses: allow all TCP"
                 " between the hosts of a job)",
                 values={**values, "outcome": "silent"},
             )
@@ -109,13 +111,13 @@ def port(address: str, number: int, *, timeout_s: float = 3.0) -> Finding:
             "port",
             PROBLEM,
             f"{address} port {number} cannot be reached: {error.strerror or error}",
-            "see `ip route` and the firewall (a rule may reject)",
+            "check `ip route` and the firewall, which may reject connections",
             values={**values, "outcome": "unreachable"},
         )
     round_trip_s = time.perf_counter() - began
     values |= {"outcome": outcome, "round_trip_s": round_trip_s}
-    what = "somebody listens" if outcome == "open" else "nobody listens now, but packets get there"
-    text = f"{address} port {number}: {what}; {round_trip_s * 1e3:.2f} ms there and back"
+    what = "a program listens" if outcome == "open" else "no program listens now, but packets arrive"
+    text = f"{address} port {number}: {what}; round trip {round_trip_s * 1e3:.2f} ms"
     return Finding("port", OK if outcome == "open" else NOTE, text, values=values)
 
 

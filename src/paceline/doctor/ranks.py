@@ -1,4 +1,4 @@
-"""All ranks of a job look together: each at its host, then one rank of each host at the links."""
+"""Checks by all ranks of a job: each checks its host, then one rank of each host measures the links."""
 
 from __future__ import annotations
 
@@ -22,16 +22,22 @@ _MUST_AGREE = ("paceline", "torch")
 
 
 def examine(timeout_s: float = 30.0) -> list[dict[str, Any]]:
-    """All findings of the job on rank 0, as plain values; on other ranks only if the ranks cannot meet."""
+    """All findings of the job, as JSON objects.
+
+    Only rank 0 returns them, unless the ranks cannot meet: then each returns its own.
+
+    Args:
+        timeout_s: Seconds to wait for the other ranks.
+    """
     place = who_am_i(os.environ)
     here = socket.gethostname()
     mine = [f.at(here) for f in _own(place, os.environ)]
     try:
         meeting = meet(timeout_s=timeout_s)
     except PacelineError as error:
-        who = "this is rank 0: the other ranks find out why" if place.rank == 0 else "see the lines above"
+        hint = "see the findings of the other ranks" if place.rank == 0 else "see the findings above"
         fix = (
-            f"{who}; MASTER_ADDR and MASTER_PORT must be the same for all ranks and reachable from each host"
+            f"{hint}; MASTER_ADDR and MASTER_PORT must be the same for all ranks and reachable from each host"
         )
         text = f"rank {place.rank} of {place.size} did not meet the others: {error}"
         return [f.to_json() for f in [*mine, Finding("rendezvous", PROBLEM, text, fix, here)]]
@@ -45,8 +51,8 @@ def _own(place: ProcessIdentity, environment: Mapping[str, str]) -> list[Finding
         return []
     found = [network.interfaces(), *host.examine(local_ranks=place.local_size, environment=environment)]
     if place.rank > 0 and place.master_address:
-        address, said = network.resolve(place.master_address)
-        found.append(said)
+        address, resolved = network.resolve(place.master_address)
+        found.append(resolved)
         if address is not None:
             found.append(network.route(address))
             if place.master_port:
@@ -55,15 +61,15 @@ def _own(place: ProcessIdentity, environment: Mapping[str, str]) -> list[Finding
 
 
 def _together(meeting: Meeting, mine: list[Finding], timeout_s: float) -> list[dict[str, Any]]:
-    """Every link in turn, so that measurements do not disturb each other; then rank 0 collects."""
+    """Measure one link after the other, so that they do not disturb each other; then rank 0 collects."""
     store, rank = meeting.store, meeting.rank
     leaders = _leaders(meeting)
     pairs = _pairs(leaders)
     limit = datetime.timedelta(seconds=timeout_s + _PER_LINK_S * (len(pairs) + 1))
-    listener = link.Listener(meeting.secret) if rank in leaders else None
+    responder = link.LinkResponder(meeting.secret) if rank in leaders else None
     try:
-        if listener is not None:
-            store.set(f"doctor/port/{rank}", str(listener.port))
+        if responder is not None:
+            store.set(f"doctor/port/{rank}", str(responder.port))
         for number, (a, b) in enumerate(pairs):
             if a != rank:
                 continue
@@ -84,8 +90,8 @@ def _together(meeting: Meeting, mine: list[Finding], timeout_s: float) -> list[d
         store.wait(["doctor/over"], limit)
         return []
     finally:
-        if listener is not None:
-            listener.close()
+        if responder is not None:
+            responder.close()
 
 
 def _leaders(meeting: Meeting) -> list[int]:
@@ -95,14 +101,14 @@ def _leaders(meeting: Meeting) -> list[int]:
 
 
 def _pairs(leaders: list[int]) -> list[tuple[int, int]]:
-    """Both directions between all, or round a ring when that would be too many."""
+    """Both directions between all leaders, or only a ring if there are many hosts."""
     if len(leaders) <= _ALL_PAIRS_HOSTS:
         return list(itertools.permutations(leaders, 2))
     return [(a, leaders[(i + 1) % len(leaders)]) for i, a in enumerate(leaders)]
 
 
 def _end(meeting: Meeting, rank: int) -> str:
-    """One end of a link: the host's short name if it tells the hosts apart; the rank on a single host."""
+    """The name of one end of a link: the host, by its short name if that is unique; the rank on one host."""
     if len(set(meeting.hosts)) == 1:
         return f"rank {rank}"
     names = {h: h.rpartition("-")[0] or h for h in meeting.hosts}
@@ -110,13 +116,13 @@ def _end(meeting: Meeting, rank: int) -> str:
 
 
 def _agreement(everything: list[dict[str, Any]]) -> list[Finding]:
-    """Do the hosts have the same versions?"""
+    """Findings about versions that differ between hosts."""
     versions = [(f["where"], f["values"]) for f in everything if f["check"] == "versions" and f["values"]]
     found = []
     for name in _MUST_AGREE:
         have = {where: values.get(name) for where, values in versions}
         if len(set(have.values())) > 1:
             text = f"{name} differs between hosts: " + ", ".join(f"{h} {v}" for h, v in sorted(have.items()))
-            fix = f"install the same {name} everywhere"
+            fix = f"install the same version of {name} on all hosts"
             found.append(Finding("versions", PROBLEM, text, fix, "all hosts", {"versions": have}))
     return found

@@ -1,4 +1,4 @@
-"""A job as a batch script for Slurm: `sbatch` allocates hosts, and `srun` in the script starts the workers."""
+"""A job as a batch script for Slurm: sbatch allocates hosts, and `srun` in the script starts the workers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A Python function as a job: carried to the workers and its results back, as multiprocessing's spawn does.
 
 Both directions are files in a folder that only the user can read. They are pickled, like everything that
-multiprocessing sends between a parent and its own children. Engines with workers on other hosts carry the same
-bytes over their own channels, which carry users' pickles anyway.
+multiprocessing sends between a parent and its own children. Engines with workers on other hosts carry the
+same bytes over their own channels, which carry users' pickles anyway.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class FunctionCall:
             self.content = pickle.dumps((preparation, payload))
         except Exception as error:
             raise ConfigError(
-                f"launch({name_of(fn)}): the function and its arguments travel to new processes and cannot be "
-                f"pickled ({error}); define the function at the top level of a module or script"
+                f"launch({name_of(fn)}): the function and its arguments travel to new processes and cannot"
+                f" be pickled ({error}); define the function at the top level of a module or script"
             ) from error
         self._folder = tempfile.TemporaryDirectory(prefix="paceline-call-")
         (Path(self._folder.name) / "call").write_bytes(self.content)
@@ -98,7 +98,7 @@ class FunctionCall:
         return pickle.loads((Path(self._folder.name) / f"result.{rank}").read_bytes())
 
     def results(self, *, lost: Set[int] = frozenset()) -> list[Any]:
-        """What the function returned on every rank that left a result, in rank order; None for `lost` ones."""
+        """What the function returned on each rank that left a result, in rank order; None for `lost` ones."""
         found = {int(p.suffix[1:]) for p in Path(self._folder.name).glob("result.[0-9]*")}
         return [None if rank in lost else self.result(rank) for rank in sorted(found | lost)]
 

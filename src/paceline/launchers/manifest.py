@@ -1,7 +1,7 @@
 """A job as a Kubernetes object: Kubeflow Trainer's TrainJob, or the older training operator's PyTorchJob.
 
-Both start `torchrun` in every pod with its options in the environment (PET_…); `paceline.init()` reads its rank
-from torchrun's variables. Sources: trainer.kubeflow.org/v1alpha1 TrainJob; kubeflow.org/v1 PyTorchJob.
+Both start `torchrun` in every pod with its options in the environment (PET_…); `paceline.init()` reads its
+rank from torchrun's variables. Sources: trainer.kubeflow.org/v1alpha1 TrainJob; kubeflow.org/v1 PyTorchJob.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def manifest(
 
 
 def to_yaml(value: Json, indent: str = "") -> str:
-    """Plain values in YAML's block style. Strings are quoted as in JSON, so every YAML reader takes them as text."""
+    """Plain values in YAML's block style, with strings quoted as in JSON."""
     return "".join(f"{line}\n" for line in _lines(value, indent))
 
 

@@ -1,7 +1,7 @@
 """A runner takes one `JobSpec` and runs it to its end on an engine: this host, Ray, Spark, Slurm, MPI.
 
-`engines/` has one runner per file, named after its engine. Paceline has no scheduler: where processes go, when
-they start and what happens to a lost machine is decided by the engine.
+`engines/` has one runner per file, named after its engine. Paceline has no scheduler: the engine decides
+where processes go, when they start, and what happens when a machine is lost.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Runner(ABC):
     Args:
         extra: Paceline's extra that installs what the engine needs: `pip install 'paceline[EXTRA]'`.
         packages: Python modules that must be installed.
-        options: Names of the `JobSpec.engine_options` that it knows, each with a line of help; "*" accepts any
-            name.
+        options: Names of the `JobSpec.engine_options` that it knows, each with a line of help; "*" accepts
+            any name.
         is_elastic: Whether a job may run with fewer or more workers than asked for, within `min_workers` and
             `max_workers`.
         can_ship: Whether it sends the folder `JobSpec.ship` to its hosts.

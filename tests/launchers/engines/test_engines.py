@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 
 import paceline
-from paceline.cli.arguments import job as arguments
+from paceline.cli.arguments.values import parse_environment, parse_resources
 from paceline.launchers import runner as runners
 from paceline.launchers.engines import ray, spark
 from paceline.launchers.job import JobSpec, Resources
@@ -98,14 +98,14 @@ def test_unknown_engine_names_the_known_ones() -> None:
 
 
 def test_resources_and_environment_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert arguments.parse_resources("cpus=1.5,memory=2g") == Resources(cpus=1.5, memory_bytes=2 << 30)
+    assert parse_resources("cpus=1.5,memory=2g") == Resources(cpus=1.5, memory_bytes=2 << 30)
     monkeypatch.setenv("COLOUR", "red")
-    assert arguments.parse_environment(["COLOUR", "SIZE=a=b"]) == {"COLOUR": "red", "SIZE": "a=b"}
+    assert parse_environment(["COLOUR", "SIZE=a=b"]) == {"COLOUR": "red", "SIZE": "a=b"}
     for bad in ("cpu=1", "cpus=x", "memory=4q", "gpus"):
         with pytest.raises(paceline.ConfigError, match="--resources"):
-            arguments.parse_resources(bad)
+            parse_resources(bad)
     with pytest.raises(paceline.ConfigError, match="not set here"):
-        arguments.parse_environment(["NO_SUCH_VARIABLE_HERE"])
+        parse_environment(["NO_SUCH_VARIABLE_HERE"])
 
 
 def test_workers_run_where_they_are_told(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""What users write on the command line, turned into values."""
+"""Arguments that several commands share: declarations for the command line, and what their texts mean."""

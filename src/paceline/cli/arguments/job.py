@@ -1,55 +1,77 @@
-"""Options that describe a job, for every verb that takes one, and the JobSpec they make."""
+"""Options that describe a job, declared once for all commands that start or describe one."""
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-import os
-import re
-import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from paceline import registry
-from paceline.errors import ConfigError
-from paceline.spec import parse
-
-if TYPE_CHECKING:
-    from paceline.launchers.job import Resources
 
 LAUNCH = "Launch"
 ENGINE = "Engine"
 TRAIN = "Training"
 COMPATIBILITY = "Scripts of other projects"
 
-_FABRICS = ("native", "torch")
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+FABRIC_HELP = "What carries the workers' tensors. Default: native; torch for models on a GPU."
+THREADS_HELP = "Threads per worker. Default: this host's cores / workers, at least 1."
 
-Script = Annotated[str, typer.Argument(help="A Python file, or a module's name with -m.", metavar="SCRIPT")]
-Arguments = Annotated[
-    list[str] | None, typer.Argument(help="Given to the script as they are.", metavar="[ARGS]...")
+Script = Annotated[
+    str, typer.Argument(help="A Python file, or the name of a module with -m.", metavar="SCRIPT")
 ]
+Arguments = Annotated[
+    list[str] | None, typer.Argument(help="Arguments of the script, passed unchanged.", metavar="[ARGS]...")
+]
+
+# Launch
 Workers = Annotated[
     int,
     typer.Option(
         "-n",
         "-np",
         "--workers",
-        help="Worker processes: on each of --nodes hosts; without --nodes, in all.",
+        metavar="N",
+        help="Number of worker processes; with --nodes, on each host.",
+        rich_help_panel=LAUNCH,
+    ),
+]
+Engine = Annotated[
+    str,
+    typer.Option(
+        "--on",
+        metavar="ENGINE",
+        help=f"Where the workers run: {', '.join(registry.names('paceline.launchers.engines'))}.",
         rich_help_panel=LAUNCH,
     ),
 ]
 Module = Annotated[
-    bool, typer.Option("-m", "--module", help="SCRIPT is a module's name.", rich_help_panel=LAUNCH)
+    bool, typer.Option("-m", "--module", help="SCRIPT is the name of a module.", rich_help_panel=LAUNCH)
 ]
-Nodes = Annotated[int, typer.Option(help="Hosts in this job.", rich_help_panel=LAUNCH)]
+Nodes = Annotated[int, typer.Option(metavar="N", help="Number of hosts.", rich_help_panel=LAUNCH)]
+Rendezvous = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Where the launchers of several hosts meet: an address of one of the hosts. Needed on local with"
+        " --nodes 2 or more.",
+        rich_help_panel=LAUNCH,
+    ),
+]
+SecretFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A file with the job's secret, the same on every host. Default: the first host makes a secret"
+        " and shares it at the rendezvous.",
+        rich_help_panel=LAUNCH,
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(
-        help="Threads per worker (OMP_NUM_THREADS). Default: cores of this host / workers, at least 1.",
+        metavar="N",
+        help="Threads per worker (OMP_NUM_THREADS). Default: this host's cores / workers, at least 1.",
         show_default=False,
         rich_help_panel=LAUNCH,
     ),
@@ -57,17 +79,30 @@ Threads = Annotated[
 MaxRestarts = Annotated[
     int | None,
     typer.Option(
-        help="Start all workers again after a failure, so often. Default: the engine's own policy; local: 0.",
+        metavar="N",
+        help="Restart all workers up to N times after a failure. Default: 0 on local, else the engine's own"
+        " policy.",
         show_default=False,
         rich_help_panel=LAUNCH,
     ),
 ]
+Grace = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="Time from SIGTERM to SIGKILL when the job is stopped. Default: 30 with --checkpoint, else 5.",
+        show_default=False,
+        rich_help_panel=LAUNCH,
+    ),
+]
+
+# Engine
 ResourcesText = Annotated[
     str | None,
     typer.Option(
         "--resources",
         metavar="cpus=N,gpus=N,memory=SIZE",
-        help="What each worker needs; memory as in 512m or 4g.",
+        help="What each worker needs, for example cpus=2,gpus=1,memory=4g.",
         rich_help_panel=ENGINE,
     ),
 ]
@@ -76,7 +111,7 @@ Environment = Annotated[
     typer.Option(
         "--env",
         metavar="NAME=VALUE",
-        help="Set in every worker; NAME alone: as it is here. Repeatable.",
+        help="Environment variable for every worker; NAME alone takes its value from here. Repeatable.",
         rich_help_panel=ENGINE,
     ),
 ]
@@ -85,7 +120,7 @@ WorkingDirectory = Annotated[
     typer.Option(
         "--workdir",
         metavar="FOLDER",
-        help="Where workers run, the same path on every host. Default: the current directory.",
+        help="Where the workers run: the same path on every host. Default: the current directory.",
         rich_help_panel=ENGINE,
     ),
 ]
@@ -93,139 +128,134 @@ Ship = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="Code that the engine sends to its hosts; SCRIPT is looked for in it, workers run in the copy.",
+        help="Folder with the code, which ray and spark send to their hosts. SCRIPT is a path in it, and the"
+        " workers run in the copy.",
         rich_help_panel=ENGINE,
     ),
 ]
 MinWorkers = Annotated[
     int | None,
     typer.Option(
-        help="Go on with so few when workers are lost for good. On local: for strategies that survive it"
-        " (parameter_server, gossip, decentralized_threshold); rank 0 is needed.",
+        metavar="N",
+        help="Continue after losing workers while at least N live. On local: for strategies that survive"
+        " losses (parameter_server, gossip, decentralized_threshold), and rank 0 must live.",
         rich_help_panel=ENGINE,
         show_default=False,
     ),
 ]
 MaxWorkers = Annotated[
     int | None,
-    typer.Option(help="Take up to so many when there is room.", rich_help_panel=ENGINE, show_default=False),
+    typer.Option(
+        metavar="N",
+        help="Start up to N workers if the engine has room for more than -n.",
+        rich_help_panel=ENGINE,
+        show_default=False,
+    ),
 ]
-Name = Annotated[str, typer.Option(help="The job's name in the engine's lists.", rich_help_panel=ENGINE)]
+Name = Annotated[
+    str, typer.Option(metavar="NAME", help="The job's name in the engine's lists.", rich_help_panel=ENGINE)
+]
 EngineOptions = Annotated[
     list[str] | None,
     typer.Option(
         "-o",
         "--engine-option",
         metavar="NAME=VALUE",
-        help="For one engine only, such as address=HOST:PORT (ray) or master=URL (spark). Repeatable.",
+        help="Option of one engine, for example address=HOST:PORT (ray), master=URL (spark), partition=NAME"
+        " (slurm) or hosts=a:4,b:4 (mpi). Repeatable.",
         rich_help_panel=ENGINE,
     ),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print what the engine would be asked to do, and stop.", rich_help_panel=ENGINE
+    ),
+]
 
+# Training
+Strategy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC",
+        help="Training method, for example 'local_sgd(period=16)'; replaces the one in the script."
+        " `paceline strategies` lists them.",
+        rich_help_panel=TRAIN,
+    ),
+]
+Fabric = Annotated[str | None, typer.Option(metavar="native|torch", help=FABRIC_HELP, rich_help_panel=TRAIN)]
+Interface = Annotated[
+    str,
+    typer.Option(
+        metavar="eth0,eth1",
+        help="Network interfaces or addresses of this host for the tensors. Default: the route to the other"
+        " hosts.",
+        rich_help_panel=TRAIN,
+    ),
+]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="Resume from this checkpoint if it exists, and save to it on SIGTERM. On several hosts: a folder"
+        " that all of them see.",
+        rich_help_panel=TRAIN,
+    ),
+]
+LogFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--log-dir",
+        metavar="FOLDER",
+        help="Where `job.log` writes. Default: runs/<date>-<time>.",
+        rich_help_panel=TRAIN,
+    ),
+]
+LogFormats = Annotated[
+    str | None,
+    typer.Option(
+        "--log-to",
+        metavar="csv,jsonl,tensorboard",
+        help="Formats of the log, separated by commas. Default: the script's, else jsonl,csv.",
+        rich_help_panel=TRAIN,
+    ),
+]
+Progress = Annotated[
+    bool, typer.Option("--progress/--no-progress", help="Show progress bars.", rich_help_panel=TRAIN)
+]
 
-def check(script: str, *, module: bool, folder: Path, strategy: str | None, fabric: str | None) -> None:
-    """Find what is wrong before anything starts."""
-    folder = folder.resolve()
-    if module:
-        sys.path.insert(0, str(folder))
-        try:
-            found = importlib.util.find_spec(script)
-        except (ImportError, ValueError):
-            found = None
-        finally:
-            sys.path.remove(str(folder))
-        if found is None:
-            raise ConfigError(f"no module named {script!r} in {folder} or on the Python path")
-    elif not (folder / script).is_file():
-        what = "is a folder" if (folder / script).is_dir() else "does not exist"
-        raise ConfigError(f"script {script!r} {what} (looked in {folder}); for a module use -m")
-    check_training(strategy, fabric)
-
-
-def check_training(strategy: str | None, fabric: str | None) -> None:
-    """ConfigError for a strategy or fabric that does not exist."""
-    if fabric is not None and fabric not in _FABRICS:
-        raise ConfigError(f"--fabric {fabric!r}: {' or '.join(_FABRICS)} expected")
-    if strategy is not None:
-        parsed = parse(strategy)
-        if parsed.name not in (known := registry.names("paceline.strategies")):  # before torch is imported
-            raise ConfigError(registry.unknown("strategy", parsed.name, known))
-        from paceline.strategies.base.strategy import make
-
-        make(strategy)
-
-
-def check_log_formats(formats: str | None) -> None:
-    """ConfigError for a name in --log-to that is no format."""
-    known = registry.names("paceline.train.logs.formats")
-    for name in formats.split(",") if formats is not None else ():
-        if name not in known:
-            raise ConfigError(registry.unknown("log format", name, known))
-
-
-def parse_pairs(option: str, texts: Sequence[str] | None) -> dict[str, str]:
-    """["a=1", "b=2"] → {"a": "1", "b": "2"}."""
-    pairs = {}
-    for text in texts or ():
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"{option} {text!r}: NAME=VALUE expected")
-        pairs[name] = value
-    return pairs
-
-
-def parse_environment(texts: Sequence[str] | None) -> dict[str, str]:
-    """As `parse_pairs`; a NAME without a value takes it from this process."""
-    for text in texts or ():
-        if "=" not in text and text not in os.environ:
-            raise ConfigError(f"--env {text}: it is not set here; give {text}=VALUE")
-    return parse_pairs("--env", [t if "=" in t else f"{t}={os.environ[t]}" for t in texts or ()])
-
-
-def parse_resources(text: str | None) -> Resources | None:
-    """ "cpus=2,gpus=1,memory=4g" as Resources."""
-    from paceline.launchers.job import Resources
-
-    if text is None:
-        return None
-    known: Mapping[str, str] = {"cpus": "cpus", "gpus": "gpus", "memory": "memory_bytes"}
-    values: dict[str, float] = {}
-    for name, value in parse_pairs("--resources", text.split(",")).items():
-        if name not in known:
-            raise ConfigError("--resources: " + registry.unknown("resource", name, known))
-        unit = r"\s*([kmgt]?)(?:i?b)?" if name == "memory" else "()"
-        match = re.fullmatch(rf"(\d+(?:\.\d*)?|\.\d+){unit}", value.strip().lower())
-        if match is None:
-            what = "a size such as 512m or 4g" if name == "memory" else "a number"
-            raise ConfigError(f"--resources {name}={value}: {what} expected")
-        values[known[name]] = float(match[1]) * _UNITS[match[2]]
-    memory = values.pop("memory_bytes", None)
-    return Resources(**values, memory_bytes=None if memory is None else int(memory))
-
-
-def local_rank_option(script: Path, arguments: list[str]) -> str | None:
-    """The option by which an older script wants its local rank: the one that its own parser declares."""
-    try:
-        tree = ast.parse(script.read_text())
-    except (SyntaxError, UnicodeDecodeError, ValueError):
-        return None  # the worker will say what is wrong with it
-    declared = {
-        argument.value
-        for call in ast.walk(tree)
-        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_argument"
-        for argument in call.args
-        if isinstance(argument, ast.Constant)
-    }
-    wanted = [o for o in ("--local_rank", "--local-rank") if o in declared]
-    given = any(a.startswith(("--local_rank", "--local-rank")) for a in arguments)
-    return wanted[0] if wanted and not given else None
-
-
-def stand_ins(*, horovod: bool, apex: bool) -> dict[str, str]:
-    """Put packages that answer to other projects' names first on the workers' Python path."""
-    compat = Path(__file__).resolve().parents[2] / "compat"
-    wanted = [str(compat / n / "stand_in") for n, yes in (("horovod", horovod), ("apex", apex)) if yes]
-    if not wanted:
-        return {}
-    given = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": os.pathsep.join([*wanted, *([given] if given else [])])}
+# Scripts of other projects
+AsHorovod = Annotated[
+    bool,
+    typer.Option(
+        "--as-horovod",
+        help="`import horovod.torch` in SCRIPT gives paceline.compat.horovod.",
+        rich_help_panel=COMPATIBILITY,
+    ),
+]
+AsApex = Annotated[
+    bool,
+    typer.Option(
+        "--as-apex",
+        help="`import apex` in SCRIPT gives paceline.compat.apex.",
+        rich_help_panel=COMPATIBILITY,
+    ),
+]
+HorovodHosts = Annotated[
+    str | None,
+    typer.Option(
+        "-H",
+        "--hosts",
+        metavar="HOST:SLOTS",
+        help="As horovodrun takes it, but only for this host. For several hosts use --nodes.",
+        rich_help_panel=COMPATIBILITY,
+    ),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        help="As horovodrun takes it; has no effect, because all output is shown.",
+        rich_help_panel=COMPATIBILITY,
+    ),
+]

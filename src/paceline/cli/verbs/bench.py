@@ -8,8 +8,11 @@ from paceline import registry
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb and, below it, one command per benchmark."""
-    group = typer.Typer(help="Measure: every benchmark prints a table and writes JSON.", no_args_is_help=True)
+    """Add `paceline bench`, with one command per benchmark."""
+    group = typer.Typer(
+        help="Benchmarks of this machine. Each prints a table and can write JSON and HTML.",
+        no_args_is_help=True,
+    )
     for benchmark in registry.discover("paceline.cli.benchmarks").values():
         benchmark.register(group)
     app.add_typer(group, name="bench")

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from paceline.doctor.finding import Finding
 
 _EPILOG = (
-    "Between hosts, run it as a job: `paceline run --nodes 2 --rendezvous HOST:PORT -m paceline.cli.main"
-    " doctor` on each, or under mpirun, srun or torchrun. Exit code 1: there is a problem; else 0."
+    "To measure between hosts, run it as a job: `paceline run --nodes 2 --rendezvous HOST:PORT -m"
+    " paceline.cli.main doctor` on each host, or under mpirun, srun or torchrun. The exit code is 1 if there"
+    " is a problem, else 0."
 )
 _MARKS = {
     "ok": ("ok", "green"),
@@ -26,20 +27,30 @@ _MARKS = {
 
 def doctor(
     workers: Annotated[
-        int, typer.Option("-n", "--workers", help="Also measure between so many ranks on this host.")
+        int,
+        typer.Option(
+            "-n", "--workers", metavar="N", help="Also measure between N ranks on this host; from 2 up."
+        ),
     ] = 1,
     hosts: Annotated[
         str | None,
-        typer.Option(metavar="A,B:PORT,…", help="Hosts to look at from here: name, route, port."),
+        typer.Option(
+            metavar="A,B:PORT,…",
+            help="Check other hosts from here: name, route and port; for example a,b:29400.",
+        ),
     ] = None,
-    port: Annotated[int, typer.Option(help="The port to try on --hosts that name none.")] = 29400,
+    port: Annotated[
+        int, typer.Option(metavar="PORT", help="Port to check on --hosts that are given without one.")
+    ] = 29400,
     timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="How long to wait for the other ranks.")
+        float, typer.Option(metavar="SECONDS", help="Time to wait for the other ranks of the job.")
     ] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Check and explain interfaces, routes, names, ports, memory, limits, clocks, cores and versions; measure
-    latency and bandwidth between hosts; end with what to fix.
+    """Check whether this host, and the network between hosts, are fit for training.
+
+    Checks versions, the C++ core, shared memory, file limits, names, interfaces and cores; as a job also
+    routes, ports, clocks, latency and bandwidth between hosts. Ends with what to fix.
     """
     from paceline.comm.rendezvous.environment import who_am_i
     from paceline.doctor import finding, host, network, ranks
@@ -64,7 +75,7 @@ def doctor(
         here = socket.gethostname()
         found = [f.at(here) for f in [network.interfaces(), *host.examine()]]
     for name in (hosts or "").split(","):
-        found += _look_at(name.strip(), port) if name.strip() else []
+        found += _check_host(name.strip(), port) if name.strip() else []
     if as_json:
         typer.echo(json.dumps(_as_json(found), indent=2))
     else:
@@ -72,18 +83,20 @@ def doctor(
     raise typer.Exit(finding.exit_code(found))
 
 
-def _look_at(name: str, port: int) -> list[Finding]:
-    """What can be seen of another host from here."""
+def _check_host(name: str, port: int) -> list[Finding]:
+    """Findings about another host, as seen from here."""
     from paceline.doctor import network
     from paceline.launchers.endpoint import parse_endpoint
 
     if ":" in name:
         name, port = parse_endpoint(name)
-    address, said = network.resolve(name)
+    address, resolved = network.resolve(name)
     if address is None:
-        return [said.at(name)]
-    way = network.route(address)
-    found = [said, way] if way.status == "problem" else [said, way, network.port(address, port)]
+        return [resolved.at(name)]
+    route = network.route(address)
+    found = [resolved, route]
+    if route.status != "problem":
+        found.append(network.port(address, port))
     return [f.at(name) for f in found]
 
 
@@ -103,7 +116,7 @@ def _as_json(found: list[Finding]) -> dict[str, Any]:
 
 
 def _fixes(found: list[Finding]) -> list[str]:
-    """Problems first; each fix once."""
+    """What to do: for problems first, each fix once."""
     ordered = [f for status in ("problem", "warning") for f in found if f.status == status and f.fix]
     return list(dict.fromkeys(f"{f.where}: {f.fix}" if f.where else f.fix for f in ordered))
 
@@ -127,5 +140,5 @@ def _print(found: list[Finding]) -> None:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb."""
+    """Add `paceline doctor` to the command line."""
     app.command("doctor", epilog=_EPILOG)(doctor)

@@ -14,23 +14,38 @@ from paceline.cli.arguments.job import ENGINE, TRAIN
 
 def manifest(
     script: Annotated[
-        str, typer.Argument(help="A file in the image, or a module's name with -m.", metavar="SCRIPT")
+        str, typer.Argument(help="A file in the image, or the name of a module with -m.", metavar="SCRIPT")
     ],
     arguments: args.Arguments = None,
     image: Annotated[
-        str, typer.Option(help="The container image, with paceline and the script.", rich_help_panel=ENGINE)
+        str,
+        typer.Option(
+            metavar="IMAGE",
+            help="Container image with paceline and the script. Required.",
+            rich_help_panel=ENGINE,
+        ),
     ] = "",
     kind: Annotated[
         str,
         typer.Option(
             metavar="trainjob|pytorchjob",
-            help="Kubeflow Trainer's object, or that of the older training operator.",
+            help="Kubeflow Trainer's TrainJob, or the older training operator's PyTorchJob.",
             rich_help_panel=ENGINE,
         ),
     ] = "trainjob",
-    namespace: Annotated[str | None, typer.Option(rich_help_panel=ENGINE)] = None,
+    namespace: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Kubernetes namespace of the job. Default: kubectl's current one.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = None,
     runtime: Annotated[
-        str, typer.Option(help="The ClusterTrainingRuntime of a TrainJob.", rich_help_panel=ENGINE)
+        str,
+        typer.Option(
+            metavar="NAME", help="ClusterTrainingRuntime that a TrainJob uses.", rich_help_panel=ENGINE
+        ),
     ] = "torch-distributed",
     workers: args.Workers = 1,
     module: args.Module = False,
@@ -42,19 +57,14 @@ def manifest(
     min_workers: args.MinWorkers = None,
     max_workers: args.MaxWorkers = None,
     name: args.Name = "paceline",
-    strategy: Annotated[
-        str | None,
-        typer.Option(metavar="SPEC", help="How to train; see `paceline strategies`.", rich_help_panel=TRAIN),
-    ] = None,
-    fabric: Annotated[
-        str | None,
-        typer.Option(metavar="native|torch", help="What carries tensors.", rich_help_panel=TRAIN),
-    ] = None,
+    strategy: args.Strategy = None,
+    fabric: args.Fabric = None,
     checkpoint: Annotated[
         str | None,
         typer.Option(
             metavar="PATH",
-            help="Resume from here, save here on SIGTERM: on a volume that all pods see.",
+            help="Resume from this checkpoint if it exists, and save to it on SIGTERM: a path on a volume"
+            " that all pods see.",
             rich_help_panel=TRAIN,
         ),
     ] = None,
@@ -62,8 +72,9 @@ def manifest(
 ) -> None:
     """Print a Kubeflow training job that runs SCRIPT: `paceline manifest … | kubectl apply -f -`.
 
-    Nothing is started and no cluster is asked. --nodes pods with -n workers each.
+    The job has --nodes pods with -n workers each. Nothing is started, and no cluster is contacted.
     """
+    from paceline.cli.arguments import values
     from paceline.errors import ConfigError
     from paceline.launchers.job import JobSpec
     from paceline.launchers.manifest import manifest as make
@@ -71,8 +82,8 @@ def manifest(
     from paceline.options import JobOptions
 
     if not image:
-        raise ConfigError("manifest: --image NAME is needed: a container image with paceline and the script")
-    args.check_training(strategy, fabric)
+        raise ConfigError("manifest: --image IMAGE is needed: a container image with paceline and the script")
+    values.check_training(strategy, fabric)
     job = JobSpec(
         command=(sys.executable, *(("-m",) if module else ()), script, *(arguments or [])),
         num_workers=workers,
@@ -81,8 +92,8 @@ def manifest(
         threads=threads,
         max_restarts=max_restarts,
         name=name,
-        resources=args.parse_resources(resources),
-        environment=args.parse_environment(env),
+        resources=values.parse_resources(resources),
+        environment=values.parse_environment(env),
         min_workers=min_workers,
         max_workers=max_workers,
     )
@@ -91,5 +102,5 @@ def manifest(
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb."""
+    """Add `paceline manifest` to the command line."""
     app.command("manifest", context_settings={"allow_interspersed_args": False})(manifest)

@@ -1,4 +1,4 @@
-"""`paceline strategies`: what exists, with defaults and advice; also staleness policies."""
+"""`paceline strategies`: strategies and staleness policies, with their defaults and when to choose each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 def strategies(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List the training strategies: name, arguments with their defaults, and when to choose each."""
+    """List the training strategies and staleness policies: arguments, defaults, and when to choose each."""
     from paceline import registry
     from paceline.strategies.base import staleness_policy
     from paceline.strategies.base.strategy import PACKAGE, class_of
@@ -26,7 +26,7 @@ def strategies(
         return
     _show("strategy", methods, 'Write arguments in brackets, e.g. --strategy "local_sgd(period=16)".\n')
     example = '"parameter_server(staleness=softsync(c=4)+inverse)"'
-    _show("staleness policy", policies, f"For the parameter server; + joins them: {example}.")
+    _show("staleness policy", policies, f"For the parameter server; + combines several: {example}.")
 
 
 def _rows(kinds: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -51,12 +51,12 @@ def _show(title: str, kinds: Mapping[str, Any], example: str) -> None:
 
 
 def _defaults(kind: type) -> dict[str, Any]:
-    """Argument → default, as JSON can say it."""
+    """Defaults by argument, as JSON values; others as text."""
     parameters = inspect.signature(kind).parameters.values()
     found = {p.name: None if p.default is p.empty else p.default for p in parameters}
     return {k: v if isinstance(v, int | float | str | None) else str(v) for k, v in found.items()}
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb."""
+    """Add `paceline strategies` to the command line."""
     app.command("strategies")(strategies)

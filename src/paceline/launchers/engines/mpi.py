@@ -149,7 +149,7 @@ def _command(job: JobSpec, program: str, implementation: str, variables: Mapping
 
 
 def _variables(job: JobSpec) -> dict[str, str]:
-    """Environment variables for the workers. Their values stay out of command lines, which others can read."""
+    """Environment variables for the workers. Values stay out of command lines, which others can read."""
     secret = new_secret()
     if job.secret_file is not None:
         secret = hashlib.sha256(read_secret(job.secret_file).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Workers under Slurm: a batch script whose `srun` starts them; ranks come from srun's environment.
 
-Inside an allocation (salloc, or a batch script of your own) `srun` is called directly. Otherwise the script is
-given to `sbatch`, its output is followed, and the job is cancelled when this launcher is told to stop.
+Inside an allocation (salloc, or a batch script of your own) `srun` is called directly. Otherwise the script
+is given to `sbatch`, its output is followed, and the job is cancelled when this launcher is told to stop.
 """
 
 from __future__ import annotations

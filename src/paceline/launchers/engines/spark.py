@@ -55,7 +55,7 @@ class SparkRunner(Runner):
         return dumps
 
     def check(self, job: JobSpec) -> None:
-        """Refuse hosts, gpus and memory, which Spark assigns to executors, and options that are not Spark's."""
+        """Refuse hosts, gpus and memory, which are the executors', and options that are not Spark's."""
         super().check(job)
         check_secret(job, self.name)
         if job.nodes > 1:

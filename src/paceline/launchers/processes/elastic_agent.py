@@ -1,7 +1,7 @@
 """torch's elastic agent, with worker processes of our own.
 
-Rendezvous, ranks, restarts and the final barrier are `SimpleElasticAgent`'s. This differs from torchrun in how
-workers are started and ended, and in how their output and failures are shown.
+Rendezvous, ranks, restarts and the final barrier are `SimpleElasticAgent`'s. This differs from torchrun in
+how workers are started and ended, and in how their output and failures are shown.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from types import FrameType
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-# What the innermost `noted` block has received. Only a main thread receives signals, so one list is enough.
-_received: list[signal.Signals] = []
+# What each `noted` block has received, the innermost last. Only the main thread adds to it.
+_blocks: list[list[signal.Signals]] = []
 
 
 class Stopped(BaseException):
@@ -45,28 +45,27 @@ def noted() -> Iterator[list[signal.Signals]]:
     For launchers that call into an engine's C code, which an exception at an arbitrary point would break.
     No effect outside the main thread.
     """
-    global _received
     received: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    outer, _received = _received, received
+    _blocks.append(received)
     try:
         with _handled_by(lambda number, _frame: received.append(signal.Signals(number))):
             yield received
     finally:
-        _received = outer
+        _blocks.pop()
 
 
 def check() -> None:
     """Raise `Stopped` if a signal has been noted."""
-    if _received:
-        raise Stopped(_received[0])
+    if _blocks and _blocks[-1]:
+        raise Stopped(_blocks[-1][0])
 
 
 def is_urgent() -> bool:
     """Whether a second signal followed the first: the user does not want to wait."""
-    return len(_received) > 1
+    return bool(_blocks) and len(_blocks[-1]) > 1
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The Ray cluster of a job: the caller's connection, a running cluster, or one that is started for the job."""
+"""The Ray cluster of a job: the caller's connection, a running cluster, or one started for the job."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PROBE_S = 10.0
 
 @contextlib.contextmanager
 def connected(job: JobSpec, console: Console) -> Iterator[None]:
-    """Inside, `ray` is connected: as the caller did, to a running cluster, or to a new one that ends with us."""
+    """Inside, `ray` is connected: by the caller, to a running cluster, or to a new one for this job."""
     import ray
 
     if ray.is_initialized():

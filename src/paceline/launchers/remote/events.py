@@ -35,7 +35,7 @@ class ExitEvent:
     """The worker ended."""
 
     reason: ExitReason
-    """`began_s` is the age, as a negative number: seconds relative to now, which also holds on other hosts."""
+    """Its `began_s` is relative to now, so never above 0: clocks of two hosts cannot be compared."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The supervisor of a worker, where the engine placed it: starts the worker, forwards its output, and ends it.
+"""The supervisor of a worker, where the engine placed it: starts it, forwards its output, and ends it.
 
 A supervisor lives in a process of the engine (a Ray actor, a Spark task). The worker is a process of its own,
 started as on this host: the same command, environment, output and exit code. It dies with the supervisor, no

@@ -49,7 +49,7 @@ class Wire:
             self._sock.sendall(blob)
 
     def receive(self) -> tuple[dict[str, Any], bytes]:
-        """Wait for the next frame. Raises OSError when the other end is gone, ProtocolError for absurd sizes."""
+        """The next frame. Raises OSError if the other end is gone, ProtocolError for absurd sizes."""
         header_bytes, blob_bytes = _HEAD.unpack(self._read(_HEAD.size))
         if header_bytes > _MAX_HEADER_BYTES or blob_bytes > _MAX_BLOB_BYTES:
             raise ProtocolError(f"a frame announces {header_bytes} and {blob_bytes} bytes")
