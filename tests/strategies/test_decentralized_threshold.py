@@ -125,7 +125,7 @@ def test_relay_is_the_default_beyond_16_workers() -> None:
     assert torch.allclose(moved, sum(r["made"] for r in results) / 32, atol=2e-5)
     for r in results:
         assert torch.equal(r["final"], results[0]["final"])
-        assert r["stats"]["received"] >= 31  # everybody's messages came, each once
+        assert r["stats"]["received"] >= 31  # the messages of all workers arrived, each once
 
 
 def test_one_worker_is_plain_sgd() -> None:

@@ -3,7 +3,7 @@
     v = x + r;  send encode(v);  r ← v − decode(encode(v))
 
 The residual is `state["residual"]` and belongs in the checkpoint. All kernels update it in the same pass
-that encodes. Sources: Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019.
+that encodes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class ErrorFeedback(Codec):
 
     Example:
         `all_reduce(codec=error_feedback(codec=onebit))`
+
+    Source: Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019.
     """
 
     def __init__(self, *, codec: str | Spec | Codec) -> None:

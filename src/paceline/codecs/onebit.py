@@ -1,7 +1,7 @@
 """One sign bit per element and one scale, the mean magnitude, per block: 1/30 of the bytes.
 
 Biased: wrap it in error_feedback. The scale travels as bfloat16: its rounding costs no accuracy under error
-feedback and keeps residuals of integers exact. Source: Seide et al., Interspeech 2014.
+feedback and keeps residuals of integers exact.
 
 Body: blocks × bfloat16 scale, then one bit per element, least bit first, 1 for negative.
 """
@@ -33,6 +33,8 @@ class Onebit(KernelCodec):
 
     Example:
         `local_sgd(codec=error_feedback(codec=onebit))`
+
+    Source: Seide et al., Interspeech 2014.
     """
 
     def __init__(self, *, block: int = 512) -> None:

@@ -3,8 +3,9 @@
     M ← M + E;  P ← Σ M Q;  P ← orthonormal(P);  Q ← Σ Mᵀ P;  M̂ ← P Qᵀ ≈ Σ M;  E ← M − M̂ / number of ranks
 
 Q starts from the previous step. Tensors of one dimension, and matrices that two factors would not shrink,
-travel uncompressed in the first of the two all-reduces. Source: Vogels, Karimireddy & Jaggi, NeurIPS 2019.
-Bytes: 4r(a + b) per matrix and all-reduce.   [tested]
+travel uncompressed in the first of the two all-reduces.
+
+Bytes: 4r(a + b) per matrix, in both all-reduces together.   [tested]
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class PowerSgd(Reducer):
 
     Example:
         `all_reduce(codec=powersgd(rank=2))`
+
+    Source: Vogels, Karimireddy & Jaggi, NeurIPS 2019.
     """
 
     def __init__(self, *, rank: int = 2, warmup_steps: int = 0, seed: int = 0) -> None:

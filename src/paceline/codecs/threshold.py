@@ -3,7 +3,6 @@
     r ← r + x;  where |r_i| ≥ τ send (i, sign) and r_i ← r_i − sign·τ
 
 Σ sent + r = Σ x always holds. Elements that are not finite are neither sent nor kept, and are counted.
-Source: Strom, Interspeech 2015.
 
 Body: increasing u32 words, index | sign << 31; or, when more than numel / 16 elements are hit, two 16-bit
 masks (+τ, −τ) per 16 elements; or, with `entropy`, the Golomb–Rice code of the words where that is shorter.
@@ -47,6 +46,8 @@ class Threshold(KernelCodec):
 
     Example:
         `all_reduce(codec=threshold(density=0.001, entropy=true))`
+
+    Source: Strom, Interspeech 2015.
     """
 
     is_sparse = True

@@ -1,6 +1,6 @@
 """The k largest magnitudes with their exact values; ties go to the lowest index.
 
-Biased: wrap it in error_feedback. Source: Aji & Heafield, EMNLP 2017; Stich et al., NeurIPS 2018.
+Biased: wrap it in error_feedback.
 
 Body: k × f32 value, then k increasing u32 indexes, or with `entropy` the Golomb–Rice code of their gaps.
 """
@@ -37,6 +37,8 @@ class Topk(KernelCodec):
 
     Example:
         `all_reduce(codec=error_feedback(codec=topk(density=0.01)))`
+
+    Source: Aji & Heafield, EMNLP 2017; Stich et al., NeurIPS 2018.
     """
 
     is_sparse = True

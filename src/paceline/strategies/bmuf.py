@@ -1,7 +1,7 @@
 """BMUF: blockwise model-update filtering, parameter averaging with block momentum.
 
-Source: Chen & Huo, ICASSP 2016. With G = mean(W_i) − W_start: Δ ← ηΔ + ςG, W_g ← W_g + Δ. Workers start the
-next block from W_g (classical block momentum, CBM) or from W_g + ηΔ (Nesterov, NBM). The final model is W_g.
+With G = mean(W_i) − W_start: Δ ← ηΔ + ςG, W_g ← W_g + Δ. Workers start the next block from W_g (classical
+block momentum, CBM) or from W_g + ηΔ (Nesterov, NBM). The final model is W_g.
 
 Cost: the model once per `period` minibatches.   [tested]
 """
@@ -32,6 +32,8 @@ class BMUF(OuterStrategy):
 
     Example:
         `bmuf(period=16, momentum=0.9)`
+
+    Source: Chen & Huo, ICASSP 2016.
     """
 
     advice = (

@@ -2,9 +2,9 @@
 
     r ← r + Δ;  where |r_i| ≥ τ send (i, sign) to all peers, r_i ← r_i − sign·τ;  W ← W + own and peers' ±τ
 
-Source: Strom, Interspeech 2015. Δ is what the local optimizer changed in a minibatch, times `rate`. Weights
-move by ±τ alone, so all replicas agree up to what is on its way; Σ sent + Σ r = Σ Δ. `synchronize()` waits
-for all messages and adds all residuals: the replicas end equal, nothing is lost.
+Δ is what the local optimizer changed in a minibatch, times `rate`. Weights move by ±τ alone, so all replicas
+agree except for messages that are on their way; Σ sent + Σ r = Σ Δ. `synchronize()` waits for all messages
+and adds all residuals: the replicas end equal, and nothing is lost.
 
 Cost: N − 1 payloads per minibatch, of 4 bytes per hit or less.   [tested]
 """
@@ -52,6 +52,8 @@ class DecentralizedThreshold(TrainingStrategy):
 
     Example:
         `decentralized_threshold(density=0.01, entropy=true)`
+
+    Source: Strom, Interspeech 2015.
     """
 
     advice = "Two to three orders of magnitude fewer bytes, no server, no waiting: for slow links."

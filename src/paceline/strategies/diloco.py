@@ -1,7 +1,7 @@
 """DiLoCo: many local (AdamW) steps, then one outer SGD step with Nesterov's momentum.
 
-Source: Douillard et al., 2023. Outer learning rate 0.7, momentum 0.9; inner optimizer state stays local.
-The outer step is BMUF's with Nesterov; the final model is the start of the next block.
+The outer step is BMUF's with Nesterov; the final model is the start of the next block. The state of the inner
+optimizer stays local.
 
 Cost: the model once per `period` minibatches.   [tested]
 """
@@ -29,6 +29,8 @@ class DiLoCo(OuterStrategy):
 
     Example:
         `diloco(period=100, codec=error_feedback(codec=int4))`
+
+    Source: Douillard et al., DiLoCo, 2023: outer learning rate 0.7, momentum 0.9.
     """
 
     advice = (

@@ -1,12 +1,13 @@
 """Gossip: random pairs of workers average their models; there is no server and no global barrier.
 
-Source: Lian et al. (AD-PSGD), ICML 2018; NoLoCo, 2025. Every `period` minibatches
-synchronous: all ranks draw the same random pairing and each pair averages (mixing is doubly stochastic);
-asynchronous: a worker averages with a random peer whenever it is ready: (x, y) → both (x + y)/2.
-The sum over workers is kept by every exchange. `stats()` has the consensus distance √mean‖W_i − mean‖².
+Every `period` minibatches
+    synchronous: all ranks draw the same random pairing and each pair averages (mixing is doubly stochastic)
+    asynchronous: a worker averages with a random peer whenever it is ready: (x, y) → both (x + y)/2
 
-Cost per minibatch: the model 4 times to this rank itself (free), and twice per period to and from a peer.
-[tested]
+Every exchange keeps the sum over workers. `stats()` has the consensus distance √mean‖W_i − mean‖².
+
+Cost: 2 + 4/period times the model per minibatch, answers included; 2/period of them go to and from a peer,
+the others stay on this rank.   [tested]
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class Gossip(PeriodicStrategy):
 
     Example:
         `gossip(period=4, mode=asynchronous)`
+
+    Source: Lian et al. (AD-PSGD), ICML 2018; NoLoCo, 2025.
     """
 
     advice = "No hot spot, no global barrier: for many workers on uneven links; converges to consensus."

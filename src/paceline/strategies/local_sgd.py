@@ -1,6 +1,5 @@
 """Local SGD (parameter averaging): workers train alone and are averaged every few minibatches.
 
-Source: Zinkevich et al., NIPS 2010; Stich, ICLR 2019.
 Every `period` minibatches W ← Σ n_i W_i / Σ n_i, where n_i are the minibatches worker i did in this round
 (all equal except in a last, short round). With period 1, plain SGD and equal batches it is synchronous SGD.
 
@@ -37,6 +36,8 @@ class LocalSGD(AveragingStrategy):
 
     Example:
         `local_sgd(period=8, codec=int8)`
+
+    Source: Zinkevich et al., NIPS 2010; Stich, ICLR 2019.
     """
 
     advice = "Sends the model once per period: for slow networks. 8 to 16 is usual; far more costs accuracy."
@@ -46,11 +47,11 @@ class LocalSGD(AveragingStrategy):
     ) -> None:
         super().__init__(period=period, codec=codec)
         self.average_optimizer = average_optimizer
-        self._start: list[torch.Tensor] = []
-        """With a codec: the parameters after the last average; progress since then is what travels."""
 
     def attach(self, replica: Replica, comm: Communicator) -> None:
         super().attach(replica, comm)
+        self._start: list[torch.Tensor] = []
+        """With a codec: the parameters after the last average; progress since then is what travels."""
         if self._sums is not None:
             self._start = [flat.clone() for flat in replica.parameters]
             self._sums.attach(replica.parameters, replica.trained)

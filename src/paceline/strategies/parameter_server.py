@@ -1,6 +1,5 @@
 """Asynchronous SGD with a parameter server in shards, hosted by the workers themselves.
 
-Source: Dean et al. (Downpour SGD), NIPS 2012; Li et al. (parameter server), OSDI 2014; see `staleness/`.
 A worker pushes its update Δ (what its optimizer changed, learning rate included) and pulls the weights, which
 the others have changed too; a shard does W ← W + rate · λ(s) · Δ, with s = clock at apply − clock at pull.
 With `sends=gradients` the shards are the optimizer: v ← momentum·v + λ(s)·g, W ← W − rate·lr·v.
@@ -57,11 +56,12 @@ class ParameterServer(PeriodicStrategy):
         replay: Path of a recording whose order is enforced; default "" enforces none.
 
     Raises:
-        ConfigError: An argument outside of its range, an unknown policy or codec, more shards than
-            parameters, a recording of other workers or shards.
+        ConfigError: An argument outside of its range, or a recording of other workers or shards.
 
     Example:
         `parameter_server(shards=4, staleness=softsync(c=4)+inverse)`
+
+    Source: Dean et al. (Downpour SGD), NIPS 2012; Li et al. (parameter server), OSDI 2014.
     """
 
     advice = "No worker waits for stragglers: for uneven or busy machines. Shards spread load over all ports."

@@ -1,7 +1,7 @@
 """SlowMo: slow momentum over blocks of local SGD.
 
-Source: Wang et al., ICLR 2020. u ← βu + (x_start − mean(x_i))/γ, x ← x_start − αγu; with a constant inner
-learning rate γ it drops out, and this is outer SGD with rate α and momentum β.
+u ← βu + (x_start − mean(x_i))/γ, x ← x_start − αγu. A constant inner learning rate γ cancels; this is then
+outer SGD with rate α and momentum β.
 
 Cost: the model once per `period` minibatches.   [tested]
 """
@@ -27,6 +27,8 @@ class SlowMo(OuterStrategy):
 
     Example:
         `slowmo(period=12, momentum=0.6)`
+
+    Source: Wang et al., ICLR 2020.
     """
 
     advice = "local_sgd with slow momentum: better accuracy at the same period; 0.5 to 0.7 is usual."

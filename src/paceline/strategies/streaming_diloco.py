@@ -1,9 +1,8 @@
 """Streaming DiLoCo: the model in fragments that are synchronised in turn, overlapped with training.
 
-Source: Douillard et al., 2025. Fragment f's mean is requested every `period` minibatches, f·period/fragments
-later than fragment 0's, and applied `delay` minibatches after the request:
-W_local ← mix·W_local + (1 − mix)·W_global, so mix = 0 takes the global fragment and mix = 1 ignores it.
-What travels is the difference to the last global value.
+Fragment f's mean is requested every `period` minibatches, f·period/fragments later than fragment 0's, and
+applied `delay` minibatches after the request: W_local ← mix·W_local + (1 − mix)·W_global. What travels is the
+difference to the last global value.
 
 Cost: the model (or half of it in bfloat16) once per `period` minibatches, in `fragments` parts.   [tested]
 """
@@ -54,16 +53,16 @@ class StreamingDiLoCo(TrainingStrategy):
             takes the global value. Try 0.5 with a long delay: it keeps what was trained meanwhile.
         rate: Outer learning rate, above 0; default 0.7.
         momentum: Outer Nesterov momentum, from 0 to below 1; default 0.9.
-        payload: `full` (default: the parameters' own dtype), `bfloat16` or `float16`: half the bytes of
-            float32.
-        codec: Encodes the progress, e.g. `error_feedback(codec=int4)`; default none. Not together with
-            `payload`.
+        payload: `full` (default: the parameters' dtype), or `bfloat16` or `float16` for half the bytes.
+        codec: Encodes the progress, e.g. `error_feedback(codec=int4)`; default none. Excludes `payload`.
 
     Raises:
         ConfigError: An argument outside of its range, both `codec` and `payload`, or too many fragments.
 
     Example:
         `streaming_diloco(period=100, fragments=8, delay=5, payload=bfloat16)`
+
+    Source: Douillard et al., Streaming DiLoCo, 2025.
     """
 
     advice = "DiLoCo with its traffic spread evenly behind compute; for links that DiLoCo saturates."

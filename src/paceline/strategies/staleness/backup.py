@@ -1,7 +1,4 @@
-"""K-sync: a step ends when k of the N updates have arrived; the late ones are dropped and counted.
-
-Source: Chen et al., Revisiting Distributed Synchronous SGD, 2016; Dutta et al., AISTATS 2018.
-"""
+"""K-sync: a step ends when k of the N updates have arrived; the late ones are dropped and counted."""
 
 from __future__ import annotations
 
@@ -21,6 +18,8 @@ class Backup(StalenessPolicy):
 
     Example:
         `parameter_server(staleness=backup(k=6))`
+
+    Source: Chen et al., Revisiting Distributed Synchronous SGD, 2016; Dutta et al., AISTATS 2018.
     """
 
     advice = "Synchronous quality without waiting for the slowest: k a little below the number of workers."

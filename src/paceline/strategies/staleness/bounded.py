@@ -1,6 +1,5 @@
 """Stale synchronous parallel: no worker reads more than s clocks ahead of the slowest live worker.
 
-Source: Ho et al., More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server, NIPS 2013.
 A worker at clock t may read only if every live worker's clock is ≥ t − s. Finished, resting and dead workers
 do not count. s = 0 is bulk synchronous.
 """
@@ -23,6 +22,9 @@ class Bounded(StalenessPolicy):
 
     Example:
         `parameter_server(staleness=bounded(s=3)+inverse)`
+
+    Source: Ho et al., More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server, NIPS
+    2013.
     """
 
     advice = "Bounds how far fast workers run ahead; for clusters with occasional stragglers."

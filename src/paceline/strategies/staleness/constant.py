@@ -1,6 +1,5 @@
 """Every update has the same weight, however late it is: naive asynchronous SGD.
 
-Source: Dean et al., Large Scale Distributed Deep Networks (Downpour SGD), NIPS 2012.
 W ← W + λ0·Δ
 """
 
@@ -14,6 +13,8 @@ class Constant(StalenessPolicy):
 
     Example:
         `parameter_server(staleness=constant)`
+
+    Source: Dean et al., Large Scale Distributed Deep Networks (Downpour SGD), NIPS 2012.
     """
 
     advice = "The naive baseline; fine for a few workers, loses accuracy or diverges for many."

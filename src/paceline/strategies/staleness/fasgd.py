@@ -1,9 +1,10 @@
 """FASGD: steps are divided by a moving estimate of the updates' standard deviation, and by staleness.
 
-Source: Odena, Faster Asynchronous SGD, 2016. The paper's equation (which averages 1/std), its prose and its
-code disagree; this is the prose: n ← γn + (1−γ)g², b ← γb + (1−γ)g, v ← βv + (1−β)·√(n − b² + ε), and the
-step is divided by v. `average_inverse` averages 1/std as the equation does. v is taken relative to its mean
-over the shard, so that the learning rate keeps its meaning.
+    n ← γn + (1−γ)g²     b ← γb + (1−γ)g     v ← βv + (1−β)·√(n − b² + ε)     step ← step / v
+
+This follows the paper's prose, which its equation (it averages 1/√…) and its code contradict;
+`average_inverse` follows the equation. v is taken relative to its mean over the shard, so that the learning
+rate keeps its meaning.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class FASGD(StalenessPolicy):
 
     Example:
         `parameter_server(staleness=fasgd(gamma=0.95))`
+
+    Source: Odena, Faster Asynchronous SGD, 2016.
     """
 
     advice = "Adaptive per coordinate; when gradients differ much in scale between layers."

@@ -1,7 +1,4 @@
-"""Late updates count less: λ(s) = λ0 / max(1, s).
-
-Source: Zhang et al., Staleness-aware Async-SGD, IJCAI 2016.
-"""
+"""Late updates count less: λ(s) = λ0 / max(1, s)."""
 
 from __future__ import annotations
 
@@ -17,6 +14,8 @@ class Inverse(StalenessPolicy):
 
     Example:
         `parameter_server(staleness=inverse)`
+
+    Source: Zhang et al., Staleness-aware Async-SGD, IJCAI 2016.
     """
 
     advice = "The usual choice: keeps the learning rate of synchronous SGD usable at any number of workers."

@@ -1,7 +1,4 @@
-"""Late updates count less, by a chosen power: λ(s) = (1 + s)^−a.
-
-Source: Xie et al., Asynchronous Federated Optimization (FedAsync), 2019.
-"""
+"""Late updates count less, by a chosen power: λ(s) = (1 + s)^−a."""
 
 from __future__ import annotations
 
@@ -21,6 +18,8 @@ class Polynomial(StalenessPolicy):
 
     Example:
         `parameter_server(staleness=polynomial(a=0.5))`
+
+    Source: Xie et al., Asynchronous Federated Optimization (FedAsync), 2019.
     """
 
     advice = "Between constant (a=0) and inverse (a=1)."

@@ -1,7 +1,4 @@
-"""Updates that are too late are dropped, and counted.
-
-Source: the cut-off of FedAsync (Xie et al. 2019) and of most production parameter servers.
-"""
+"""Updates that are too late are dropped, and counted."""
 
 from __future__ import annotations
 
@@ -21,6 +18,8 @@ class Reject(StalenessPolicy):
 
     Example:
         `parameter_server(staleness=inverse+reject(max=64))`
+
+    Source: the cut-off of FedAsync (Xie et al. 2019) and of most production parameter servers.
     """
 
     advice = "Guards against stragglers' very old updates; join it: inverse+reject(max=64)."

@@ -1,6 +1,5 @@
 """The server collects c updates from any workers and applies their mean.
 
-Source: Zhang et al., Staleness-aware Async-SGD, IJCAI 2016 (their n-softsync is c = ⌊N/n⌋).
 Mean staleness in server updates is (N − 1)/c when workers pull right after they push.
 """
 
@@ -22,6 +21,8 @@ class Softsync(StalenessPolicy):
 
     Example:
         `parameter_server(staleness=softsync(c=4)+inverse)`
+
+    Source: Zhang et al., Staleness-aware Async-SGD, IJCAI 2016 (their n-softsync is c = ⌊N/n⌋).
     """
 
     advice = "Less noise and less staleness than one by one; best with inverse: softsync(c=4)+inverse."
