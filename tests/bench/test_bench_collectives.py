@@ -15,7 +15,7 @@ from paceline.cli.benchmarks.collectives import parse_size
 from paceline.cli.main import app
 from paceline.errors import ConfigError, WorkerFailed
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]
 
 KEYS = {"operation", "num_bytes", "ranks", "library", "fabric", "buffers", "algorithm", "median_s"}
 

@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from paceline.cli.main import app
 from paceline.errors import ConfigError
 
+pytestmark = pytest.mark.contract
+
 STRATEGIES = "all_reduce,parameter_server(shards=2, staleness=softsync(c=2)+inverse),single"
 
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from paceline import codecs
 
+pytestmark = pytest.mark.property
+
 STEPS = 1000
 EXACT = [
     "threshold(tau=16)",

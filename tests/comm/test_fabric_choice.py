@@ -16,7 +16,7 @@ from paceline.comm import fabric as fabrics
 from paceline.comm.native import shared_memory
 from paceline.errors import ConfigError, PacelineError
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]
 
 
 def rank_main(rank: int, path: str, name: str | None, trouble: str, pipe: Any) -> None:

@@ -12,6 +12,8 @@ from paceline.comm import current
 from paceline.comm.simulated.simulate import simulate
 from paceline.train.job import Job
 
+pytestmark = pytest.mark.distributed
+
 SPECS = [
     "all_reduce",
     "all_reduce(codec=fp16)",

@@ -17,6 +17,8 @@ from paceline.strategies.base.strategy import make
 from paceline.strategies.server.protocol import Presence, ShardExchange
 from paceline.strategies.server.recording import HeldExchange, Recording
 
+pytestmark = pytest.mark.contract
+
 ASYNCHRONOUS = [
     "parameter_server",
     "parameter_server(shards=2, staleness=softsync(c=3)+inverse)",

@@ -11,7 +11,7 @@ from torch import nn
 
 import paceline
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]
 
 
 def train(strategy: str) -> tuple[list[float], dict[str, Any]]:

@@ -15,6 +15,8 @@ from paceline.errors import ConfigError
 from paceline.strategies.base import strategy as strategies
 from paceline.train.job import Job
 
+pytestmark = pytest.mark.distributed
+
 
 def train(spec: str, steps: int, lr: float = 0.02, saves: list[Any] | None = None) -> dict[str, Any]:
     job = Job(current.provided())

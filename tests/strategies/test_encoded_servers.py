@@ -13,6 +13,8 @@ from paceline.comm.simulated.simulate import simulate
 from paceline.errors import ConfigError
 from paceline.strategies.base.strategy import make
 
+pytestmark = pytest.mark.contract
+
 ENCODED = [
     "parameter_server(codec=error_feedback(codec=int8))",
     "parameter_server(codec=threshold(density=0.1), shards=2, staleness=softsync(c=2)+inverse)",

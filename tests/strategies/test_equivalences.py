@@ -10,6 +10,8 @@ from workbench import quadratic, train
 
 from paceline.strategies.outer.optimizer import OuterSGD
 
+pytestmark = pytest.mark.contract
+
 
 def final(strategy: str, *, num_workers: int = 4, steps: int = 12, **options: Any) -> torch.Tensor:
     run = train(strategy, num_workers=num_workers, steps=steps, **options)

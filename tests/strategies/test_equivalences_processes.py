@@ -14,7 +14,7 @@ import torch
 import paceline
 from paceline.strategies.base.strategy import make
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]
 
 WORKERS, STEPS = 3, 12
 STRATEGIES = [

@@ -15,7 +15,7 @@ from torch import nn
 import paceline
 from paceline.errors import WorkerFailed
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]
 
 STRATEGIES = [
     "parameter_server(shards=3, staleness=bounded(s=3))",

@@ -12,6 +12,8 @@ from paceline.comm import current
 from paceline.comm.simulated.simulate import simulate
 from paceline.train.job import Job
 
+pytestmark = pytest.mark.distributed
+
 METHODS = [
     "local_sgd(period=4{})",
     "local_sgd(period=4, average_optimizer=true{})",

@@ -11,6 +11,8 @@ from paceline.strategies.base.strategy import make
 from paceline.strategies.server.shard import Shard
 from paceline.strategies.server.tally import Tally
 
+pytestmark = pytest.mark.contract
+
 COMPUTE = ["constant", "exponential", "pareto(shape=3)"]
 
 

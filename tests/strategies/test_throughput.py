@@ -13,6 +13,8 @@ from paceline.comm import current
 from paceline.comm.simulated.network import HEADER_BYTES
 from paceline.comm.simulated.simulate import simulate
 
+pytestmark = pytest.mark.contract
+
 
 def expected_slowest(num_workers: int, shape: float, minimum_s: float) -> float:
     """E[max of P] of Pareto(shape, minimum): xΓ(P+1)Γ(1−1/a)/Γ(P+1−1/a)."""

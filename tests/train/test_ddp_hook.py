@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 import paceline
 from paceline.errors import ConfigError
 
+pytestmark = pytest.mark.distributed
+
 STEPS = 30
 SPECS = ["powersgd(rank=2)", "error_feedback(codec=onebit)", "threshold(density=0.05)", "fp16"]
 

@@ -16,6 +16,8 @@ from paceline.comm.simulated.simulate import simulate
 from paceline.errors import CommError, ConfigError
 from paceline.types import Message
 
+pytestmark = pytest.mark.contract
+
 Body = Callable[[Any], Any]
 
 

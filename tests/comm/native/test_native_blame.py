@@ -12,7 +12,7 @@ from shm_ranks import finish, start
 
 from paceline.errors import CommError
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]
 CULPRIT = 1
 
 

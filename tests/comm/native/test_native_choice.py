@@ -15,7 +15,7 @@ from paceline.comm.native.choice import Choice, ChoiceTable
 from paceline.errors import ConfigError
 from paceline.types import ReduceOp
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]
 FABRICS = pytest.mark.parametrize("network", [False, True], ids=["shm", "tcp"])
 
 

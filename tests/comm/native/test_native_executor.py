@@ -20,7 +20,7 @@ from shm_ranks import run
 from paceline import collectives
 from paceline.types import ReduceOp
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]
 FABRICS = pytest.mark.parametrize("fabric", ["shm", "tcp", "mixed"])
 
 

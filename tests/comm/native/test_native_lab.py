@@ -12,6 +12,7 @@ import pytest
 from netlab import Lab, why_not
 
 pytestmark = [
+    pytest.mark.distributed,
     pytest.mark.net,
     pytest.mark.skipif(bool(why_not()), reason=why_not() or ""),
     pytest.mark.xdist_group("processes"),

@@ -12,7 +12,7 @@ from shm_ranks import run
 from paceline.errors import ConfigError
 from paceline.types import ReduceOp
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]
 
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int16,

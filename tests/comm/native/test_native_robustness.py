@@ -16,7 +16,7 @@ from paceline.comm.native import shared_memory
 from paceline.errors import CommError, ConfigError, Mismatch, PeerLost, Timeout
 from paceline.types import ReduceOp
 
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]
 SLOW = pytest.mark.slow
 FABRICS = pytest.mark.parametrize("network", [False, True], ids=["shm", "tcp"])
 

@@ -9,7 +9,7 @@ import c10d_group_checks
 import pytest
 from c10d_ranks import checks, outcome
 
-pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes"), pytest.mark.timeout(240)]
 
 
 NAMES = {name: m.__name__ for m in (c10d_checks, c10d_group_checks) for name in checks(m)}

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from c10d_ranks import run
 
-pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes"), pytest.mark.timeout(280)]
 
 ROUNDS = 1000
 OPERATIONS = ("all_reduce", "broadcast", "all_gather", "reduce_scatter", "barrier", "ring")

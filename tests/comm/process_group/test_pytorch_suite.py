@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.distributed
+
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "pytorch_suite.py"
 SAMPLE = (
     "test_all_gather_coalesced_simple test_all_gather_complex test_all_gather_object_default_pg"

@@ -15,7 +15,7 @@ import pytest
 from c10d_ranks import run
 
 ROOT = Path(__file__).resolve().parents[3]
-pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes"), pytest.mark.timeout(400)]
 
 
 @functools.cache

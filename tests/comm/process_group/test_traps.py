@@ -18,7 +18,7 @@ from c10d_ranks import run
 
 import paceline
 
-pytestmark = [pytest.mark.xdist_group("processes"), pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes"), pytest.mark.timeout(200)]
 
 
 def small_ddp(**options: object) -> torch.nn.parallel.DistributedDataParallel:

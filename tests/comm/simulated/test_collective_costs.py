@@ -16,6 +16,8 @@ from paceline.errors import ConfigError
 from paceline.schedule import topologies
 from paceline.schedule.simulation.simulate import simulate as simulate_schedule
 
+pytestmark = pytest.mark.contract
+
 Call = Any
 CALLS: dict[str, Call] = {
     "all_reduce": lambda comm, n: comm.all_reduce(torch.zeros(n)),

@@ -12,7 +12,7 @@ import pytest
 
 SCRIPTS = Path(__file__).parent / "scripts"
 SHARED = Path(os.environ.get("PACELINE_SHARED", Path(__file__).resolve().parents[3].parent / "shared"))
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]
 
 
 def run(script: str, *arguments: str, ranks: int, options: tuple[str, ...] = (), **environment: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +11,8 @@ from paceline import collectives
 from paceline.schedule import topologies
 from paceline.schedule.program import Program
 from paceline.schedule.simulation.simulate import Conditions, simulate
+
+pytestmark = pytest.mark.property
 
 NETWORKS = (
     "ethernet(gbit=1)",
