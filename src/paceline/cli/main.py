@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 
 import typer
@@ -33,8 +34,20 @@ def _root(
     """Train one PyTorch model on many workers, by any data-parallel method."""
 
 
+def _join_lines(group: typer.Typer) -> None:
+    """Join the lines of help texts, which would otherwise break where the docstrings' lines end."""
+    for command in group.registered_commands:
+        if command.callback is not None:
+            paragraphs = (inspect.getdoc(command.callback) or "").split("\n\n")
+            command.help = "\n\n".join(" ".join(p.split()) for p in paragraphs)
+    for child in group.registered_groups:
+        if child.typer_instance is not None:
+            _join_lines(child.typer_instance)
+
+
 for _verb in registry.discover("paceline.cli.verbs").values():
     _verb.register(app)
+_join_lines(app)
 
 
 def main() -> None:

@@ -14,6 +14,9 @@ ENGINE = "Engine"
 TRAIN = "Training"
 COMPATIBILITY = "Scripts of other projects"
 
+_ENGINES = ", ".join(registry.names("paceline.launchers.engines"))
+_LOG_FORMATS = ", ".join(registry.names("paceline.train.logs.formats"))
+
 FABRIC_HELP = "What carries the workers' tensors. Default: native; torch for models on a GPU."
 THREADS_HELP = "Threads per worker. Default: this host's cores / workers, at least 1."
 
@@ -41,7 +44,7 @@ Engine = Annotated[
     typer.Option(
         "--on",
         metavar="ENGINE",
-        help=f"Where the workers run: {', '.join(registry.names('paceline.launchers.engines'))}.",
+        help=f"Where the workers run: {_ENGINES}.",
         rich_help_panel=LAUNCH,
     ),
 ]
@@ -101,8 +104,8 @@ ResourcesText = Annotated[
     str | None,
     typer.Option(
         "--resources",
-        metavar="cpus=N,gpus=N,memory=SIZE",
-        help="What each worker needs, for example cpus=2,gpus=1,memory=4g.",
+        metavar="NEEDS",
+        help="What each worker needs: cpus=, gpus= and memory=, for example cpus=2,gpus=1,memory=4g.",
         rich_help_panel=ENGINE,
     ),
 ]
@@ -178,7 +181,7 @@ Strategy = Annotated[
     str | None,
     typer.Option(
         metavar="SPEC",
-        help="Training method, for example 'local_sgd(period=16)'; replaces the one in the script."
+        help="Training method, for example 'local_sgd(period=16)', instead of the script's."
         " `paceline strategies` lists them.",
         rich_help_panel=TRAIN,
     ),
@@ -215,8 +218,9 @@ LogFormats = Annotated[
     str | None,
     typer.Option(
         "--log-to",
-        metavar="csv,jsonl,tensorboard",
-        help="Formats of the log, separated by commas. Default: the script's, else jsonl,csv.",
+        metavar="FORMATS",
+        help=f"Formats of the log, separated by commas: {_LOG_FORMATS}. Default: the script's, else"
+        " jsonl,csv.",
         rich_help_panel=TRAIN,
     ),
 ]
@@ -229,7 +233,7 @@ AsHorovod = Annotated[
     bool,
     typer.Option(
         "--as-horovod",
-        help="`import horovod.torch` in SCRIPT gives paceline.compat.horovod.",
+        help="`import horovod.torch` in SCRIPT imports paceline.compat.horovod instead.",
         rich_help_panel=COMPATIBILITY,
     ),
 ]
@@ -237,7 +241,7 @@ AsApex = Annotated[
     bool,
     typer.Option(
         "--as-apex",
-        help="`import apex` in SCRIPT gives paceline.compat.apex.",
+        help="`import apex` in SCRIPT imports paceline.compat.apex instead.",
         rich_help_panel=COMPATIBILITY,
     ),
 ]

@@ -1,4 +1,4 @@
-"""`paceline bench collectives`: latency and bandwidth of every collective, beside Gloo and MPI."""
+"""`paceline bench collectives`: latency and bandwidth of collectives, compared with Gloo and MPI."""
 
 from __future__ import annotations
 
@@ -12,28 +12,56 @@ _UNITS = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "K": 1 << 10, "M": 1 << 2
 
 def collectives(
     operations: Annotated[
-        str, typer.Option(help="Operations, separated by commas, or `all`.")
+        str,
+        typer.Option(
+            metavar="LIST", help="Operations, separated by commas, for example broadcast; or `all`."
+        ),
     ] = "all_reduce",
     sizes: Annotated[
-        str, typer.Option(help="Buffer sizes: 4, 32KB, 1MB … (powers of 1024), separated by commas.")
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Sizes of the buffer per rank, separated by commas: in bytes, or with KB, MB, GB (powers of"
+            " 1024). Default: 4, 1KB, 32KB, 256KB, 1MB, 4MB, 16MB, 64MB.",
+            show_default=False,
+        ),
     ] = "4,1KB,32KB,256KB,1MB,4MB,16MB,64MB",
-    ranks: Annotated[str, typer.Option(help="Numbers of ranks, separated by commas.")] = "2",
+    ranks: Annotated[str, typer.Option(metavar="LIST", help="Numbers of ranks, separated by commas.")] = "2",
     peers: Annotated[
         str,
         typer.Option(
-            help="auto (gloo, and this environment's mpi4py if there), none, or a list of gloo, mpi and "
-            "NAME=PYTHON for the mpi4py of another environment."
+            metavar="LIST",
+            help="Libraries to compare with, separated by commas: gloo, mpi (mpi4py of this environment) and"
+            " NAME=PYTHON (mpi4py of the environment with that Python). auto: gloo, and mpi if installed;"
+            " none: no library.",
         ),
     ] = "auto",
     fabrics: Annotated[
-        str, typer.Option(help="Paceline's: native (shared memory), tcp (the native fabric without it).")
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Paceline's fabrics, separated by commas: native (shared memory), tcp (native without shared"
+            " memory).",
+        ),
     ] = "native",
-    blocks: Annotated[int, typer.Option(help="Blocks of calls per library; the median counts.", min=1)] = 7,
-    block_seconds: Annotated[float, typer.Option(help="About the length of a block.")] = 0.05,
+    blocks: Annotated[
+        int, typer.Option(metavar="N", help="Blocks of calls per library; the median is reported.", min=1)
+    ] = 7,
+    block_seconds: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Approximate duration of a block.")
+    ] = 0.05,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the rows here; - prints them instead of the table.")
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write the results as JSON to FILE; `-` prints them instead of the table.",
+        ),
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write pictures with the physical limit here.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write diagrams, with the physical limit, as a web page to FILE."),
+    ] = None,
 ) -> None:
     """Time collectives of Paceline, Gloo and MPI on this machine, side by side.
 
@@ -72,7 +100,7 @@ def collectives(
 
 
 def parse_size(text: str) -> int:
-    """'4', '32KB', '1 MB' → bytes."""
+    """The number of bytes that a text such as '4', '32KB' or '1 MB' means."""
     from paceline.errors import ConfigError
 
     upper = text.upper().replace(" ", "").replace("IB", "B")
@@ -101,5 +129,5 @@ def _whole(option: str, text: str) -> int:
 
 
 def register(group: typer.Typer) -> None:
-    """Add the command."""
+    """Add `paceline bench collectives` to the command line."""
     group.command()(collectives)

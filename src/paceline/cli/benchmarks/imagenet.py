@@ -1,59 +1,96 @@
-"""`paceline bench imagenet`: every way of training, in turn, on the same pictures."""
+"""`paceline bench imagenet`: every way of training, in turn, on the same images."""
 
 from __future__ import annotations
 
 import json
 import statistics
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from paceline.cli.arguments.job import THREADS_HELP
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def imagenet(
     data: Annotated[
-        Path | None, typer.Argument(help="Folder with train/CLASS/*.jpg and val/CLASS/*.jpg.")
+        Path | None,
+        typer.Argument(metavar="DATA", help="Folder with train/CLASS/*.jpg and val/CLASS/*.jpg."),
     ] = None,
-    synthetic: Annotated[bool, typer.Option("--synthetic", help="Generated pictures instead.")] = False,
-    workers: Annotated[int, typer.Option(help="Workers of the ways that have several.", min=1)] = 2,
-    epochs: Annotated[int, typer.Option(help="The first of several epochs is not timed.", min=1)] = 2,
-    repeats: Annotated[int, typer.Option(help="Runs per way, in turn; medians count.", min=1)] = 3,
-    batch_size: Annotated[int, typer.Option(help="Global batch, divided over the workers.", min=1)] = 64,
+    synthetic: Annotated[
+        bool, typer.Option("--synthetic", help="Train on generated images instead of a folder.")
+    ] = False,
+    workers: Annotated[
+        int, typer.Option(metavar="N", help="Workers of the ways of training that have several.", min=1)
+    ] = 2,
+    epochs: Annotated[
+        int, typer.Option(metavar="N", help="Epochs; the first of several is not timed.", min=1)
+    ] = 2,
+    repeats: Annotated[
+        int, typer.Option(metavar="N", help="Runs of each way, in turn; medians are reported.", min=1)
+    ] = 3,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", help="Samples per step, summed over all workers.", min=1)
+    ] = 64,
     arch: Annotated[
-        str, typer.Option(help="Model of examples/imagenet/model.py, or of timm.")
+        str, typer.Option(metavar="NAME", help="A model of examples/imagenet/model.py, or of timm.")
     ] = "resnet10_narrow",
-    image_size: Annotated[int, typer.Option(min=16)] = 64,
-    train_samples: Annotated[int, typer.Option(help="Synthetic training pictures.", min=1)] = 1024,
+    image_size: Annotated[
+        int, typer.Option(metavar="N", help="Width and height of images, in pixels.", min=16)
+    ] = 64,
+    train_samples: Annotated[
+        int, typer.Option(metavar="N", help="With --synthetic: number of training images.", min=1)
+    ] = 1024,
     strategies: Annotated[
-        str, typer.Option(help="Paceline's strategies, separated by commas.")
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Strategies to train with Paceline, separated by commas. Default: all_reduce,"
+            " local_sgd(period=8).",
+            show_default=False,
+        ),
     ] = "all_reduce,local_sgd(period=8)",
-    threads: Annotated[int | None, typer.Option(help="Per worker; default: cores / workers.")] = None,
-    scripts: Annotated[Path | None, typer.Option(help="Folder of the scripts, outside a checkout.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a picture here.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds for one run.")] = 600,
+    threads: Annotated[int | None, typer.Option(metavar="N", help=THREADS_HELP)] = None,
+    scripts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder with the training scripts. Default: examples/imagenet of the checkout.",
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON to FILE.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a diagram as a web page to FILE.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time limit of one run.")] = 600,
 ) -> None:
     """Time the ways people train on ImageNet, side by side, on the same data.
 
-    Seconds per epoch, pictures per second, efficiency against one process with all cores, peak memory, bytes
-    sent, evaluation time and accuracy. Without GPUs DataParallel passes through; its row says so.
+    Give DATA or --synthetic. Reported for each way: seconds per epoch, images per second, efficiency compared
+    with one process that uses all cores, peak memory, bytes sent, evaluation time and accuracy. Without GPUs
+    DataParallel has no effect; its row says so.
     """
     import os
 
     from rich.console import Console
 
-    from paceline.bench import imagenet as w
+    from paceline.bench import imagenet as bench
     from paceline.errors import ConfigError
     from paceline.spec import split_list
     from paceline.strategies.base.strategy import make
 
     if (data is None) == (not synthetic):
-        raise ConfigError("give a folder of pictures or --synthetic, one of them")
+        raise ConfigError("give either a folder of images or --synthetic")
     if data is not None and not data.is_dir():
         raise ConfigError(f"{data} is not a folder")
     if batch_size % workers:
-        raise ConfigError(f"--batch-size {batch_size} does not divide by {workers} workers")
-    folder, names = w.scripts_folder(scripts), split_list(strategies)
+        raise ConfigError(f"--batch-size {batch_size} is not divisible by {workers} workers")
+    folder, names = bench.scripts_folder(scripts), split_list(strategies)
     for name in names:
         make(name)
     cores = threads or max(1, len(os.sched_getaffinity(0)) // workers)
@@ -63,15 +100,15 @@ def imagenet(
     arguments += ["--warmup-epochs", "1", "--loader-workers", "0"]
     console = Console()
     if not console.is_terminal:
-        console = Console(width=130)  # a file or a pipe has no width; the table needs this much
+        console = Console(width=130)  # a file or a pipe has no width; the table needs 130 columns
     rows: dict[str, list[dict[str, Any]]] = {}
-    every = w.ways(names)
+    every = bench.ways(names)
     # Alternate: a slow minute of the machine then hits all ways alike.
     for repeat in range(repeats):
         for way in every:
             console.print(f"[dim]run {repeat + 1}/{repeats}: {way.name}[/dim]")
             share = batch_size // (way.workers or workers)
-            row = w.run(
+            row = bench.run(
                 way,
                 folder,
                 workers=workers,
@@ -112,15 +149,15 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _show(console: Any, rows: list[dict[str, Any]]) -> None:
+def _show(console: Console, rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
-    table = Table(title="Ways of training on the same pictures")
+    table = Table(title="Ways of training on the same images")
     columns = (
         "way",
         "workers",
         "s/epoch",
-        "pictures/s",
+        "images/s",
         "of 1 process",
         "× DDP",
         "eval s",
@@ -149,5 +186,5 @@ def _show(console: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command."""
+    """Add `paceline bench imagenet` to the command line."""
     app.command("imagenet")(imagenet)

@@ -13,7 +13,8 @@ from paceline.spec import split_list
 if TYPE_CHECKING:
     from paceline.bench.rows import Trial
 
-_COMPUTE, _NETWORK = "constant", "ethernet(gbit=1)"
+_COMPUTE = "constant"
+_NETWORK = "ethernet(gbit=1)"
 _DEFAULT = "single,all_reduce,local_sgd(period=4),local_sgd(period=16)"
 
 
@@ -36,7 +37,9 @@ def compare(
         typer.Option(
             metavar="LIST",
             help="Strategies to train, in this order, separated by commas. Those inside brackets do not"
-            " count: 'all_reduce,diloco(period=16,rate=0.7)'.",
+            " count: 'single, diloco(period=16, rate=0.7)'."
+            f" Default: {_DEFAULT.replace(',', ', ')}.",
+            show_default=False,
         ),
     ] = _DEFAULT,
     epochs: Annotated[
@@ -104,7 +107,7 @@ def compare(
     compute: Annotated[
         str,
         typer.Option(
-            help="With --simulate: distribution of the time per minibatch, for example"
+            help="With --simulate: distribution of the seconds per minibatch, for example"
             " 'pareto(shape=3, minimum_s=0.01)'.",
             metavar="DISTRIBUTION",
         ),
