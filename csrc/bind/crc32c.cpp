@@ -19,8 +19,7 @@ void bind_crc32c(nb::module_& m) {
         PyBuffer_Release(&view);
         return crc;
       },
-      nb::arg("data"), nb::arg("crc") = 0u,
-      "CRC-32C of a bytes-like object, continuing from `crc`.");
+      nb::arg("data"), nb::arg("crc") = 0u, "CRC-32C of a bytes-like object, continuing from `crc`.");
 }
 
 }  // namespace paceline::bind

@@ -7,6 +7,7 @@ NB_MODULE(_core, m) {
   paceline::bind::bind_crc32c(m);
   paceline::bind::bind_codecs(m);
   paceline::bind::bind_tensor(m);
+  paceline::bind::bind_reductions(m);
   paceline::bind::bind_plan(m);
   paceline::bind::bind_fabric(m);
 }

@@ -46,15 +46,18 @@ void add(Plan& plan, const std::string& verb, int lane, int channel, int recv_pe
 
 void bind_plan(nb::module_& m) {
   auto plan = nb::class_<Plan>(m, "Plan");
-  plan.def("__init__", [](Plan* self, int num_ranks, std::size_t scratch_bytes, std::size_t output_bytes) {
-        new (self) Plan{};
-        self->num_ranks = num_ranks;
-        self->scratch_bytes = scratch_bytes;
-        self->output_bytes = output_bytes;
-      }, nb::kw_only(), nb::arg("num_ranks"), nb::arg("scratch_bytes"), nb::arg("output_bytes"))
-      .def("add", &add, nb::kw_only(), nb::arg("verb"), nb::arg("lane"), nb::arg("channel"), nb::arg("recv_peer"),
-           nb::arg("send_peer"), nb::arg("num_bytes"), nb::arg("dst"), nb::arg("src"), nb::arg("operand"),
-           nb::arg("deps"));
+  plan.def(
+          "__init__",
+          [](Plan* self, int num_ranks, std::size_t scratch_bytes, std::size_t output_bytes) {
+            new (self) Plan{};
+            self->num_ranks = num_ranks;
+            self->scratch_bytes = scratch_bytes;
+            self->output_bytes = output_bytes;
+          },
+          nb::kw_only(), nb::arg("num_ranks"), nb::arg("scratch_bytes"), nb::arg("output_bytes"))
+      .def("add", &add, nb::kw_only(), nb::arg("verb"), nb::arg("lane"), nb::arg("channel"),
+           nb::arg("recv_peer"), nb::arg("send_peer"), nb::arg("num_bytes"), nb::arg("dst"), nb::arg("src"),
+           nb::arg("operand"), nb::arg("deps"));
   plan.attr("VERBS") = nb::tuple(nb::cast(verb_names()));
 }
 

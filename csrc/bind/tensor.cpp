@@ -11,8 +11,8 @@ namespace nb = nanobind;
 namespace paceline::bind {
 namespace {
 
-// Of the DLPack standard, version 1: what is needed here.
-struct View {
+// The part of the DLPack standard, version 1, that is needed here.
+struct TensorView {
   void* data;
   std::int32_t device_type;
   std::int32_t device_id;
@@ -24,22 +24,29 @@ struct View {
   std::int64_t* strides;  // in elements; null if contiguous
   std::uint64_t offset_bytes;
 };
-struct Exchange {
+struct TensorExchange {
   std::uint32_t major, minor;
-  Exchange* previous;
+  TensorExchange* previous;
   void* allocate;
   void* from_object;
   void* to_object;
-  int (*view)(void* object, View* out);  // may be null
+  int (*view)(void* object, TensorView* out);  // may be null
   void* current_stream;
 };
 constexpr std::int32_t cpu = 1;
-enum Code : std::uint8_t { signed_int = 0, unsigned_int = 1, floating = 2, bfloat = 4, complex = 5, boolean = 6 };
+enum TypeCode : std::uint8_t {
+  signed_int = 0,
+  unsigned_int = 1,
+  floating = 2,
+  bfloat = 4,
+  complex = 5,
+  boolean = 6
+};
 
-Exchange* exchange = nullptr;
+TensorExchange* exchange = nullptr;
 std::vector<PyTypeObject*> types;  // exactly these: other subclasses may keep their memory elsewhere
 
-std::optional<DType> dtype_of(const View& v) {
+std::optional<DType> dtype_of(const TensorView& v) {
   if (v.lanes != 1) return {};
   switch (v.code << 8 | v.bits) {
     case signed_int << 8 | 8: return DType::int8;
@@ -63,13 +70,14 @@ std::optional<DType> dtype_of(const View& v) {
 
 }  // namespace
 
-std::optional<Memory> memory_of(nb::handle tensor) {
+std::optional<TensorMemory> memory_of(nb::handle tensor) {
   PyTypeObject* const type = Py_TYPE(tensor.ptr());
   bool is_known = false;
   for (PyTypeObject* const known : types) is_known |= type == known;
-  View v{};
+  TensorView v{};
   if (!is_known) return {};
-  if (exchange->view(tensor.ptr(), &v) != 0) {  // for example sparse: whoever asks finds out why in another way
+  if (exchange->view(tensor.ptr(), &v) !=
+      0) {  // for example sparse: the caller finds the reason in another way
     PyErr_Clear();
     return {};
   }
@@ -80,18 +88,24 @@ std::optional<Memory> memory_of(nb::handle tensor) {
     if (v.strides && v.shape[d] != 1 && v.strides[d] != numel) return {};
     numel *= v.shape[d];
   }
-  return Memory{static_cast<std::byte*>(v.data) + v.offset_bytes, static_cast<std::size_t>(numel), *dtype};
+  return TensorMemory{static_cast<std::byte*>(v.data) + v.offset_bytes, static_cast<std::size_t>(numel),
+                      *dtype};
 }
 
 void bind_tensor(nb::module_& m) {
-  m.def("know_tensors", [](const nb::capsule& api, const std::vector<nb::type_object>& classes) {
-    auto* const found = static_cast<Exchange*>(api.data("dlpack_exchange_api"));
-    if (found->major != 1 || !found->view) return false;
-    exchange = found;
-    types.clear();
-    for (const nb::type_object& c : classes) types.push_back(reinterpret_cast<PyTypeObject*>(c.ptr()));
-    return true;
-  }, "Read tensors of exactly these classes by the functions of `api`; false if it is of another version.");
+  m.def(
+      "register_tensor_types",
+      [](const nb::capsule& api, const std::vector<nb::type_object>& classes) {
+        auto* const found = static_cast<TensorExchange*>(api.data("dlpack_exchange_api"));
+        if (found->major != 1 || !found->view) return false;
+        exchange = found;
+        types.clear();
+        for (const nb::type_object& c : classes) types.push_back(reinterpret_cast<PyTypeObject*>(c.ptr()));
+        return true;
+      },
+      "Tensors of exactly these classes are read through the functions of `api` from now on; false if its "
+      "version is not"
+      " supported.");
 }
 
 }  // namespace paceline::bind

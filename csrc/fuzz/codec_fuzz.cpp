@@ -26,12 +26,12 @@ Bytes valid_payload(std::size_t numel) {
   std::normal_distribution<float> normal;
   for (float& value : x) value = normal(chance);
   const bool has_checksum = below(4) == 0;
-  const Input in{x.data(), residual.data(), numel, static_cast<Source>(below(4)), has_checksum};
+  const EncoderInput in{x.data(), residual.data(), numel, static_cast<SourceType>(below(4)), has_checksum};
   const std::size_t block = std::size_t{32} << below(3);
   const std::size_t count = below(numel + 1);
   const float taus[] = {0.05f, 1.0f, 2.0f, 3.0f};
   Bytes bytes(16 * numel + 4096);
-  const Output out{bytes.data(), bytes.size()};
+  const EncoderOutput out{bytes.data(), bytes.size()};
   const Rounding rounding{below(2) == 0, chance()};
   std::uint64_t skipped = 0;
   std::size_t size = 0;
@@ -49,21 +49,28 @@ Bytes valid_payload(std::size_t numel) {
 }
 
 void damage(Bytes& bytes) {
-  static constexpr std::size_t kFields[][2] = {{4, 1}, {5, 1}, {6, 1}, {7, 1}, {8, 8}, {16, 4}, {20, 4}, {24, 4}};
-  static constexpr std::uint64_t kValues[] = {0, 1, 31, 32, 63, 4096, 0x7fffffff, 0x80000000, 0xffffffff, ~0ull};
+  static constexpr std::size_t fields[][2] = {{4, 1}, {5, 1},  {6, 1},  {7, 1},
+                                              {8, 8}, {16, 4}, {20, 4}, {24, 4}};
+  static constexpr std::uint64_t values[] = {0,    1,          31,         32,         63,
+                                             4096, 0x7fffffff, 0x80000000, 0xffffffff, ~0ull};
   const std::size_t place = below(bytes.size());
   switch (below(7)) {
     case 0: bytes.resize(place); break;
     case 1: bytes.insert(bytes.end(), below(64), static_cast<std::uint8_t>(chance())); break;
-    case 2: if (!bytes.empty()) bytes[place] ^= static_cast<std::uint8_t>(1u << below(8)); break;
-    case 3: if (!bytes.empty()) bytes[place] = static_cast<std::uint8_t>(chance()); break;
-    case 4: bytes.erase(bytes.begin() + static_cast<std::ptrdiff_t>(place),
-                        bytes.begin() + static_cast<std::ptrdiff_t>(place + below(bytes.size() - place)));
-            break;
+    case 2:
+      if (!bytes.empty()) bytes[place] ^= static_cast<std::uint8_t>(1u << below(8));
+      break;
+    case 3:
+      if (!bytes.empty()) bytes[place] = static_cast<std::uint8_t>(chance());
+      break;
+    case 4:
+      bytes.erase(bytes.begin() + static_cast<std::ptrdiff_t>(place),
+                  bytes.begin() + static_cast<std::ptrdiff_t>(place + below(bytes.size() - place)));
+      break;
     default:
-      if (bytes.size() >= kHeaderBytes) {
-        const auto& field = kFields[below(8)];
-        const std::uint64_t value = below(3) == 0 ? chance() : kValues[below(10)];
+      if (bytes.size() >= header_bytes) {
+        const auto& field = fields[below(8)];
+        const std::uint64_t value = below(3) == 0 ? chance() : values[below(10)];
         std::memcpy(bytes.data() + field[0], &value, field[1]);
       }
   }
@@ -71,11 +78,11 @@ void damage(Bytes& bytes) {
 
 // Half of the damaged payloads get a checksum that fits, so that damage reaches the decoders behind it.
 void repair_checksum(Bytes& bytes) {
-  if (bytes.size() < kHeaderBytes || below(2) == 0) return;
+  if (bytes.size() < header_bytes || below(2) == 0) return;
   std::uint32_t checksum = 0;
   if (bytes[7] & 1u) {
-    checksum = paceline::crc32c(0, bytes.data(), kHeaderBytes - 4);
-    checksum = paceline::crc32c(checksum, bytes.data() + kHeaderBytes, bytes.size() - kHeaderBytes);
+    checksum = paceline::crc32c(0, bytes.data(), header_bytes - 4);
+    checksum = paceline::crc32c(checksum, bytes.data() + header_bytes, bytes.size() - header_bytes);
   }
   std::memcpy(bytes.data() + 28, &checksum, 4);
 }
@@ -94,7 +101,7 @@ int main(int argc, char** argv) {
     for (std::size_t n = below(4); n > 0; --n) damage(bytes);
     repair_checksum(bytes);
     std::size_t numel = base_numel;
-    if (bytes.size() >= kHeaderBytes && below(2) == 0) {  // agree to an announced size, if it is small
+    if (bytes.size() >= header_bytes && below(2) == 0) {  // agree to an announced size, if it is small
       std::uint64_t announced;
       std::memcpy(&announced, bytes.data() + 8, 8);
       if (announced < 5000) numel = announced;
@@ -105,7 +112,7 @@ int main(int argc, char** argv) {
     for (std::size_t k = 0; k < numel; ++k) out[k] = 0.5f;
     limit_isa(static_cast<Isa>(below(3)));
     try {
-      decode(payload.get(), bytes.size(), Id::kAny, out.get(), numel, below(2) == 0);
+      decode(payload.get(), bytes.size(), CodecId::any, out.get(), numel, below(2) == 0);
       ++decoded;
     } catch (const PayloadError& error) {
       ++rejected;

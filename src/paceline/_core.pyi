@@ -1,7 +1,8 @@
 """Types of the C++ core; one section per file of csrc/bind."""
 
+import enum
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 # crc32c.cpp
 def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int: ...
@@ -31,20 +32,44 @@ def codec_limit_isa(limit: int) -> None: ...
 def codec_isa() -> int: ...
 
 # tensor.cpp
-def know_tensors(api: object, classes: Sequence[type], /) -> bool: ...
+def register_tensor_types(api: object, classes: Sequence[type], /) -> bool: ...
 
-# fabric.cpp
+# reductions.cpp
+DTYPES: tuple[str, ...]
+"""Names of the dtypes by code."""
+REDUCE_OPS: tuple[str, ...]
+"""Names of the operators by code."""
+
+def is_reducible(dtype: int, op: int) -> bool: ...
 def reduce(
-    dtype: int, op: int, to: Sequence[int], source: Sequence[int], numel: int, divisor: int, /
+    dtype: int, op: int, to: Sequence[int], source: Sequence[int], numel: int, divisor: int
 ) -> None: ...
-def is_reducible(dtype: int, op: int, /) -> bool: ...
-
-EAGER_BYTES: int
-"""Up to here data travels with the announcement of an operation through shared memory."""
-
-def eager_reduce_bytes(num_ranks: int, /) -> int: ...
 def scale(to: int, source: int, numel: int, factor: float, /) -> None: ...
 def reduce_isa() -> str: ...
+
+# fabric.cpp
+EAGER_BYTES: int
+"""Up to this size data travels with the announcement of an operation through shared memory."""
+
+def eager_reduce_bytes(num_ranks: int) -> int: ...
+
+ANY_RANK: int
+"""The peer of a receive that takes a message from any rank."""
+
+class OperationKind(enum.IntEnum):
+    """The operations of a group."""
+
+    ALL_REDUCE = ...
+    REDUCE = ...
+    REDUCE_SCATTER = ...
+    BROADCAST = ...
+    ALL_GATHER = ...
+    GATHER = ...
+    SCATTER = ...
+    ALL_TO_ALL = ...
+    BARRIER = ...
+    SEND = ...
+    RECEIVE = ...
 
 class Operation:
     @property
@@ -55,7 +80,7 @@ class Operation:
 
 class Engine:
     def __init__(self) -> None: ...
-    def allocate(self, num_bytes: int, /) -> Any: ...
+    def allocate(self, num_bytes: int, /) -> object: ...
     def set_ranks_on_host(self, num_ranks: int, /) -> None: ...
     def stop(self) -> None: ...
     def watch(self, operation: Operation, token: int, /) -> bool: ...
@@ -68,7 +93,9 @@ class Engine:
     @property
     def allocated_bytes(self) -> int: ...
 
-class Entry:
+class OperationCount:
+    """What a ledger counts of one kind of operation."""
+
     calls: int
     payload_bytes: int
 
@@ -92,7 +119,7 @@ class Plan:
         deps: Sequence[int],
     ) -> None: ...
 
-class Network:
+class TcpTransport:
     def __init__(
         self,
         engine: Engine,
@@ -102,7 +129,6 @@ class Network:
         session: bytes,
         interfaces: str,
         towards: str,
-        /,
     ) -> None: ...
     @property
     def endpoints(self) -> str: ...
@@ -112,7 +138,7 @@ class Network:
     def close(self) -> None: ...
 
 class _AnyGroup:
-    """What groups of both kinds offer."""
+    """What all groups offer."""
 
     def combine(
         self,
@@ -125,7 +151,6 @@ class _AnyGroup:
         root: int,
         counts: Sequence[int],
         timeout_s: float,
-        /,
     ) -> Operation | None: ...
     def exchange(
         self,
@@ -139,7 +164,6 @@ class _AnyGroup:
         receive: Sequence[int],
         is_same_for_all: bool,
         timeout_s: float,
-        /,
     ) -> Operation | None: ...
     def send(
         self, source: int, numel: int, dtype: int, peer: int, tag: int, timeout_s: float, /
@@ -147,13 +171,13 @@ class _AnyGroup:
     def receive(
         self, output: int, numel: int, dtype: int, peer: int, tag: int, timeout_s: float, /
     ) -> Operation | None: ...
-    def wait(self, operation: Operation, timeout_s: float, /) -> None: ...
-    def poll(self, operation: Operation, /) -> bool: ...
-    def abort(self, why: str, /) -> None: ...
+    def wait(self, operation: Operation, timeout_s: float) -> None: ...
+    def poll(self, operation: Operation) -> bool: ...
+    def abort(self, why: str) -> None: ...
     def close(self) -> None: ...
 
 class NetworkGroup(_AnyGroup):
-    def __init__(self, network: Network, id: int, rank: int, world_ranks: Sequence[int], /) -> None: ...
+    def __init__(self, transport: TcpTransport, id: int, rank: int, world_ranks: Sequence[int]) -> None: ...
     def run(
         self,
         plan: Plan,
@@ -165,28 +189,30 @@ class NetworkGroup(_AnyGroup):
         op: int,
         root: int,
         timeout_s: float,
-        /,
     ) -> Operation | None: ...
 
-class MixedGroup(_AnyGroup):
+class HierarchicalGroup(_AnyGroup):
     def __init__(
         self,
         rank: int,
         hosts: Sequence[int],
-        local: Group,
+        local: SharedMemoryGroup,
         world: NetworkGroup,
         stripe: NetworkGroup | None,
-        /,
     ) -> None: ...
 
-class Group(_AnyGroup):
+class SharedMemoryGroup(_AnyGroup):
     def __init__(self, engine: Engine, rank: int, size: int, /) -> None: ...
     @property
     def address(self) -> Address: ...
     def connect(self, addresses: Sequence[Address], /) -> None: ...
-    reduced: Entry
-    def all_reduce(self, tensor: Any, op: int, timeout_s: float, /) -> Operation | Literal[False] | None: ...
-    def all_reduce_now(self, tensor: Any, op: int, timeout_s: float, /) -> Literal[False] | None: ...
+    reduced: OperationCount
+    """Counts the all_reduces; may be another group's."""
+
+    def all_reduce(
+        self, tensor: object, op: int, timeout_s: float, /
+    ) -> Operation | Literal[False] | None: ...
+    def all_reduce_now(self, tensor: object, op: int, timeout_s: float, /) -> Literal[False] | None: ...
     def combine_now(
         self,
         kind: int,
@@ -198,7 +224,6 @@ class Group(_AnyGroup):
         root: int,
         counts: Sequence[int],
         timeout_s: float,
-        /,
     ) -> Operation | None: ...
     def exchange_now(
         self,
@@ -212,7 +237,6 @@ class Group(_AnyGroup):
         receive: Sequence[int],
         is_same_for_all: bool,
         timeout_s: float,
-        /,
     ) -> Operation | None: ...
     def exchange_lists(
         self,
@@ -225,7 +249,6 @@ class Group(_AnyGroup):
         dtype: int,
         is_same_for_all: bool,
         timeout_s: float,
-        /,
     ) -> Operation | None: ...
     def exchange_lists_now(
         self,
@@ -238,5 +261,4 @@ class Group(_AnyGroup):
         dtype: int,
         is_same_for_all: bool,
         timeout_s: float,
-        /,
     ) -> Operation | None: ...

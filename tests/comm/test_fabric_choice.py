@@ -47,9 +47,9 @@ class Refusing:
     def __getattr__(self, name: str) -> Any:
         return getattr(_core, name)
 
-    class Group:
+    class SharedMemoryGroup:
         def __init__(self, *arguments: Any) -> None:
-            self._group = _core.Group(*arguments)
+            self._group = _core.SharedMemoryGroup(*arguments)
             self.address, self.close = self._group.address, self._group.close
 
         def connect(self, addresses: Any) -> None:

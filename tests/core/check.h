@@ -8,12 +8,12 @@
 #include <thread>
 #include <vector>
 
-#define CHECK(condition)                                                            \
-  do {                                                                              \
-    if (!(condition)) {                                                             \
-      std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);  \
-      std::_Exit(1);                                                                \
-    }                                                                               \
+#define CHECK(condition)                                                           \
+  do {                                                                             \
+    if (!(condition)) {                                                            \
+      std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+      std::_Exit(1);                                                               \
+    }                                                                              \
   } while (false)
 
 inline std::map<std::string, std::function<void()>>& cases() {
@@ -23,8 +23,8 @@ inline std::map<std::string, std::function<void()>>& cases() {
 struct Case {
   Case(const char* name, std::function<void()> body) { cases()[name] = std::move(body); }
 };
-#define CASE(name)                          \
-  static void name();                       \
+#define CASE(name)                            \
+  static void name();                         \
   static const Case name##_case(#name, name); \
   static void name()
 

@@ -5,7 +5,9 @@
 
 using namespace paceline;
 
-static std::span<const std::byte> raw(const std::string& s) { return std::as_bytes(std::span(s.data(), s.size())); }
+static std::span<const std::byte> raw(const std::string& s) {
+  return std::as_bytes(std::span(s.data(), s.size()));
+}
 
 static std::string hex(const Digest& d) {
   std::string text;
@@ -37,7 +39,8 @@ CASE(hmac_vectors) {
         "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843");
   CHECK(hex(hmac_sha256(raw(std::string(20, '\x0b')), raw("Hi There"))) ==
         "b0344c61d8db38535ca8afceaf0bf12b881dc200c9833da726e9376c2e32cff7");
-  CHECK(hex(hmac_sha256(raw(std::string(131, '\xaa')), raw("Test Using Larger Than Block-Size Key - Hash Key First"))) ==
+  CHECK(hex(hmac_sha256(raw(std::string(131, '\xaa')),
+                        raw("Test Using Larger Than Block-Size Key - Hash Key First"))) ==
         "60e431591ee0b67f0d8a26aacbf5b77f8e0bc6213728c5140546040f0ee37f54");
 }
 
@@ -49,7 +52,8 @@ CASE(equality) {
 }
 
 CASE(addresses) {
-  for (const char* text : {"10.0.0.1:4000", "[fd00::1]:4001", "127.0.0.1:0"}) CHECK(Endpoint::parse(text).text() == text);
+  for (const char* text : {"10.0.0.1:4000", "[fd00::1]:4001", "127.0.0.1:0"})
+    CHECK(Endpoint::parse(text).text() == text);
   CHECK(Endpoint::parse("fd00::1").text() == "[fd00::1]:0");
   CHECK(Endpoint::parse("10.0.0.1").port() == 0);
   for (const char* text : {"", "example.com", "10.0.0.1:x", "[fd00::1", "1.2.3.4.5"}) {

@@ -3,35 +3,35 @@
 
 #include <random>
 
-#include "core/network/direct.h"
 #include "core/base/reduce.h"
+#include "core/network/direct.h"
 #include "mesh.h"
 
 using namespace paceline;
 
 namespace {
 
-struct Rank {
+struct DirectRank {
   TcpTransport& transport;
-  Network network;
+  GroupTransport ranks;
   std::uint64_t sequence = 0;
   bool did_move = false;
 
-  Rank(Mesh& mesh, int rank, std::uint64_t space = 1) : transport(mesh[rank]) {
-    network.transport = &transport;
-    network.did_move = &did_move;
-    network.explain = [](const Transfer& t) { return t.failure; };
-    network.rank = rank;
-    for (std::size_t r = 0; r < mesh.ranks.size(); ++r) network.world_ranks.push_back(static_cast<int>(r));
-    network.space = space;
-    network.one_step_bytes = default_one_step_bytes(network.size());
+  DirectRank(Mesh& mesh, int rank, std::uint32_t space = 1) : transport(mesh[rank]) {
+    ranks.transport = &transport;
+    ranks.did_move = &did_move;
+    ranks.explain = [](const Transfer& t) { return t.failure; };
+    ranks.rank = rank;
+    for (std::size_t r = 0; r < mesh.ranks.size(); ++r) ranks.world_ranks.push_back(static_cast<int>(r));
+    ranks.space = space;
+    ranks.one_step_bytes = default_one_step_bytes(ranks.size());
   }
 
   void run(Request request, double seconds = 20) {
     Operation op;
     op.request = std::move(request);
     op.sequence = ++sequence;
-    op.task = run_directly(network, op);
+    op.task = run_directly(ranks, op);
     const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
     while (!op.task.is_done()) {
       did_move = false;
@@ -62,7 +62,8 @@ std::vector<float> combined(int size, std::size_t numel, ReduceOp op) {
   return out;
 }
 
-Request request(Kind kind, const std::vector<float>& source, std::vector<float>& output, std::size_t numel) {
+Request request(OperationKind kind, const std::vector<float>& source, std::vector<float>& output,
+                std::size_t numel) {
   Request r;
   r.kind = kind;
   r.dtype = DType::float32;
@@ -91,18 +92,18 @@ CASE(combining) {
   for (int size = 1; size <= 5; ++size) {
     Mesh mesh(size);
     run_ranks(size, [&](int rank) {
-      Rank me(mesh, rank);
+      DirectRank me(mesh, rank);
       for (const std::size_t n : numels) {
         for (const ReduceOp op : {ReduceOp::sum, ReduceOp::mean}) {
           const auto source = values(rank, n), expected = combined(size, n, op);
           auto in_place = source;
-          Request r = request(Kind::all_reduce, in_place, in_place, n);
+          Request r = request(OperationKind::all_reduce, in_place, in_place, n);
           r.op = op;
           me.run(r);
           CHECK(is_equal(in_place.data(), expected.data(), n));
           const int root = static_cast<int>(n % static_cast<std::size_t>(size));
           std::vector<float> output(n, -7.0f);
-          r = request(Kind::reduce, source, output, n);
+          r = request(OperationKind::reduce, source, output, n);
           r.op = op, r.root = root;
           if (rank != root) r.output = nullptr;
           me.run(r);
@@ -111,7 +112,7 @@ CASE(combining) {
           std::vector<std::size_t> counts(static_cast<std::size_t>(size), size > 2 ? n / 7 : 0);
           counts.back() = 0;
           counts[0] = n - (size > 2 ? static_cast<std::size_t>(size - 2) * (n / 7) : 0);
-          r = request(Kind::reduce_scatter, source, output, n);
+          r = request(OperationKind::reduce_scatter, source, output, n);
           r.op = op, r.parts = ranges(counts);
           const Range mine = r.parts[static_cast<std::size_t>(rank)];
           me.run(r);
@@ -126,7 +127,7 @@ CASE(exchanging) {
   for (int size = 1; size <= 5; ++size) {
     Mesh mesh(size);
     run_ranks(size, [&](int rank) {
-      Rank me(mesh, rank);
+      DirectRank me(mesh, rank);
       const auto P = static_cast<std::size_t>(size);
       for (const std::size_t n : numels) {
         const int root = static_cast<int>(n % P);
@@ -136,7 +137,7 @@ CASE(exchanging) {
           expected.insert(expected.end(), v.begin(), v.end());
         }
         auto source = values(rank, n);
-        Request r = request(Kind::broadcast, source, source, n);
+        Request r = request(OperationKind::broadcast, source, source, n);
         r.root = root;
         r.send = rank == root ? std::vector<Range>{{0, n * 4}} : std::vector<Range>{};
         r.is_same_for_all = true;
@@ -146,7 +147,7 @@ CASE(exchanging) {
         CHECK(is_equal(source.data(), expected.data() + n * static_cast<std::size_t>(root), n));
 
         source = values(rank, n);
-        r = request(Kind::all_gather, source, output, n);
+        r = request(OperationKind::all_gather, source, output, n);
         r.send = {{0, n * 4}}, r.is_same_for_all = true, r.receive = ranges(std::vector<std::size_t>(P, n));
         me.run(r);
         CHECK(output == expected);
@@ -157,7 +158,7 @@ CASE(exchanging) {
           in_counts[q] = n / (1 + q + 2 * static_cast<std::size_t>(rank));
         }
         source = values(rank, n * P);
-        r = request(Kind::all_to_all, source, output, n);
+        r = request(OperationKind::all_to_all, source, output, n);
         r.send = ranges(out_counts), r.receive = ranges(in_counts);
         me.run(r);
         for (std::size_t p = 0; p < P; ++p) {
@@ -167,7 +168,7 @@ CASE(exchanging) {
           CHECK(is_equal(output.data() + r.receive[p].offset / 4, theirs.data() + at, in_counts[p]));
         }
         Request wait;
-        wait.kind = Kind::barrier;
+        wait.kind = OperationKind::barrier;
         me.run(wait);
       }
     });
@@ -178,9 +179,9 @@ CASE(differing_calls_are_named) {
   for (const std::size_t n : {10ul, 100000ul}) {
     Mesh mesh(3);
     run_ranks(3, [&](int rank) {
-      Rank me(mesh, rank);
+      DirectRank me(mesh, rank);
       std::vector<float> data(n + 1);
-      Request r = request(rank == 1 ? Kind::broadcast : Kind::all_reduce, data, data, n);
+      Request r = request(rank == 1 ? OperationKind::broadcast : OperationKind::all_reduce, data, data, n);
       r.send = {{0, n * 4}}, r.is_same_for_all = true, r.root = rank == 1 ? 1 : 0;
       r.receive.assign(3, Range{});
       bool is_refused = false;
@@ -190,7 +191,7 @@ CASE(differing_calls_are_named) {
         is_refused = error.failure.kind == FailureKind::mismatch;
         if (rank != 1) CHECK(error.failure.rank == 1);
       }
-      CHECK(is_refused || rank == 1);  // the sender of a broadcast hears of nobody
+      CHECK(is_refused || rank == 1);  // the sender of a broadcast receives no header
       const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(300);
       while (std::chrono::steady_clock::now() < end) me.transport.progress();
     });
@@ -203,15 +204,17 @@ CASE(a_peer_dies) {
     run_ranks(3, [&](int rank) {
       std::vector<float> data(n);
       {
-        Rank me(mesh, rank);
-        me.run(request(Kind::all_reduce, data, data, n));
+        DirectRank me(mesh, rank);
+        me.run(request(OperationKind::all_reduce, data, data, n));
         if (rank != 2) {
           bool is_lost = false;
           try {
-            me.run(request(Kind::all_reduce, data, data, n));
+            me.run(request(OperationKind::all_reduce, data, data, n));
           } catch (const Failed& error) {
-            // Whoever gives up first closes its transfers, so the second to notice may blame the first.
-            is_lost = error.failure.kind == FailureKind::peer_lost || error.failure.kind == FailureKind::aborted;
+            // The rank that gives up first closes its transfers, so the second one to notice may blame the
+            // first.
+            is_lost =
+                error.failure.kind == FailureKind::peer_lost || error.failure.kind == FailureKind::aborted;
           }
           CHECK(is_lost);
         }

@@ -8,7 +8,7 @@
 #include <poll.h>
 
 #include "check.h"
-#include "core/tcp/tcp.h"
+#include "core/tcp/tcp_transport.h"
 
 namespace paceline {
 

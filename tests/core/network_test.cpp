@@ -1,10 +1,11 @@
-// Ranks as threads of one process, each with an engine and a transport: every operation of NetworkGroup and of
-// MixedGroup, lowered programs, several groups and asynchronous operations at once; ranks that stay away, stop or leave.
+// Ranks as threads of one process, each with an engine and a transport: every operation of NetworkGroup and
+// of HierarchicalGroup, lowered programs, several groups and asynchronous operations at once; ranks that stay
+// away, stop or leave.
 #include <atomic>
 #include <barrier>
 
 #include "core/hierarchical/hierarchical_group.h"
-#include "core/tcp/tcp.h"
+#include "core/tcp/tcp_transport.h"
 #include "mesh.h"
 #include "rank.h"
 
@@ -12,11 +13,11 @@ namespace {
 
 using namespace paceline;
 
-// What the ranks tell each other before they are connected, and where they meet.
+// What the ranks exchange before they are connected, and where they meet.
 struct Meeting {
   std::vector<int> hosts;
   std::vector<std::string> endpoints;
-  std::vector<Address> addresses;
+  std::vector<OutboxAddress> addresses;
   std::barrier<> together;
 
   explicit Meeting(std::vector<int> h)
@@ -24,15 +25,17 @@ struct Meeting {
   int size() const { return static_cast<int>(hosts.size()); }
 };
 
-// One rank's side: a group over the network and, if hosts have several ranks, one that shares memory within them.
+// One rank's side: a group over the network and, if hosts have several ranks, one that shares memory within
+// them.
 struct Member {
   Meeting& meeting;
   int rank;
-  Engine engine{};
+  Process process{};
+  Engine& engine = process.engine;
   std::shared_ptr<TcpTransport> transport{};
-  std::unique_ptr<Group> local{};
+  std::unique_ptr<SharedMemoryGroup> local{};
   std::unique_ptr<NetworkGroup> world{}, stripe{};
-  std::unique_ptr<MixedGroup> mixed{};
+  std::unique_ptr<HierarchicalGroup> hierarchical{};
 
   Member(Meeting& m, int r) : meeting(m), rank(r) {
     engine.set_ranks_on_host(1000);
@@ -42,17 +45,18 @@ struct Member {
     at(meeting.endpoints) = transport->endpoints();
     const std::vector<int> mates = members(meeting.hosts[static_cast<std::size_t>(rank)]);
     const int place = static_cast<int>(std::ranges::find(mates, rank) - mates.begin());
-    local = std::make_unique<Group>(engine, place, static_cast<int>(mates.size()));
+    local =
+        std::make_unique<SharedMemoryGroup>(engine, process.memory, place, static_cast<int>(mates.size()));
     at(meeting.addresses) = local->address();
     meeting.together.arrive_and_wait();
     transport->set_peers(meeting.endpoints);
     engine.add(transport);
-    std::vector<Address> near;
+    std::vector<OutboxAddress> near;
     for (const int mate : mates) near.push_back(meeting.addresses[static_cast<std::size_t>(mate)]);
-    engine.connect(*local, near);
-    std::vector<int> everybody, peers;
-    for (int p = 0; p < meeting.size(); ++p) everybody.push_back(p);
-    world = network_group(0, rank, everybody);
+    engine.locked([&] { local->connect(near); });
+    std::vector<int> all_ranks, peers;
+    for (int p = 0; p < meeting.size(); ++p) all_ranks.push_back(p);
+    world = network_group(0, rank, all_ranks);
     bool is_striped = true;
     const int num_hosts = *std::ranges::max_element(meeting.hosts) + 1;
     for (int h = 0; h < num_hosts; ++h) {
@@ -62,7 +66,8 @@ struct Member {
     }
     if (is_striped) stripe = network_group(1 << 30, meeting.hosts[static_cast<std::size_t>(rank)], peers);
     engine.locked([&] {
-      mixed = std::make_unique<MixedGroup>(engine, rank, meeting.hosts, *local, *world, stripe.get());
+      hierarchical =
+          std::make_unique<HierarchicalGroup>(engine, rank, meeting.hosts, *local, *world, stripe.get());
     });
   }
 
@@ -78,20 +83,22 @@ struct Member {
     return found;
   }
   template <class T>
-  T& at(std::vector<T>& list) const { return list[static_cast<std::size_t>(rank)]; }
-  Rank over(Session& group) { return {rank, meeting.size(), engine, group}; }
+  T& at(std::vector<T>& list) const {
+    return list[static_cast<std::size_t>(rank)];
+  }
+  Rank over(Group& group) { return {rank, meeting.size(), process, group}; }
 
   void close() {
-    engine.close(std::unique_ptr<Session>(std::move(mixed)));
+    engine.close(std::move(hierarchical));
     engine.close(std::move(local));
-    if (stripe) engine.close(std::unique_ptr<Session>(std::move(stripe)));
-    engine.close(std::unique_ptr<Session>(std::move(world)));
+    if (stripe) engine.close(std::move(stripe));
+    engine.close(std::move(world));
     engine.remove(transport);
     meeting.together.arrive_and_wait();
     CHECK(engine.num_closing_groups() == 0);
     meeting.together.arrive_and_wait();
     engine.stop();
-    meeting.together.arrive_and_wait();  // the memory of other ranks is reached until everybody is done
+    meeting.together.arrive_and_wait();  // the memory of other ranks is in use until all are done
   }
 };
 
@@ -135,21 +142,23 @@ void test_operations(const std::vector<int>& hosts) {
   Meeting meeting(hosts);
   run_ranks(meeting.size(), [&](int r) {
     Member me(meeting, r);
-    std::vector<int> everybody;
-    for (int p = 0; p < meeting.size(); ++p) everybody.push_back(p);
-    std::unique_ptr<Session> other = me.network_group(7, r, everybody);
+    std::vector<int> all_ranks;
+    for (int p = 0; p < meeting.size(); ++p) all_ranks.push_back(p);
+    std::unique_ptr<Group> other = me.network_group(7, r, all_ranks);
     // The second group belongs to a second thread of the rank.
     std::thread second([&] { work(me.over(*other), true); });
-    work(me.over(*me.mixed), false);
+    work(me.over(*me.hierarchical), false);
     second.join();
     work(me.over(*other), true);
     // Both at once from one thread.
-    Rank near = me.over(*me.mixed), far = me.over(*other);
+    Rank near = me.over(*me.hierarchical), far = me.over(*other);
     std::vector<float> a(200'000, 1), b(200'000, 1), c(5, 1);
     std::vector<std::pair<Rank*, OperationPointer>> flying;
     for (auto* data : {&a, &c})
-      flying.emplace_back(&near, near.submit(Rank::request(Kind::all_reduce, data->data(), data->data(), data->size())));
-    flying.emplace_back(&far, far.submit(Rank::request(Kind::all_reduce, b.data(), b.data(), b.size())));
+      flying.emplace_back(&near, near.submit(Rank::request(OperationKind::all_reduce, data->data(),
+                                                           data->data(), data->size())));
+    flying.emplace_back(&far,
+                        far.submit(Rank::request(OperationKind::all_reduce, b.data(), b.data(), b.size())));
     for (auto it = flying.rbegin(); it != flying.rend(); ++it) it->first->finish(it->second);
     for (const auto& data : {a, b, c})
       for (const float v : data) CHECK(v == static_cast<float>(meeting.size()));
@@ -163,13 +172,13 @@ void test_operations(const std::vector<int>& hosts) {
 enum class Fault { away, stopped, left, unwaited };
 constexpr int culprit = 1;
 
-// Rank 1 does not come to an operation: its peers must say so, whichever group and whatever kept it.
-void test_fault(const std::vector<int>& hosts, bool is_mixed, Fault fault) {
+// Rank 1 does not join an operation: its peers must name it, on both kinds of group and for every reason.
+void test_fault(const std::vector<int>& hosts, bool is_hierarchical, Fault fault) {
   Meeting meeting(hosts);
   std::atomic<int> num_told{0};
   run_ranks(meeting.size(), [&](int r) {
     Member me(meeting, r);
-    Session& group = is_mixed ? static_cast<Session&>(*me.mixed) : *me.world;
+    Group& group = is_hierarchical ? static_cast<Group&>(*me.hierarchical) : *me.world;
     Rank rank = me.over(group);
     std::vector<float> x(200'000), y(200'000), z(10);
     rank.all_reduce(x.data(), x.size());
@@ -179,7 +188,7 @@ void test_fault(const std::vector<int>& hosts, bool is_mixed, Fault fault) {
       const auto wait = [&] {
         while (!all_told()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
       };
-      if (fault == Fault::stopped) me.engine.locked(wait);  // nobody serves its transport meanwhile
+      if (fault == Fault::stopped) me.engine.locked(wait);  // its transport is not served meanwhile
       if (fault == Fault::left) me.engine.remove(me.transport);
       wait();
     } else {
@@ -188,8 +197,10 @@ void test_fault(const std::vector<int>& hosts, bool is_mixed, Fault fault) {
       std::vector<OperationPointer> ops;
       try {
         for (auto* d : {&x, &y, &z})
-          ops.push_back(me.engine.submit(group, Rank::request(Kind::all_reduce, d->data(), d->data(), d->size()), limit));
-        if (fault == Fault::unwaited && !me.engine.wait(*ops[0], second_ns / 4)) me.engine.expire(group, *ops[0]);
+          ops.push_back(me.engine.submit(
+              group, Rank::request(OperationKind::all_reduce, d->data(), d->data(), d->size()), limit));
+        if (fault == Fault::unwaited && !me.engine.wait(*ops[0], second_ns / 4))
+          me.engine.expire(group, *ops[0]);
         for (const OperationPointer& op : ops) CHECK(me.engine.wait(*op, -1));
         rank.barrier();
       } catch (const Failed& refused) {  // no later than at the barrier
@@ -202,7 +213,8 @@ void test_fault(const std::vector<int>& hosts, bool is_mixed, Fault fault) {
       }
       for (const Failure& why : told) {
         const bool is_named = why.detail.find("rank 1") != std::string::npos;
-        const bool is_right = why.kind == (fault == Fault::left ? FailureKind::peer_lost : FailureKind::timeout);
+        const bool is_right =
+            why.kind == (fault == Fault::left ? FailureKind::peer_lost : FailureKind::timeout);
         if (!is_named || !is_right) std::fprintf(stderr, "rank %d: %s\n", r, why.detail.c_str());
         CHECK(is_named && is_right);
       }
@@ -222,16 +234,16 @@ CASE(several_ranks_a_host) {
   for (const auto& hosts : std::vector<std::vector<int>>{{0, 0, 1}, {0, 1, 0, 1}}) test_operations(hosts);
 }
 CASE(a_rank_stays_away) {
-  for (const bool is_mixed : {false, true}) test_fault({0, 0, 1}, is_mixed, Fault::away);
+  for (const bool is_hierarchical : {false, true}) test_fault({0, 0, 1}, is_hierarchical, Fault::away);
 }
 CASE(a_rank_stops) {
-  for (const bool is_mixed : {false, true}) test_fault({0, 1, 1}, is_mixed, Fault::stopped);
+  for (const bool is_hierarchical : {false, true}) test_fault({0, 1, 1}, is_hierarchical, Fault::stopped);
 }
 CASE(a_rank_leaves) {
-  for (const bool is_mixed : {false, true}) test_fault({0, 1, 2}, is_mixed, Fault::left);
+  for (const bool is_hierarchical : {false, true}) test_fault({0, 1, 2}, is_hierarchical, Fault::left);
 }
 CASE(a_caller_waits_no_longer) {
-  for (const bool is_mixed : {false, true}) test_fault({0, 1, 0}, is_mixed, Fault::unwaited);
+  for (const bool is_hierarchical : {false, true}) test_fault({0, 1, 0}, is_hierarchical, Fault::unwaited);
 }
 
 int main(int argc, char** argv) { return run_cases(argc, argv); }

@@ -1,27 +1,27 @@
-// Every operation of one group, called by one rank and held against its meaning. Made for the sanitizers.
+// Every operation of one group, called by one rank and compared with its definition. Made for the sanitizers.
 #pragma once
 #include <vector>
 
 #include "check.h"
-#include "core/engine/engine.h"
+#include "core/shared_memory/process.h"
 
 namespace paceline {
 
 struct Rank {
   int rank, size;
-  Engine& engine;
-  Session& group;
+  Process& process;
+  Group& group;
 
   static constexpr Nanoseconds timeout = 60 * second_ns;
 
   void finish(const OperationPointer& op) {
-    CHECK(engine.wait(*op, -1));
+    CHECK(process.engine.wait(*op, -1));
     if (op->failure) std::fprintf(stderr, "%s\n", op->failure.detail.c_str());
     CHECK(!op->failure);
   }
-  OperationPointer submit(Request r) { return engine.submit(group, std::move(r), timeout); }
+  OperationPointer submit(Request r) { return process.engine.submit(group, std::move(r), timeout); }
 
-  static Request request(Kind kind, const float* source, float* output, std::size_t numel) {
+  static Request request(OperationKind kind, const float* source, float* output, std::size_t numel) {
     Request r;
     r.kind = kind;
     r.dtype = DType::float32;
@@ -55,7 +55,7 @@ struct Rank {
 
   void all_reduce(float* x, std::size_t n, std::shared_ptr<const Plan> plan = nullptr) {
     for (std::size_t i = 0; i < n; ++i) x[i] = value(rank, i);
-    Request r = request(Kind::all_reduce, x, x, n);
+    Request r = request(OperationKind::all_reduce, x, x, n);
     r.plan = std::move(plan);
     finish(submit(r));
     for (std::size_t i = 0; i < n; ++i) CHECK(x[i] == total() * static_cast<float>(i % 7));
@@ -63,7 +63,7 @@ struct Rank {
 
   void reduce(std::size_t n, int root) {
     std::vector<float> x = values(n);
-    Request r = request(Kind::reduce, x.data(), x.data(), n);
+    Request r = request(OperationKind::reduce, x.data(), x.data(), n);
     r.root = root;
     finish(submit(r));
     for (std::size_t i = 0; i < n && rank == root; ++i) CHECK(x[i] == total() * static_cast<float>(i % 7));
@@ -72,7 +72,7 @@ struct Rank {
   void reduce_scatter(std::size_t n) {
     const std::vector<float> x = values(n * num_ranks());
     std::vector<float> out(n);
-    Request r = request(Kind::reduce_scatter, x.data(), out.data(), n * num_ranks());
+    Request r = request(OperationKind::reduce_scatter, x.data(), out.data(), n * num_ranks());
     r.parts = blocks(n);
     finish(submit(r));
     for (std::size_t i = 0; i < n; ++i)
@@ -81,7 +81,7 @@ struct Rank {
 
   void broadcast(std::size_t n, int root) {
     std::vector<float> x = values(n);
-    Request r = request(Kind::broadcast, x.data(), x.data(), n);
+    Request r = request(OperationKind::broadcast, x.data(), x.data(), n);
     r.root = root;
     r.is_same_for_all = true;
     if (rank == root) r.send = {{0, n * 4}};
@@ -91,19 +91,20 @@ struct Rank {
   }
 
   void all_gather(const float* x, float* out, std::size_t n) {
-    Request r = request(Kind::all_gather, x, out, n);
+    Request r = request(OperationKind::all_gather, x, out, n);
     r.is_same_for_all = true;
     r.send = {{0, n * 4}};
     r.receive = blocks(n);
     finish(submit(r));
     for (int p = 0; p < size; ++p)
-      for (std::size_t i = 0; i < n; ++i) CHECK(out[static_cast<std::size_t>(p) * n + i] == x[i] + static_cast<float>(p - rank));
+      for (std::size_t i = 0; i < n; ++i)
+        CHECK(out[static_cast<std::size_t>(p) * n + i] == x[i] + static_cast<float>(p - rank));
   }
 
   void gather(std::size_t n, int root) {
     const std::vector<float> x = values(n);
     std::vector<float> out(rank == root ? n * num_ranks() : 0);
-    Request r = request(Kind::gather, x.data(), out.data(), n);
+    Request r = request(OperationKind::gather, x.data(), out.data(), n);
     r.root = root;
     r.send = only(root, n);
     if (rank == root) r.receive = blocks(n);
@@ -114,7 +115,7 @@ struct Rank {
   void scatter(std::size_t n, int root) {
     const std::vector<float> x = values(n * num_ranks());
     std::vector<float> out(n);
-    Request r = request(Kind::scatter, x.data(), out.data(), n);
+    Request r = request(OperationKind::scatter, x.data(), out.data(), n);
     r.root = root;
     r.receive = only(root, n);
     if (rank == root) r.send = blocks(n);
@@ -124,19 +125,21 @@ struct Rank {
 
   void all_to_all(std::size_t n) {
     std::vector<float> x(n * num_ranks()), out(x.size());
-    for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(rank * 100) + static_cast<float>(i / n);
-    Request r = request(Kind::all_to_all, x.data(), out.data(), n);
+    for (std::size_t i = 0; i < x.size(); ++i)
+      x[i] = static_cast<float>(rank * 100) + static_cast<float>(i / n);
+    Request r = request(OperationKind::all_to_all, x.data(), out.data(), n);
     r.send = r.receive = blocks(n);
     finish(submit(r));
     for (std::size_t i = 0; i < x.size(); ++i)
       CHECK(out[i] == static_cast<float>(i / n) * 100 + static_cast<float>(rank));
   }
 
-  void barrier() { finish(submit(request(Kind::barrier, nullptr, nullptr, 0))); }
+  void barrier() { finish(submit(request(OperationKind::barrier, nullptr, nullptr, 0))); }
 
   void messages(std::size_t n) {
     std::vector<float> x(n, static_cast<float>(rank)), a(n), b(n);
-    Request s = request(Kind::send, x.data(), nullptr, n), r = request(Kind::receive, nullptr, a.data(), n);
+    Request s = request(OperationKind::send, x.data(), nullptr, n),
+            r = request(OperationKind::receive, nullptr, a.data(), n);
     s.root = (rank + 1) % size;
     r.root = (rank + size - 1) % size;
     r.tag = 1;
@@ -157,7 +160,8 @@ struct Rank {
     std::vector<OperationPointer> ops;
     for (std::size_t i = 0; i < 12; ++i) {
       data.emplace_back(i % 3 == 2 ? 200'000u : 10u, static_cast<float>(rank));
-      ops.push_back(submit(request(Kind::all_reduce, data[i].data(), data[i].data(), data[i].size())));
+      ops.push_back(
+          submit(request(OperationKind::all_reduce, data[i].data(), data[i].data(), data[i].size())));
     }
     for (std::size_t i = ops.size(); i-- > 0;) finish(ops[i]);
     for (const auto& d : data)

@@ -17,7 +17,8 @@ CASE(sizes_and_links) {
       options.links_per_peer = links, options.checks = checks;
       Mesh mesh(2, options);
       Tag tag = 0;
-      for (const std::size_t n : {0ul, 1ul, 55ul, 65480ul, 65536ul, 262144ul, 262145ul, 5000001ul, 20000000ul}) {
+      for (const std::size_t n :
+           {0ul, 1ul, 55ul, 65480ul, 65536ul, 262144ul, 262145ul, 5000001ul, 20000000ul}) {
         for (const bool is_late : {false, true}) {
           Message out(1, ++tag, n, 7), in(0, tag, n);
           if (!is_late) mesh[1].post_receive(in);
@@ -114,8 +115,10 @@ CASE(a_lost_peer_fails_its_transfers_only) {
   mesh.drive([] { return false; }, 0.05);
   mesh.ranks[1].reset();
   CHECK(mesh.drive([&] { return waiting.is_over() && stuck.is_over(); }));
-  CHECK(waiting.state == State::failed && waiting.failure.kind == FailureKind::peer_lost && waiting.failure.rank == 1);
-  // It said goodbye: whoever waits for it fails, but it is no loss for others. Deaths are tested with processes.
+  CHECK(waiting.state == State::failed && waiting.failure.kind == FailureKind::peer_lost &&
+        waiting.failure.rank == 1);
+  // It said goodbye: transfers that wait for it fail, but it does not count as lost. Deaths are tested with
+  // processes.
   CHECK(stuck.state == State::failed && !mesh[0].is_lost(1) && !mesh[0].is_lost(2));
   Message late(1, 9, 4), last_in(1, 8, 100);
   mesh[0].post_receive(late);
@@ -128,7 +131,7 @@ CASE(a_lost_peer_fails_its_transfers_only) {
 
 CASE(nobody_there) {
   TcpOptions options;
-  options.connect_timeout_s = 0.3;
+  options.connect_timeout = 300 * millisecond_ns;
   Mesh mesh(2, options);
   mesh.ranks[1].reset();
   Message out(1, 1, 4, 1), in(1, 2, 4);
@@ -141,7 +144,7 @@ CASE(nobody_there) {
 
 CASE(wrong_secrets_are_refused) {
   TcpOptions options;
-  options.rank = 0, options.size = 2, options.connect_timeout_s = 0.5;
+  options.rank = 0, options.size = 2, options.connect_timeout = 500 * millisecond_ns;
   options.secret = bytes_of("ours");
   auto ours = std::make_unique<TcpTransport>(options);
   options.rank = 1, options.secret = bytes_of("theirs");
@@ -180,7 +183,8 @@ CASE(proofs_bind_ranks_and_roles) {
   talk(d2, elsewhere);
   CHECK(elsewhere.state() == Handshake::State::refused);
   // A claim recorded from one conversation is worthless in the next: the challenge differs.
-  auto d3 = Handshake::dialer(key, 1, 2, 0), a3 = Handshake::acceptor(key, 2), a4 = Handshake::acceptor(key, 2);
+  auto d3 = Handshake::dialer(key, 1, 2, 0), a3 = Handshake::acceptor(key, 2),
+       a4 = Handshake::acceptor(key, 2);
   feed(d3, a3.outgoing());
   feed(a4, d3.outgoing());
   CHECK(a4.state() == Handshake::State::refused);

@@ -21,7 +21,7 @@ SANITIZERS = {
 
 
 def room(name: str) -> list[str]:
-    """The sources of one folder of csrc/core, without those built for one instruction set only."""
+    """List the sources of one folder of csrc/core, without those built for one instruction set only."""
     found = (ROOT / "csrc/core" / name).glob("*.cpp")
     return sorted(f"{name}/{f.stem}" for f in found if not f.stem.endswith(("_v3", "_v4")))
 
@@ -30,12 +30,11 @@ def room(name: str) -> list[str]:
 TCP = [*room("base"), *room("tcp")]
 GROUP = [*room("base"), *room("engine"), *room("shared_memory")]
 NETWORK = [*dict.fromkeys([*TCP, *GROUP]), *room("network"), *room("hierarchical")]
-DIRECT = NETWORK
 PROGRAMS = {
     "digest_test": [*room("base"), "tcp/socket"],
     "tcp_test": TCP,
     "group_test": GROUP,
-    "direct_test": DIRECT,
+    "direct_test": NETWORK,
     "network_test": NETWORK,
 }
 

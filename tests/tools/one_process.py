@@ -24,7 +24,7 @@ class World:
     def __init__(self, fabric: str, hosts: str, *, timeout_s: float = 60.0) -> None:
         self.hosts, self.size = hosts, len(hosts)
         self.engines = [_core.Engine() for _ in hosts]
-        self._networks: list[_core.Network] = []
+        self._networks: list[_core.TcpTransport] = []
         self.timeout_s = timeout_s
         make = {"shm": self._shared, "tcp": self._network, "mixed": self._mixed}[fabric]
         self.comms: list[Any] = make()
@@ -51,8 +51,10 @@ class World:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _groups(self, ranks: list[int]) -> list[_core.Group]:
-        groups = [_core.Group(self.engines[r], place, len(ranks)) for place, r in enumerate(ranks)]
+    def _groups(self, ranks: list[int]) -> list[_core.SharedMemoryGroup]:
+        groups = [
+            _core.SharedMemoryGroup(self.engines[r], place, len(ranks)) for place, r in enumerate(ranks)
+        ]
         addresses = [tuple(group.address) for group in groups]
         for group in groups:
             group.connect(addresses)
@@ -65,7 +67,7 @@ class World:
 
     def _network(self) -> list[Any]:
         self._networks = [
-            _core.Network(engine, r, self.size, b"secret", b"session", "", "127.0.0.1")
+            _core.TcpTransport(engine, r, self.size, b"secret", b"session", "", "127.0.0.1")
             for r, engine in enumerate(self.engines)
         ]
         endpoints = [n.endpoints for n in self._networks]

@@ -1,4 +1,4 @@
-// Reusable blocks of one size for slices on their way, so that a running job touches no new pages.
+// Reusable blocks of one size for slices in transit, so that a running job touches no new pages.
 #pragma once
 #include <cstddef>
 #include <memory>

@@ -10,13 +10,13 @@
 namespace paceline {
 namespace {
 
-constexpr std::uint32_t kPolynomial = 0x82f63b78u;  // reflected
+constexpr std::uint32_t polynomial = 0x82f63b78u;  // reflected
 
 constexpr std::array<std::uint32_t, 256> make_table() {
   std::array<std::uint32_t, 256> table{};
   for (std::uint32_t i = 0; i < 256; ++i) {
     std::uint32_t value = i;
-    for (int bit = 0; bit < 8; ++bit) value = (value >> 1) ^ ((value & 1u) ? kPolynomial : 0u);
+    for (int bit = 0; bit < 8; ++bit) value = (value >> 1) ^ ((value & 1u) ? polynomial : 0u);
     table[i] = value;
   }
   return table;

@@ -6,9 +6,21 @@
 namespace paceline {
 
 enum class DType : std::uint8_t {
-  float32, float64, float16, bfloat16,
-  int8, uint8, int16, uint16, int32, uint32, int64, uint64,
-  boolean, complex64, complex128,
+  float32,
+  float64,
+  float16,
+  bfloat16,
+  int8,
+  uint8,
+  int16,
+  uint16,
+  int32,
+  uint32,
+  int64,
+  uint64,
+  boolean,
+  complex64,
+  complex128,
 };
 inline constexpr int num_dtypes = 15;
 

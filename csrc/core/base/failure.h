@@ -11,7 +11,7 @@ enum class FailureKind : std::uint8_t { none, peer_lost, timeout, mismatch, prot
 
 struct Failure {
   FailureKind kind = FailureKind::none;
-  int rank = -1;       // the culprit, in the numbering of whoever holds this Failure; -1 if nobody is
+  int rank = -1;       // the culprit, in the numbering of the group that holds this Failure; -1: none
   std::string detail;  // one sentence: what was expected, what was got
 
   explicit operator bool() const { return kind != FailureKind::none; }

@@ -3,20 +3,29 @@
 namespace paceline {
 
 using Kernel = void (*)(void* const*, int, const void* const*, int, std::size_t, int);
-namespace generic { Kernel kernel(DType, ReduceOp); void scale(float*, const float*, std::size_t, float); }
+namespace generic {
+Kernel kernel(DType, ReduceOp);
+void scale(float*, const float*, std::size_t, float);
+}  // namespace generic
 #ifdef PACELINE_X86
-namespace v3 { Kernel kernel(DType, ReduceOp); void scale(float*, const float*, std::size_t, float); }
-namespace v4 { Kernel kernel(DType, ReduceOp); void scale(float*, const float*, std::size_t, float); }
+namespace v3 {
+Kernel kernel(DType, ReduceOp);
+void scale(float*, const float*, std::size_t, float);
+}  // namespace v3
+namespace v4 {
+Kernel kernel(DType, ReduceOp);
+void scale(float*, const float*, std::size_t, float);
+}  // namespace v4
 #endif
 
 namespace {
 
-struct Table {
+struct KernelTable {
   const char* isa = "generic";
   void (*scale)(float*, const float*, std::size_t, float) = generic::scale;
   Kernel kernels[num_dtypes][num_reduce_ops];
 
-  Table() {
+  KernelTable() {
     auto find = generic::kernel;
 #ifdef PACELINE_X86
     __builtin_cpu_init();
@@ -39,7 +48,7 @@ struct Table {
   }
 };
 
-const Table table;
+const KernelTable table;
 
 }  // namespace
 
@@ -53,20 +62,22 @@ void reduce(DType dtype, ReduceOp op, void* const* destinations, int num_destina
                                                                num_sources, numel, divisor);
 }
 
-void scale(float* to, const float* from, std::size_t numel, float factor) { table.scale(to, from, numel, factor); }
+void scale(float* to, const float* from, std::size_t numel, float factor) {
+  table.scale(to, from, numel, factor);
+}
 
 const char* reduce_isa() { return table.isa; }
 
 const char* name_of(DType dtype) {
   static constexpr const char* names[num_dtypes] = {
-      "float32", "float64", "float16", "bfloat16", "int8", "uint8", "int16", "uint16",
-      "int32", "uint32", "int64", "uint64", "bool", "complex64", "complex128"};
+      "float32", "float64", "float16", "bfloat16", "int8", "uint8",     "int16",     "uint16",
+      "int32",   "uint32",  "int64",   "uint64",   "bool", "complex64", "complex128"};
   return names[static_cast<int>(dtype)];
 }
 
 const char* name_of(ReduceOp op) {
-  static constexpr const char* names[num_reduce_ops] = {"sum", "product", "min", "max",
-                                                        "mean", "band", "bor", "bxor"};
+  static constexpr const char* names[num_reduce_ops] = {"sum",  "product", "min", "max",
+                                                        "mean", "band",    "bor", "bxor"};
   return names[static_cast<int>(op)];
 }
 

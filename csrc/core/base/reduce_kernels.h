@@ -12,13 +12,30 @@ namespace {
 using Size = std::size_t;
 constexpr Size block_numel = 512;  // at most 8 KiB: blocks stay in the first-level cache
 
-struct Half { std::uint16_t bits; };
-struct BFloat { std::uint16_t bits; };
-struct Bool { std::uint8_t value; };
-template <class R> struct Complex { R re, im; };
+struct Half {
+  std::uint16_t bits;
+};
+struct BFloat {
+  std::uint16_t bits;
+};
+struct Bool {
+  std::uint8_t value;
+};
+template <class R>
+struct Complex {
+  R re, im;
+};
 
-inline float as_float(std::uint32_t bits) { float f; __builtin_memcpy(&f, &bits, 4); return f; }
-inline std::uint32_t as_bits(float f) { std::uint32_t b; __builtin_memcpy(&b, &f, 4); return b; }
+inline float as_float(std::uint32_t bits) {
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+inline std::uint32_t as_bits(float f) {
+  std::uint32_t b;
+  __builtin_memcpy(&b, &f, 4);
+  return b;
+}
 
 inline float to_float(BFloat x) { return as_float(std::uint32_t{x.bits} << 16); }
 inline BFloat to_bfloat(float f) {
@@ -38,62 +55,138 @@ inline Half to_half(float f) {
   const std::uint32_t b = as_bits(f), sign = (b >> 16) & 0x8000u, a = b & 0x7fffffffu;
   std::uint32_t h;
   if (a > 0x7f800000u) h = 0x7e00u;
-  else if (a >= 0x477ff000u) h = 0x7c00u;  // rounds to infinity
+  else if (a >= 0x477ff000u) h = 0x7c00u;                                   // rounds to infinity
   else if (a < 0x38800000u) h = as_bits(as_float(a) + 0.5f) - 0x3f000000u;  // subnormal: the adder rounds
   else h = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
   return {static_cast<std::uint16_t>(sign | h)};
 }
 
 // What a type accumulates in, and the arithmetic that wraps instead of overflowing.
-template <class T> struct Accumulate { using type = T; };
-template <> struct Accumulate<Half> { using type = float; };
-template <> struct Accumulate<BFloat> { using type = float; };
-template <class T> struct Wrap { using type = std::uint32_t; };
-template <> struct Wrap<std::int64_t> { using type = std::uint64_t; };
-template <> struct Wrap<std::uint64_t> { using type = std::uint64_t; };
-template <> struct Wrap<float> { using type = float; };
-template <> struct Wrap<double> { using type = double; };
+template <class T>
+struct Accumulate {
+  using type = T;
+};
+template <>
+struct Accumulate<Half> {
+  using type = float;
+};
+template <>
+struct Accumulate<BFloat> {
+  using type = float;
+};
+template <class T>
+struct Wrap {
+  using type = std::uint32_t;
+};
+template <>
+struct Wrap<std::int64_t> {
+  using type = std::uint64_t;
+};
+template <>
+struct Wrap<std::uint64_t> {
+  using type = std::uint64_t;
+};
+template <>
+struct Wrap<float> {
+  using type = float;
+};
+template <>
+struct Wrap<double> {
+  using type = double;
+};
 
-template <class T> inline T add(T a, T b) { using W = typename Wrap<T>::type; return static_cast<T>(W(a) + W(b)); }
-template <class T> inline T multiply(T a, T b) {
+template <class T>
+inline T add(T a, T b) {
+  using W = typename Wrap<T>::type;
+  return static_cast<T>(W(a) + W(b));
+}
+template <class T>
+inline T multiply(T a, T b) {
   using W = typename Wrap<T>::type;
   return static_cast<T>(W(a) * W(b));
 }
-template <class R> inline Complex<R> add(Complex<R> a, Complex<R> b) { return {a.re + b.re, a.im + b.im}; }
-template <class R> inline Complex<R> multiply(Complex<R> a, Complex<R> b) {
+template <class R>
+inline Complex<R> add(Complex<R> a, Complex<R> b) {
+  return {a.re + b.re, a.im + b.im};
+}
+template <class R>
+inline Complex<R> multiply(Complex<R> a, Complex<R> b) {
   return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
 }
 // Of narrow integers the number of ranks may not fit T: the division happens in what both fit.
-template <class T> inline T divide(T a, int n) {
+template <class T>
+inline T divide(T a, int n) {
   using W = decltype(T{} + T{});
   return static_cast<T>(W(a) / static_cast<W>(n));
 }
-template <class R> inline Complex<R> divide(Complex<R> a, int n) { return {a.re / R(n), a.im / R(n)}; }
+template <class R>
+inline Complex<R> divide(Complex<R> a, int n) {
+  return {a.re / R(n), a.im / R(n)};
+}
 
-struct Sum { template <class T> static T of(T a, T b) { return add(a, b); }
-  static Bool of(Bool a, Bool b) { return {static_cast<std::uint8_t>((a.value | b.value) != 0)}; } };
-struct Product { template <class T> static T of(T a, T b) { return multiply(a, b); }
-  static Bool of(Bool a, Bool b) { return {static_cast<std::uint8_t>((a.value != 0) & (b.value != 0))}; } };
+struct Sum {
+  template <class T>
+  static T of(T a, T b) {
+    return add(a, b);
+  }
+  static Bool of(Bool a, Bool b) { return {static_cast<std::uint8_t>((a.value | b.value) != 0)}; }
+};
+struct Product {
+  template <class T>
+  static T of(T a, T b) {
+    return multiply(a, b);
+  }
+  static Bool of(Bool a, Bool b) { return {static_cast<std::uint8_t>((a.value != 0) & (b.value != 0))}; }
+};
 // A NaN on either side wins, as in torch and NumPy.
-struct Min { template <class T> static T of(T a, T b) { return (b < a) | (b != b) ? b : a; }
-  static Bool of(Bool a, Bool b) { return Product::of(a, b); } };
-struct Max { template <class T> static T of(T a, T b) { return (b > a) | (b != b) ? b : a; }
-  static Bool of(Bool a, Bool b) { return Sum::of(a, b); } };
-struct BitAnd { template <class T> static T of(T a, T b) { return static_cast<T>(a & b); }
-  static Bool of(Bool a, Bool b) { return Product::of(a, b); } };
-struct BitOr { template <class T> static T of(T a, T b) { return static_cast<T>(a | b); }
-  static Bool of(Bool a, Bool b) { return Sum::of(a, b); } };
-struct BitXor { template <class T> static T of(T a, T b) { return static_cast<T>(a ^ b); }
-  static Bool of(Bool a, Bool b) { return {static_cast<std::uint8_t>((a.value != 0) != (b.value != 0))}; } };
+struct Min {
+  template <class T>
+  static T of(T a, T b) {
+    return (b < a) | (b != b) ? b : a;
+  }
+  static Bool of(Bool a, Bool b) { return Product::of(a, b); }
+};
+struct Max {
+  template <class T>
+  static T of(T a, T b) {
+    return (b > a) | (b != b) ? b : a;
+  }
+  static Bool of(Bool a, Bool b) { return Sum::of(a, b); }
+};
+struct BitAnd {
+  template <class T>
+  static T of(T a, T b) {
+    return static_cast<T>(a & b);
+  }
+  static Bool of(Bool a, Bool b) { return Product::of(a, b); }
+};
+struct BitOr {
+  template <class T>
+  static T of(T a, T b) {
+    return static_cast<T>(a | b);
+  }
+  static Bool of(Bool a, Bool b) { return Sum::of(a, b); }
+};
+struct BitXor {
+  template <class T>
+  static T of(T a, T b) {
+    return static_cast<T>(a ^ b);
+  }
+  static Bool of(Bool a, Bool b) { return {static_cast<std::uint8_t>((a.value != 0) != (b.value != 0))}; }
+};
 
-template <class T> void load(typename Accumulate<T>::type* out, const T* in, Size n) {
+template <class T>
+void load(typename Accumulate<T>::type* out, const T* in, Size n) {
   for (Size i = 0; i < n; ++i) out[i] = to_float(in[i]);
 }
-template <class T> void store(T* out, const float* in, Size n);
-template <> void store(BFloat* out, const float* in, Size n) {
+template <class T>
+void store(T* out, const float* in, Size n);
+template <>
+void store(BFloat* out, const float* in, Size n) {
   for (Size i = 0; i < n; ++i) out[i] = to_bfloat(in[i]);
 }
-template <> void store(Half* out, const float* in, Size n) {
+template <>
+void store(Half* out, const float* in, Size n) {
   Size i = 0;
 #ifdef __F16C__
   for (; i + 8 <= n; i += 8)
@@ -102,7 +195,8 @@ template <> void store(Half* out, const float* in, Size n) {
   for (; i < n; ++i) out[i] = to_half(in[i]);
 }
 #ifdef __F16C__
-template <> void load(float* out, const Half* in, Size n) {
+template <>
+void load(float* out, const Half* in, Size n) {
   Size i = 0;
   for (; i + 8 <= n; i += 8)
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
@@ -110,13 +204,15 @@ template <> void load(float* out, const Half* in, Size n) {
 }
 #endif
 
-template <class F, class A> inline void combine(A* out, const A* a, const A* b, Size n) {
+template <class F, class A>
+inline void combine(A* out, const A* a, const A* b, Size n) {
 #pragma GCC ivdep
   for (Size i = 0; i < n; ++i) out[i] = F::of(a[i], b[i]);
 }
 
 // Two sources, two destinations that may be the sources: one pass, without the block in between.
-template <class F, class A> inline void combine_twice(A* first, A* second, const A* a, const A* b, Size n) {
+template <class F, class A>
+inline void combine_twice(A* first, A* second, const A* a, const A* b, Size n) {
 #pragma GCC ivdep
   for (Size i = 0; i < n; ++i) first[i] = second[i] = F::of(a[i], b[i]);
 }
@@ -164,7 +260,8 @@ void run(void* const* dst, int num_dst, const void* const* src, int num_src, Siz
 
 using Kernel = void (*)(void* const*, int, const void* const*, int, Size, int);
 
-template <class T> constexpr Kernel numeric(ReduceOp op) {
+template <class T>
+constexpr Kernel numeric(ReduceOp op) {
   switch (op) {
     case ReduceOp::sum: return run<T, Sum, false>;
     case ReduceOp::product: return run<T, Product, false>;
@@ -172,18 +269,23 @@ template <class T> constexpr Kernel numeric(ReduceOp op) {
     default: return nullptr;
   }
 }
-template <class T> constexpr Kernel ordered(ReduceOp op) {
+template <class T>
+constexpr Kernel ordered(ReduceOp op) {
   if (op == ReduceOp::min) return run<T, Min, false>;
   if (op == ReduceOp::max) return run<T, Max, false>;
   return numeric<T>(op);
 }
-template <class T> constexpr Kernel bitwise(ReduceOp op) {
+template <class T>
+constexpr Kernel bitwise(ReduceOp op) {
   if (op == ReduceOp::band) return run<T, BitAnd, false>;
   if (op == ReduceOp::bor) return run<T, BitOr, false>;
   if (op == ReduceOp::bxor) return run<T, BitXor, false>;
   return nullptr;
 }
-template <class T> constexpr Kernel integer(ReduceOp op) { return bitwise<T>(op) ? bitwise<T>(op) : ordered<T>(op); }
+template <class T>
+constexpr Kernel integer(ReduceOp op) {
+  return bitwise<T>(op) ? bitwise<T>(op) : ordered<T>(op);
+}
 
 constexpr Kernel boolean(ReduceOp op) {
   switch (op) {
@@ -237,4 +339,4 @@ Kernel kernel(DType dtype, ReduceOp op) {
   return nullptr;
 }
 
-}  // namespace paceline
+}  // namespace paceline::PACELINE_ISA

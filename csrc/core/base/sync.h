@@ -13,6 +13,9 @@ namespace paceline {
 
 using Nanoseconds = std::int64_t;
 inline constexpr Nanoseconds second_ns = 1'000'000'000;
+inline constexpr Nanoseconds millisecond_ns = 1'000'000;
+
+inline Nanoseconds from_seconds(double seconds) { return static_cast<Nanoseconds>(seconds * 1e9); }
 
 inline Nanoseconds now_ns() {
   timespec t;

@@ -1,4 +1,5 @@
-// A resumable operation as a coroutine: it suspends on a condition, the engine polls the condition and resumes it.
+// A resumable operation as a coroutine: it suspends on a condition, the engine polls the condition and
+// resumes it.
 #pragma once
 #include <coroutine>
 #include <exception>
@@ -48,7 +49,7 @@ class Task {
   std::coroutine_handle<promise_type> handle_;
 };
 
-// `co_await Until(f)` goes on once f() returns true.
+// `co_await Until(f)` continues once f() returns true.
 template <class F>
 struct Until {
   F f;
@@ -64,7 +65,9 @@ struct Until {
 // `co_await Pause()` lets the engine look at other operations first.
 struct Pause {
   bool await_ready() const noexcept { return false; }
-  void await_suspend(std::coroutine_handle<Task::promise_type> handle) { handle.promise().is_ready = nullptr; }
+  void await_suspend(std::coroutine_handle<Task::promise_type> handle) {
+    handle.promise().is_ready = nullptr;
+  }
   void await_resume() const noexcept {}
 };
 

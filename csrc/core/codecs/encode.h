@@ -10,20 +10,21 @@
 
 namespace paceline::codec {
 
-struct Input {
+struct EncoderInput {
   const float* x;
   float* residual;
   std::size_t numel;
-  Source source;
+  SourceType source;
   bool has_checksum;
 };
 
-struct Output {
+struct EncoderOutput {
   std::uint8_t* bytes;
   std::size_t capacity;
 };
 
-// Stochastic rounding draws from a counter-based generator: 16 bits for each element, decided by key and index.
+// Stochastic rounding draws from a counter-based generator: 16 bits for each element, decided by key and
+// index.
 struct Rounding {
   bool is_stochastic = false;
   std::uint64_t key = 0;
@@ -37,17 +38,18 @@ std::size_t max_onebit(std::size_t numel, std::size_t block);
 std::size_t max_threshold(std::size_t numel);
 std::size_t max_topk(std::size_t count);
 
-std::size_t encode_fp16(const Input&, std::size_t block, Output);
-std::size_t encode_bf16(const Input&, Output);
-std::size_t encode_int8(const Input&, std::size_t block, Rounding, Output);
-std::size_t encode_int4(const Input&, std::size_t block, Rounding, Output);
-std::size_t encode_onebit(const Input&, std::size_t block, Output);
+std::size_t encode_fp16(const EncoderInput&, std::size_t block, EncoderOutput);
+std::size_t encode_bf16(const EncoderInput&, EncoderOutput);
+std::size_t encode_int8(const EncoderInput&, std::size_t block, Rounding, EncoderOutput);
+std::size_t encode_int4(const EncoderInput&, std::size_t block, Rounding, EncoderOutput);
+std::size_t encode_onebit(const EncoderInput&, std::size_t block, EncoderOutput);
 
 // Strom 2015. The residual is required. `num_skipped` counts elements that were not finite: they are
 // neither sent nor kept.
-std::size_t encode_threshold(const Input&, float tau, bool entropy, Output, std::uint64_t* num_skipped);
+std::size_t encode_threshold(const EncoderInput&, float tau, bool entropy, EncoderOutput,
+                             std::uint64_t* num_skipped);
 
 // The `count` largest |x|, ties to the lowest index.
-std::size_t encode_topk(const Input&, std::size_t count, bool entropy, Output);
+std::size_t encode_topk(const EncoderInput&, std::size_t count, bool entropy, EncoderOutput);
 
 }  // namespace paceline::codec

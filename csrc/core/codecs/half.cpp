@@ -50,22 +50,22 @@ PACELINE_INLINE std::uint32_t scale_exponent(std::uint32_t largest) {
   return exponent > 253u ? 253u : exponent;
 }
 
-// codes = half(values · up); where there is a residual, rest = values - codes · down.
-using HalfPacker = void (*)(const float* values, float up, float down, std::size_t length, std::uint16_t* codes,
-                            float* rest);
+// codes = half(values · up); where there is a residual, remainder = values - codes · down.
+using HalfPacker = void (*)(const float* values, float up, float down, std::size_t length,
+                            std::uint16_t* codes, float* remainder);
 
 PACELINE_INLINE void pack_half_body(const float* values, float up, float down, std::size_t length,
-                                    std::uint16_t* codes, float* rest) {
+                                    std::uint16_t* codes, float* remainder) {
   for (std::size_t i = 0; i < length; ++i) codes[i] = half_of(values[i] * up);
-  if (rest == nullptr) return;
+  if (remainder == nullptr) return;
   for (std::size_t i = 0; i < length; ++i) {
-    rest[i] = remainder_of(values[i], float_of_half(codes[i]) * down, rest[i]);
+    remainder[i] = remainder_of(values[i], float_of_half(codes[i]) * down, remainder[i]);
   }
 }
 
 #if PACELINE_X86
 PACELINE_AVX512 void pack_half_avx512(const float* values, float up, float down, std::size_t length,
-                                      std::uint16_t* codes, float* rest) {
+                                      std::uint16_t* codes, float* remainder) {
   const __m512 infinity = _mm512_castsi512_ps(_mm512_set1_epi32(0x7f800000));
   std::size_t i = 0;
   for (; i + 16 <= length; i += 16) {
@@ -75,19 +75,21 @@ PACELINE_AVX512 void pack_half_avx512(const float* values, float up, float down,
     const __m256i rounded = _mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m256i half = _mm256_mask_mov_epi16(rounded, is_nan, _mm256_set1_epi16(0x7e00));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), half);
-    if (rest == nullptr) continue;
+    if (remainder == nullptr) continue;
     const __m512 left = _mm512_sub_ps(value, _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(down)));
     const __mmask16 is_finite = _mm512_cmp_ps_mask(_mm512_abs_ps(left), infinity, _CMP_LT_OQ);
-    _mm512_mask_storeu_ps(rest + i, is_finite, left);
+    _mm512_mask_storeu_ps(remainder + i, is_finite, left);
   }
-  pack_half_body(values + i, up, down, length - i, codes + i, rest == nullptr ? nullptr : rest + i);
+  pack_half_body(values + i, up, down, length - i, codes + i, remainder == nullptr ? nullptr : remainder + i);
 }
 #endif
 
 HalfPacker half_packer() {
 #if PACELINE_X86
-  if (isa() == Isa::kAvx512) return pack_half_avx512;
-  if (isa() == Isa::kAvx2) return run_avx2<pack_half_body, const float*, float, float, std::size_t, std::uint16_t*, float*>;
+  if (isa() == Isa::avx512) return pack_half_avx512;
+  if (isa() == Isa::avx2) {
+    return run_avx2<pack_half_body, const float*, float, float, std::size_t, std::uint16_t*, float*>;
+  }
 #endif
   return pack_half_body;
 }
@@ -95,18 +97,18 @@ HalfPacker half_packer() {
 template <bool HasResidual>
 PACELINE_INLINE void fp16_body(const float* x, float* residual, std::size_t numel, std::size_t block,
                                HalfPacker pack_half, F32* scales, std::uint8_t* codes) {
-  float values[kMaxBlock];
-  std::uint16_t local[kMaxBlock];
+  float values[max_block];
+  std::uint16_t local[max_block];
   for (std::size_t start = 0; start < numel; start += block) {
     const std::size_t length = smaller(block, numel - start);
-    float* rest = HasResidual ? residual + start : nullptr;
+    float* remainder = HasResidual ? residual + start : nullptr;
     std::uint32_t largest;
-    const float* source = load_block<HasResidual>(x + start, rest, length, length, values, largest);
+    const float* source = load_block<HasResidual>(x + start, remainder, length, length, values, largest);
     const std::uint32_t exponent = scale_exponent(largest);
     const float up = float_of(exponent << 23);
     const float down = float_of((254u - exponent) << 23);
     scales[start / block] = down;
-    pack_half(source, up, down, length, local, rest);
+    pack_half(source, up, down, length, local, remainder);
     std::memcpy(codes + 2 * start, local, 2 * length);
   }
 }
@@ -122,8 +124,8 @@ PACELINE_INLINE void bf16_body(const float* x, float* residual, std::size_t nume
 }
 
 template <bool Accumulate>
-PACELINE_INLINE void fp16_decode_body(const F32* scales, const U16* codes, std::size_t numel, std::size_t block,
-                                      float* out) {
+PACELINE_INLINE void fp16_decode_body(const F32* scales, const U16* codes, std::size_t numel,
+                                      std::size_t block, float* out) {
   for (std::size_t start = 0; start < numel; start += block) {
     const std::size_t length = smaller(block, numel - start);
     const float scale = scales[start / block];
@@ -147,32 +149,39 @@ PACELINE_INLINE void bf16_decode_body(const U16* codes, std::size_t numel, float
 }  // namespace
 
 std::size_t max_fp16(std::size_t numel, std::size_t block) {
-  return kHeaderBytes + 4 * num_blocks(numel, block) + 2 * numel;
+  return header_bytes + 4 * num_blocks(numel, block) + 2 * numel;
 }
 
-std::size_t max_bf16(std::size_t numel) { return kHeaderBytes + 2 * numel; }
+std::size_t max_bf16(std::size_t numel) { return header_bytes + 2 * numel; }
 
-std::size_t encode_fp16(const Input& in, std::size_t block, Output out) {
-  check_encoder(Id::kFp16, in.numel, max_fp16(in.numel, block), out.capacity);
+std::size_t encode_fp16(const EncoderInput& in, std::size_t block, EncoderOutput out) {
+  check_encoder(CodecId::fp16, in.numel, max_fp16(in.numel, block), out.capacity);
   const std::size_t blocks = num_blocks(in.numel, block);
-  auto* scales = reinterpret_cast<F32*>(out.bytes + kHeaderBytes);
-  std::uint8_t* codes = out.bytes + kHeaderBytes + 4 * blocks;
+  auto* scales = reinterpret_cast<F32*>(out.bytes + header_bytes);
+  std::uint8_t* codes = out.bytes + header_bytes + 4 * blocks;
   run<fp16_body<true>, fp16_body<false>>(in.residual != nullptr, in.x, in.residual, in.numel, block,
                                          half_packer(), scales, codes);
-  const Header header{Id::kFp16, in.source, in.has_checksum, Layout::kWords, in.numel,
-                      static_cast<std::uint32_t>(block), 0.0f, 0};
+  const PayloadHeader header{CodecId::fp16,
+                             in.source,
+                             in.has_checksum,
+                             BodyLayout::words,
+                             in.numel,
+                             static_cast<std::uint32_t>(block),
+                             0.0f,
+                             0};
   return finish_payload(header, out.bytes, 4 * blocks + 2 * in.numel);
 }
 
-std::size_t encode_bf16(const Input& in, Output out) {
-  check_encoder(Id::kBf16, in.numel, max_bf16(in.numel), out.capacity);
-  auto* codes = reinterpret_cast<U16*>(out.bytes + kHeaderBytes);
+std::size_t encode_bf16(const EncoderInput& in, EncoderOutput out) {
+  check_encoder(CodecId::bf16, in.numel, max_bf16(in.numel), out.capacity);
+  auto* codes = reinterpret_cast<U16*>(out.bytes + header_bytes);
   run<bf16_body<true>, bf16_body<false>>(in.residual != nullptr, in.x, in.residual, in.numel, codes);
-  const Header header{Id::kBf16, in.source, in.has_checksum, Layout::kWords, in.numel, 0, 0.0f, 0};
+  const PayloadHeader header{CodecId::bf16, in.source, in.has_checksum, BodyLayout::words, in.numel, 0,
+                             0.0f,          0};
   return finish_payload(header, out.bytes, 2 * in.numel);
 }
 
-void decode_fp16(const Header& header, const std::uint8_t* body, std::size_t body_bytes, float* out,
+void decode_fp16(const PayloadHeader& header, const std::uint8_t* body, std::size_t body_bytes, float* out,
                  bool accumulate) {
   check_block(header);
   const std::size_t blocks = num_blocks(header.numel, header.parameter);
@@ -184,13 +193,13 @@ void decode_fp16(const Header& header, const std::uint8_t* body, std::size_t bod
                                                        static_cast<std::size_t>(header.parameter), out);
 }
 
-void decode_bf16(const Header& header, const std::uint8_t* body, std::size_t body_bytes, float* out,
+void decode_bf16(const PayloadHeader& header, const std::uint8_t* body, std::size_t body_bytes, float* out,
                  bool accumulate) {
   if (header.parameter != 0) throw PayloadError("bf16 payload: it has no parameter");
   check_body(header, body_bytes, 2 * header.numel);
   const auto* codes = reinterpret_cast<const U16*>(body);
-  run<bf16_decode_body<true>, bf16_decode_body<false>>(accumulate, codes, static_cast<std::size_t>(header.numel),
-                                                       out);
+  run<bf16_decode_body<true>, bf16_decode_body<false>>(accumulate, codes,
+                                                       static_cast<std::size_t>(header.numel), out);
 }
 
 }  // namespace paceline::codec

@@ -18,7 +18,8 @@ PACELINE_INLINE std::uint32_t mixed(std::uint32_t z) {
   return z ^ (z >> 16);
 }
 
-PACELINE_INLINE std::uint32_t random_bits(std::uint32_t key_low, std::uint32_t key_high, std::uint32_t counter) {
+PACELINE_INLINE std::uint32_t random_bits(std::uint32_t key_low, std::uint32_t key_high,
+                                          std::uint32_t counter) {
   return mixed(mixed(counter + key_low) ^ key_high);
 }
 
@@ -27,8 +28,8 @@ PACELINE_INLINE std::int8_t nearest(float scaled) {
   return static_cast<std::int8_t>(bits_of(scaled + 0x1.8p23f) - 0x4b400000u);
 }
 
-// codes = floor(source · inverse + u), u uniform in (0, 1): the 16-bit halves of one hash serve elements l and l + 16
-// of a group of 32. `padded` is a multiple of 32, `start` the index of the first element.
+// codes = floor(source · inverse + u), u uniform in (0, 1): the 16-bit halves of one hash serve elements l
+// and l + 16 of a group of 32. `padded` is a multiple of 32, `start` the index of the first element.
 using Rounder = void (*)(const float* source, std::size_t padded, float inverse, int limit, std::uint64_t key,
                          std::size_t start, std::int8_t* codes);
 
@@ -61,9 +62,11 @@ PACELINE_AVX512 inline __m512i mixed_avx512(__m512i z) {
   return _mm512_xor_si512(z, _mm512_srli_epi32(z, 16));
 }
 
-PACELINE_AVX512 inline __m128i rounded_down_avx512(const float* source, __m512 inverse, __m512i bits, __m512i limit) {
+PACELINE_AVX512 inline __m128i rounded_down_avx512(const float* source, __m512 inverse, __m512i bits,
+                                                   __m512i limit) {
   // Exact, so that one rounding (of the sum) is all there is, as in the plain version.
-  const __m512 u = _mm512_fmadd_ps(_mm512_cvtepi32_ps(bits), _mm512_set1_ps(0x1p-16f), _mm512_set1_ps(0x1p-17f));
+  const __m512 u =
+      _mm512_fmadd_ps(_mm512_cvtepi32_ps(bits), _mm512_set1_ps(0x1p-16f), _mm512_set1_ps(0x1p-17f));
   const __m512 shifted = _mm512_add_ps(_mm512_mul_ps(_mm512_loadu_ps(source), inverse), u);
   const __m512i code = _mm512_cvt_roundps_epi32(shifted, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   const __m512i least = _mm512_sub_epi32(_mm512_setzero_si512(), limit);
@@ -75,8 +78,9 @@ PACELINE_AVX512 void round_avx512(const float* source, std::size_t padded, float
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i key_high = _mm512_set1_epi32(static_cast<int>(key >> 32));
   const __m512i limits = _mm512_set1_epi32(limit);
-  __m512i counter = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(static_cast<std::uint32_t>(key) +
-                                                                               static_cast<std::uint32_t>(start / 2))));
+  __m512i counter =
+      _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(static_cast<std::uint32_t>(key) +
+                                                                 static_cast<std::uint32_t>(start / 2))));
   const __m512 factor = _mm512_set1_ps(inverse);
   for (std::size_t group = 0; group < padded; group += 32) {
     const __m512i bits = mixed_avx512(_mm512_xor_si512(mixed_avx512(counter), key_high));
@@ -91,9 +95,10 @@ PACELINE_AVX512 void round_avx512(const float* source, std::size_t padded, float
 
 Rounder rounder() {
 #if PACELINE_X86
-  if (isa() == Isa::kAvx512) return round_avx512;
-  if (isa() == Isa::kAvx2) {
-    return run_avx2<round_body, const float*, std::size_t, float, int, std::uint64_t, std::size_t, std::int8_t*>;
+  if (isa() == Isa::avx512) return round_avx512;
+  if (isa() == Isa::avx2) {
+    return run_avx2<round_body, const float*, std::size_t, float, int, std::uint64_t, std::size_t,
+                    std::int8_t*>;
   }
 #endif
   return round_body;
@@ -124,17 +129,17 @@ constexpr std::size_t code_bytes(std::size_t length) {
 template <int Bits, bool HasResidual>
 PACELINE_INLINE void encode_body(const float* x, float* residual, std::size_t numel, std::size_t block,
                                  Rounder round, std::uint64_t key, F32* scales, std::uint8_t* bytes) {
-  constexpr int kLimit = Bits == 8 ? 127 : 7;
-  float values[kMaxBlock];
-  std::int8_t codes[kMaxBlock];
+  constexpr int limit = Bits == 8 ? 127 : 7;
+  float values[max_block];
+  std::int8_t codes[max_block];
   for (std::size_t start = 0; start < numel; start += block) {
     const std::size_t length = smaller(block, numel - start);
     const std::size_t padded = rounded_up(length, 32);
-    float* rest = HasResidual ? residual + start : nullptr;
+    float* remainder = HasResidual ? residual + start : nullptr;
     std::uint32_t largest;
-    const float* source = load_block<HasResidual>(x + start, rest, length, padded, values, largest);
+    const float* source = load_block<HasResidual>(x + start, remainder, length, padded, values, largest);
     const bool is_finite = largest < 0x7f800000u;
-    const float scale = is_finite ? float_of(largest) / static_cast<float>(kLimit) : float_of(0x7fc00000u);
+    const float scale = is_finite ? float_of(largest) / static_cast<float>(limit) : float_of(0x7fc00000u);
     // Below the smallest normal float the quotient would overflow: such a block is sent as zeros.
     const bool is_zero = !is_finite || bits_of(scale) < 0x00800000u;
     const float inverse = is_zero ? 0.0f : 1.0f / scale;
@@ -142,7 +147,7 @@ PACELINE_INLINE void encode_body(const float* x, float* residual, std::size_t nu
     if (is_zero) {
       for (std::size_t i = 0; i < padded; ++i) codes[i] = 0;
     } else if (round != nullptr) {
-      round(source, padded, inverse, kLimit, key, start, codes);
+      round(source, padded, inverse, limit, key, start, codes);
     } else {
       for (std::size_t i = 0; i < padded; ++i) codes[i] = nearest(source[i] * inverse);
     }
@@ -150,7 +155,7 @@ PACELINE_INLINE void encode_body(const float* x, float* residual, std::size_t nu
     if (HasResidual) {
       const float sent_scale = scales[start / block];
       for (std::size_t i = 0; i < length; ++i) {
-        rest[i] = remainder_of(source[i], static_cast<float>(codes[i]) * sent_scale, rest[i]);
+        remainder[i] = remainder_of(source[i], static_cast<float>(codes[i]) * sent_scale, remainder[i]);
       }
     }
   }
@@ -189,39 +194,41 @@ PACELINE_INLINE void int4_decode_body(const F32* scales, const std::uint8_t* byt
 }
 
 template <int Bits>
-std::size_t encode(Id id, const Input& in, std::size_t block, Rounding rounding, Output out) {
+std::size_t encode(CodecId id, const EncoderInput& in, std::size_t block, Rounding rounding,
+                   EncoderOutput out) {
   const std::size_t blocks = num_blocks(in.numel, block);
   const std::size_t body_bytes = 4 * blocks + code_bytes<Bits>(in.numel);
-  check_encoder(id, in.numel, kHeaderBytes + body_bytes, out.capacity);
-  auto* scales = reinterpret_cast<F32*>(out.bytes + kHeaderBytes);
-  std::uint8_t* codes = out.bytes + kHeaderBytes + 4 * blocks;
-  run<encode_body<Bits, true>, encode_body<Bits, false>>(
-      in.residual != nullptr, in.x, in.residual, in.numel, block, rounding.is_stochastic ? rounder() : nullptr,
-      rounding.key, scales, codes);
-  const Header header{id, in.source, in.has_checksum, Layout::kWords, in.numel,
-                      static_cast<std::uint32_t>(block), 0.0f, 0};
+  check_encoder(id, in.numel, header_bytes + body_bytes, out.capacity);
+  auto* scales = reinterpret_cast<F32*>(out.bytes + header_bytes);
+  std::uint8_t* codes = out.bytes + header_bytes + 4 * blocks;
+  run<encode_body<Bits, true>, encode_body<Bits, false>>(in.residual != nullptr, in.x, in.residual, in.numel,
+                                                         block, rounding.is_stochastic ? rounder() : nullptr,
+                                                         rounding.key, scales, codes);
+  const PayloadHeader header{
+      id,   in.source, in.has_checksum, BodyLayout::words, in.numel, static_cast<std::uint32_t>(block),
+      0.0f, 0};
   return finish_payload(header, out.bytes, body_bytes);
 }
 
 }  // namespace
 
 std::size_t max_int8(std::size_t numel, std::size_t block) {
-  return kHeaderBytes + 4 * num_blocks(numel, block) + code_bytes<8>(numel);
+  return header_bytes + 4 * num_blocks(numel, block) + code_bytes<8>(numel);
 }
 
 std::size_t max_int4(std::size_t numel, std::size_t block) {
-  return kHeaderBytes + 4 * num_blocks(numel, block) + code_bytes<4>(numel);
+  return header_bytes + 4 * num_blocks(numel, block) + code_bytes<4>(numel);
 }
 
-std::size_t encode_int8(const Input& in, std::size_t block, Rounding rounding, Output out) {
-  return encode<8>(Id::kInt8, in, block, rounding, out);
+std::size_t encode_int8(const EncoderInput& in, std::size_t block, Rounding rounding, EncoderOutput out) {
+  return encode<8>(CodecId::int8, in, block, rounding, out);
 }
 
-std::size_t encode_int4(const Input& in, std::size_t block, Rounding rounding, Output out) {
-  return encode<4>(Id::kInt4, in, block, rounding, out);
+std::size_t encode_int4(const EncoderInput& in, std::size_t block, Rounding rounding, EncoderOutput out) {
+  return encode<4>(CodecId::int4, in, block, rounding, out);
 }
 
-void decode_int8(const Header& header, const std::uint8_t* body, std::size_t body_bytes, float* out,
+void decode_int8(const PayloadHeader& header, const std::uint8_t* body, std::size_t body_bytes, float* out,
                  bool accumulate) {
   check_block(header);
   const std::size_t numel = header.numel;
@@ -232,7 +239,7 @@ void decode_int8(const Header& header, const std::uint8_t* body, std::size_t bod
                                                        static_cast<std::size_t>(header.parameter), out);
 }
 
-void decode_int4(const Header& header, const std::uint8_t* body, std::size_t body_bytes, float* out,
+void decode_int4(const PayloadHeader& header, const std::uint8_t* body, std::size_t body_bytes, float* out,
                  bool accumulate) {
   check_block(header);
   const std::size_t numel = header.numel;

@@ -18,7 +18,7 @@
 
 namespace paceline::codec {
 
-enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2 };
 
 // The best instruction set that this CPU has and `limit_isa` allows.
 Isa isa();
@@ -38,8 +38,8 @@ PACELINE_AVX2 void run_avx2(A... arguments) {
 template <auto Body, class... A>
 void run_best(A... arguments) {
 #if PACELINE_X86
-  if (isa() == Isa::kAvx512) return run_avx512<Body>(arguments...);
-  if (isa() == Isa::kAvx2) return run_avx2<Body>(arguments...);
+  if (isa() == Isa::avx512) return run_avx512<Body>(arguments...);
+  if (isa() == Isa::avx2) return run_avx2<Body>(arguments...);
 #endif
   Body(arguments...);
 }
@@ -69,8 +69,8 @@ PACELINE_INLINE float float_of(std::uint32_t bits) {
 // What stays behind of `value` once `sent` is sent. Infinities and NaN travel, so that loss scalers see
 // them, but they never enter a residual: there the old residual is kept.
 PACELINE_INLINE float remainder_of(float value, float sent, float old_residual) {
-  const float rest = value - sent;
-  return (bits_of(rest) & 0x7f800000u) == 0x7f800000u ? old_residual : rest;
+  const float remainder = value - sent;
+  return (bits_of(remainder) & 0x7f800000u) == 0x7f800000u ? old_residual : remainder;
 }
 
 }  // namespace paceline::codec

@@ -72,8 +72,8 @@ PACELINE_AVX512 float scan_avx512(const float* values, std::size_t padded, std::
 
 Scanner scanner() {
 #if PACELINE_X86
-  if (isa() == Isa::kAvx512) return scan_avx512;
-  if (isa() == Isa::kAvx2) return scan_avx2;
+  if (isa() == Isa::avx512) return scan_avx512;
+  if (isa() == Isa::avx2) return scan_avx2;
 #endif
   return scan_baseline;
 }
@@ -81,16 +81,16 @@ Scanner scanner() {
 template <bool HasResidual>
 PACELINE_INLINE void encode_body(const float* x, float* residual, std::size_t numel, std::size_t block,
                                  Scanner scan, U16* scales, std::uint8_t* bytes) {
-  float values[kMaxBlock];
-  std::uint8_t signs[kMaxBlock / 8];
+  float values[max_block];
+  std::uint8_t signs[max_block / 8];
   for (std::size_t start = 0; start < numel; start += block) {
     const std::size_t length = smaller(block, numel - start);
     const std::size_t padded = rounded_up(length, 16);
-    float* rest = HasResidual ? residual + start : nullptr;
+    float* remainder = HasResidual ? residual + start : nullptr;
     const float* source = x + start;
     if (HasResidual || padded != length) {
       std::uint32_t largest;
-      source = load_block<HasResidual>(x + start, rest, length, padded, values, largest);
+      source = load_block<HasResidual>(x + start, remainder, length, padded, values, largest);
     }
     const float mean = scan(source, padded, signs) / static_cast<float>(length);
     const std::uint16_t scale_bits = bfloat_of(mean);
@@ -100,14 +100,15 @@ PACELINE_INLINE void encode_body(const float* x, float* residual, std::size_t nu
       const std::uint32_t scale = static_cast<std::uint32_t>(scale_bits) << 16;
       for (std::size_t i = 0; i < length; ++i) {
         const float sent = float_of(scale | (bits_of(values[i]) & 0x80000000u));
-        rest[i] = remainder_of(values[i], sent, rest[i]);
+        remainder[i] = remainder_of(values[i], sent, remainder[i]);
       }
     }
   }
 }
 
 // ±scale for 16 elements, added to or stored in `target`.
-using Expander = void (*)(const std::uint8_t* signs, std::size_t num_groups, std::uint32_t scale, float* target);
+using Expander = void (*)(const std::uint8_t* signs, std::size_t num_groups, std::uint32_t scale,
+                          float* target);
 
 template <bool Accumulate>
 PACELINE_INLINE void expand_body(const std::uint8_t* signs, std::size_t num_groups, std::uint32_t scale,
@@ -137,8 +138,8 @@ PACELINE_AVX512 void expand_avx512(const std::uint8_t* signs, std::size_t num_gr
 template <bool Accumulate>
 Expander expander() {
 #if PACELINE_X86
-  if (isa() == Isa::kAvx512) return expand_avx512<Accumulate>;
-  if (isa() == Isa::kAvx2) {
+  if (isa() == Isa::avx512) return expand_avx512<Accumulate>;
+  if (isa() == Isa::avx2) {
     return run_avx2<expand_body<Accumulate>, const std::uint8_t*, std::size_t, std::uint32_t, float*>;
   }
 #endif
@@ -146,7 +147,8 @@ Expander expander() {
 }
 
 template <bool Accumulate>
-void decode_blocks(const U16* scales, const std::uint8_t* bytes, std::size_t numel, std::size_t block, float* out) {
+void decode_blocks(const U16* scales, const std::uint8_t* bytes, std::size_t numel, std::size_t block,
+                   float* out) {
   const Expander expand = expander<Accumulate>();
   for (std::size_t start = 0; start < numel; start += block) {
     const std::uint32_t scale = static_cast<std::uint32_t>(scales[start / block]) << 16;
@@ -163,22 +165,28 @@ void decode_blocks(const U16* scales, const std::uint8_t* bytes, std::size_t num
 }  // namespace
 
 std::size_t max_onebit(std::size_t numel, std::size_t block) {
-  return kHeaderBytes + 2 * num_blocks(numel, block) + (numel + 7) / 8;
+  return header_bytes + 2 * num_blocks(numel, block) + (numel + 7) / 8;
 }
 
-std::size_t encode_onebit(const Input& in, std::size_t block, Output out) {
-  check_encoder(Id::kOnebit, in.numel, max_onebit(in.numel, block), out.capacity);
+std::size_t encode_onebit(const EncoderInput& in, std::size_t block, EncoderOutput out) {
+  check_encoder(CodecId::onebit, in.numel, max_onebit(in.numel, block), out.capacity);
   const std::size_t blocks = num_blocks(in.numel, block);
-  auto* scales = reinterpret_cast<U16*>(out.bytes + kHeaderBytes);
-  std::uint8_t* signs = out.bytes + kHeaderBytes + 2 * blocks;
+  auto* scales = reinterpret_cast<U16*>(out.bytes + header_bytes);
+  std::uint8_t* signs = out.bytes + header_bytes + 2 * blocks;
   run<encode_body<true>, encode_body<false>>(in.residual != nullptr, in.x, in.residual, in.numel, block,
                                              scanner(), scales, signs);
-  const Header header{Id::kOnebit, in.source, in.has_checksum, Layout::kWords, in.numel,
-                      static_cast<std::uint32_t>(block), 0.0f, 0};
+  const PayloadHeader header{CodecId::onebit,
+                             in.source,
+                             in.has_checksum,
+                             BodyLayout::words,
+                             in.numel,
+                             static_cast<std::uint32_t>(block),
+                             0.0f,
+                             0};
   return finish_payload(header, out.bytes, 2 * blocks + (in.numel + 7) / 8);
 }
 
-void decode_onebit(const Header& header, const std::uint8_t* body, std::size_t body_bytes, float* out,
+void decode_onebit(const PayloadHeader& header, const std::uint8_t* body, std::size_t body_bytes, float* out,
                    bool accumulate) {
   check_block(header);
   const std::size_t numel = header.numel;

@@ -35,39 +35,43 @@ class BitWriter {
   std::uint32_t filled_ = 0;
 };
 
-std::uint64_t bits_with(const std::uint32_t* words, std::size_t count, std::uint32_t parameter, bool has_sign) {
+std::uint64_t bits_with(const std::uint32_t* words, std::size_t count, std::uint32_t parameter,
+                        bool has_sign) {
   std::uint64_t bits = static_cast<std::uint64_t>(count) * (1 + parameter + (has_sign ? 1 : 0));
   std::uint32_t expected = 0;
   for (std::size_t i = 0; i < count; ++i) {
-    const std::uint32_t index = words[i] & kIndexMask;
+    const std::uint32_t index = words[i] & index_mask;
     bits += (index - expected) >> parameter;
     expected = index + 1;
   }
   return bits;
 }
 
-[[noreturn]] void reject(const char* why) { throw PayloadError(std::string("entropy-coded payload: ") + why); }
+[[noreturn]] void reject(const char* why) {
+  throw PayloadError(std::string("entropy-coded payload: ") + why);
+}
 
 }  // namespace
 
 RicePlan plan_rice(const std::uint32_t* words, std::size_t count, bool has_sign) {
   if (count == 0) return {0, 0};
-  const std::uint64_t mean_gap = (words[count - 1] & kIndexMask) / count;
+  const std::uint64_t mean_gap = (words[count - 1] & index_mask) / count;
   const auto middle = static_cast<std::uint32_t>(std::bit_width(mean_gap));
   RicePlan best{0, ~std::size_t{0}};
   const std::uint32_t first = middle > 2 ? middle - 2 : 0;
-  for (std::uint32_t k = first; k <= middle && k <= kMaxRiceParameter; ++k) {
+  for (std::uint32_t k = first; k <= middle && k <= max_rice_parameter; ++k) {
     const std::size_t bytes = (bits_with(words, count, k, has_sign) + 7) / 8;
     if (bytes < best.bytes) best = {k, bytes};
   }
   return best;
 }
 
-void write_rice(const std::uint32_t* words, std::size_t count, bool has_sign, RicePlan plan, std::uint8_t* bytes) {
+void write_rice(const std::uint32_t* words, std::size_t count, bool has_sign, RicePlan plan,
+                std::uint8_t* bytes) {
   BitWriter writer(bytes);
   std::uint32_t expected = 0;
   for (std::size_t i = 0; i < count; ++i) {
-    const std::uint32_t index = words[i] & kIndexMask;
+    const std::uint32_t index = words[i] & index_mask;
     const std::uint64_t gap = index - expected;
     expected = index + 1;
     writer.put_unary(gap >> plan.parameter);
@@ -107,7 +111,7 @@ std::uint32_t RiceReader::next() {
   window_ >>= run;
   window_ >>= 1;
   available_ -= run + 1;
-  if (zeros > kMaxNumel) reject("a gap beyond the tensor's end");
+  if (zeros > max_numel) reject("a gap beyond the tensor's end");
   const std::uint64_t index = next_index_ + (zeros << parameter_) + take(parameter_);
   if (index >= numel_) reject("an index beyond the tensor's end");
   next_index_ = index + 1;

@@ -9,8 +9,8 @@
 
 namespace paceline::codec {
 
-constexpr std::uint32_t kMaxRiceParameter = 30;
-constexpr std::uint32_t kIndexMask = 0x7fffffffu;
+constexpr std::uint32_t max_rice_parameter = 30;
+constexpr std::uint32_t index_mask = 0x7fffffffu;
 
 struct RicePlan {
   std::uint32_t parameter;
@@ -21,12 +21,13 @@ struct RicePlan {
 RicePlan plan_rice(const std::uint32_t* words, std::size_t count, bool has_sign);
 
 // Writes exactly plan.bytes.
-void write_rice(const std::uint32_t* words, std::size_t count, bool has_sign, RicePlan plan, std::uint8_t* bytes);
+void write_rice(const std::uint32_t* words, std::size_t count, bool has_sign, RicePlan plan,
+                std::uint8_t* bytes);
 
 // Reads hits one by one; throws PayloadError at the end of the bytes or for an index that is not < numel.
 class RiceReader {
  public:
-  RiceReader(const Header& header, const std::uint8_t* bytes, std::size_t size, bool has_sign)
+  RiceReader(const PayloadHeader& header, const std::uint8_t* bytes, std::size_t size, bool has_sign)
       : bytes_(bytes), size_(size), numel_(header.numel), parameter_(header.parameter), has_sign_(has_sign) {}
 
   // Index, with the sign in the top bit.

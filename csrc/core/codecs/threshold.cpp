@@ -14,28 +14,29 @@
 namespace paceline::codec {
 namespace {
 
-constexpr std::uint32_t kSign = 0x80000000u;
-constexpr std::size_t kSlack = 16;  // words that one vector store may write beyond the last hit
+constexpr std::uint32_t sign_bit_mask = 0x80000000u;
+constexpr std::size_t slack = 16;  // words that one vector store may write beyond the last hit
 
 struct Pass {
   const float* x;
   float* residual;
   std::size_t numel;
   float tau;
-  U32* words;            // room for max_words + kSlack
+  U32* words;  // room for max_words + slack
   std::size_t max_words;
   std::size_t count = 0;
   std::uint64_t skipped = 0;
 };
 
 // One group of up to 16 elements; sets the masks of positive and negative hits.
-PACELINE_INLINE void step_group(Pass& pass, std::size_t start, std::uint32_t& positive, std::uint32_t& negative) {
+PACELINE_INLINE void step_group(Pass& pass, std::size_t start, std::uint32_t& positive,
+                                std::uint32_t& negative) {
   const std::size_t length = smaller(16, pass.numel - start);
   positive = negative = 0;
   for (std::size_t j = 0; j < length; ++j) {
     const std::size_t i = start + j;
     const float value = pass.residual[i] + pass.x[i];
-    const float magnitude = float_of(bits_of(value) & ~kSign);
+    const float magnitude = float_of(bits_of(value) & ~sign_bit_mask);
     if (bits_of(magnitude) >= 0x7f800000u) {
       ++pass.skipped;
       continue;
@@ -44,7 +45,7 @@ PACELINE_INLINE void step_group(Pass& pass, std::size_t start, std::uint32_t& po
       pass.residual[i] = value;
       continue;
     }
-    const std::uint32_t sign = bits_of(value) & kSign;
+    const std::uint32_t sign = bits_of(value) & sign_bit_mask;
     pass.residual[i] = value - float_of(sign | bits_of(pass.tau));
     (sign ? negative : positive) |= 1u << j;
   }
@@ -53,7 +54,7 @@ PACELINE_INLINE void step_group(Pass& pass, std::size_t start, std::uint32_t& po
 PACELINE_INLINE void emit(Pass& pass, std::size_t start, std::uint32_t positive, std::uint32_t negative) {
   for (std::uint32_t hits = positive | negative; hits != 0; hits &= hits - 1) {
     const auto j = static_cast<std::uint32_t>(__builtin_ctz(hits));
-    const std::uint32_t sign = (negative >> j) & 1u ? kSign : 0u;
+    const std::uint32_t sign = (negative >> j) & 1u ? sign_bit_mask : 0u;
     pass.words[pass.count++] = static_cast<std::uint32_t>(start + j) | sign;
   }
 }
@@ -72,7 +73,7 @@ std::size_t words_scalar(Pass& pass, std::size_t start) {
 PACELINE_AVX512 std::size_t words_avx512(Pass& pass) {
   const __m512 tau = _mm512_set1_ps(pass.tau);
   const __m512 infinity = _mm512_castsi512_ps(_mm512_set1_epi32(0x7f800000));
-  const __m512i sign_bit = _mm512_set1_epi32(static_cast<int>(kSign));
+  const __m512i sign_bit = _mm512_set1_epi32(static_cast<int>(sign_bit_mask));
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   std::size_t start = 0;
   for (; start + 16 <= pass.numel && pass.count <= pass.max_words; start += 16) {
@@ -101,7 +102,7 @@ PACELINE_AVX512 std::size_t words_avx512(Pass& pass) {
 PACELINE_AVX2 std::size_t words_avx2(Pass& pass) {
   const __m256 tau = _mm256_set1_ps(pass.tau);
   const __m256 infinity = _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000));
-  const __m256 sign_bit = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(kSign)));
+  const __m256 sign_bit = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(sign_bit_mask)));
   std::size_t start = 0;
   for (; start + 16 <= pass.numel && pass.count <= pass.max_words; start += 16) {
     std::uint32_t positive = 0, negative = 0;
@@ -130,8 +131,8 @@ PACELINE_AVX2 std::size_t words_avx2(Pass& pass) {
 std::size_t words_best(Pass& pass) {
   std::size_t start = 0;
 #if PACELINE_X86
-  if (isa() == Isa::kAvx512) start = words_avx512(pass);
-  if (isa() == Isa::kAvx2) start = words_avx2(pass);
+  if (isa() == Isa::avx512) start = words_avx512(pass);
+  if (isa() == Isa::avx2) start = words_avx2(pass);
 #endif
   return words_scalar(pass, start);
 }
@@ -139,15 +140,15 @@ std::size_t words_best(Pass& pass) {
 // A bitmap is two 16-bit masks per group of 16 elements: positive hits, negative hits.
 std::size_t bitmap_bytes(std::size_t numel) { return 4 * num_blocks(numel, 16); }
 
-// Too many hits for words: turns those found so far into bits, then goes on from `start` in bits.
+// Too many hits for words: turns those found so far into bits, then continues from `start` in bits.
 void continue_as_bitmap(Pass& pass, std::size_t start) {
   const auto found = std::make_unique<std::uint32_t[]>(pass.count);
   std::memcpy(found.get(), pass.words, 4 * pass.count);
   U32* groups = pass.words;
   std::memset(reinterpret_cast<std::uint8_t*>(groups), 0, 4 * num_blocks(start, 16));
   for (std::size_t i = 0; i < pass.count; ++i) {
-    const std::uint32_t index = found[i] & kIndexMask;
-    groups[index / 16] |= 1u << (index % 16 + (found[i] & kSign ? 16 : 0));
+    const std::uint32_t index = found[i] & index_mask;
+    groups[index / 16] |= 1u << (index % 16 + (found[i] & sign_bit_mask ? 16 : 0));
   }
   for (; start < pass.numel; start += 16) {
     std::uint32_t positive, negative;
@@ -157,10 +158,10 @@ void continue_as_bitmap(Pass& pass, std::size_t start) {
   }
 }
 
-void decode_words(const Header& header, const U32* words, float* out, bool accumulate) {
+void decode_words(const PayloadHeader& header, const U32* words, float* out, bool accumulate) {
   std::int64_t last = -1;
   for (std::uint32_t i = 0; i < header.count; ++i) {
-    const std::int64_t index = words[i] & kIndexMask;
+    const std::int64_t index = words[i] & index_mask;
     if (index <= last) throw PayloadError("threshold payload: indexes are not increasing");
     last = index;
   }
@@ -171,13 +172,13 @@ void decode_words(const Header& header, const U32* words, float* out, bool accum
   const std::uint32_t tau = bits_of(header.scale);
   for (std::uint32_t i = 0; i < header.count; ++i) {
     const std::uint32_t word = words[i];
-    out[word & kIndexMask] += float_of((word & kSign) | tau);
+    out[word & index_mask] += float_of((word & sign_bit_mask) | tau);
   }
 }
 
-void decode_rice(const Header& header, const std::uint8_t* body, std::size_t body_bytes, float* out,
+void decode_rice(const PayloadHeader& header, const std::uint8_t* body, std::size_t body_bytes, float* out,
                  bool accumulate) {
-  if (header.parameter > kMaxRiceParameter) throw PayloadError("threshold payload: Rice parameter above 30");
+  if (header.parameter > max_rice_parameter) throw PayloadError("threshold payload: Rice parameter above 30");
   RiceReader check(header, body, body_bytes, true);
   for (std::uint32_t i = 0; i < header.count; ++i) check.next();
   check.expect_end();
@@ -186,7 +187,7 @@ void decode_rice(const Header& header, const std::uint8_t* body, std::size_t bod
   RiceReader reader(header, body, body_bytes, true);
   for (std::uint32_t i = 0; i < header.count; ++i) {
     const std::uint32_t word = reader.next();
-    out[word & kIndexMask] += float_of((word & kSign) | tau);
+    out[word & index_mask] += float_of((word & sign_bit_mask) | tau);
   }
 }
 
@@ -210,7 +211,7 @@ PACELINE_INLINE void bitmap_body(const U32* groups, std::size_t numel, std::uint
   }
 }
 
-void decode_bitmap(const Header& header, const U32* groups, float* out, bool accumulate) {
+void decode_bitmap(const PayloadHeader& header, const U32* groups, float* out, bool accumulate) {
   const std::size_t num_groups = num_blocks(header.numel, 16);
   std::uint64_t hits = 0;
   std::uint32_t both = 0;
@@ -220,7 +221,8 @@ void decode_bitmap(const Header& header, const U32* groups, float* out, bool acc
     hits += static_cast<std::uint64_t>(__builtin_popcount(group));
   }
   if (both != 0) throw PayloadError("threshold payload: an element is hit in both directions");
-  if (hits != header.count) throw PayloadError("threshold payload: the bitmap does not have the hits it claims");
+  if (hits != header.count)
+    throw PayloadError("threshold payload: the bitmap does not have the hits it claims");
   const std::uint32_t filled = static_cast<std::uint32_t>(header.numel % 16);
   if (filled != 0 && (groups[num_groups - 1] & ~(((1u << filled) - 1u) * 0x10001u)) != 0) {
     throw PayloadError("threshold payload: a hit beyond the tensor's end");
@@ -232,22 +234,24 @@ void decode_bitmap(const Header& header, const U32* groups, float* out, bool acc
 }  // namespace
 
 std::size_t max_threshold(std::size_t numel) {
-  const std::size_t words = 4 * (numel / 16 + 1 + kSlack + 16);
-  return kHeaderBytes + (words > bitmap_bytes(numel) ? words : bitmap_bytes(numel));
+  const std::size_t words = 4 * (numel / 16 + 1 + slack + 16);
+  return header_bytes + (words > bitmap_bytes(numel) ? words : bitmap_bytes(numel));
 }
 
-std::size_t encode_threshold(const Input& in, float tau, bool entropy, Output out, std::uint64_t* num_skipped) {
-  check_encoder(Id::kThreshold, in.numel, max_threshold(in.numel), out.capacity);
+std::size_t encode_threshold(const EncoderInput& in, float tau, bool entropy, EncoderOutput out,
+                             std::uint64_t* num_skipped) {
+  check_encoder(CodecId::threshold, in.numel, max_threshold(in.numel), out.capacity);
   if (!(tau > 0.0f) || !std::isfinite(tau)) throw ArgumentError("threshold: tau must be positive and finite");
   if (in.residual == nullptr && in.numel > 0) throw ArgumentError("threshold: a residual is required");
-  std::uint8_t* body = out.bytes + kHeaderBytes;
+  std::uint8_t* body = out.bytes + header_bytes;
   Pass pass{in.x, in.residual, in.numel, tau, reinterpret_cast<U32*>(body), in.numel / 16};
   const std::size_t stop = words_best(pass);
-  Header header{Id::kThreshold, in.source, in.has_checksum, Layout::kWords, in.numel, 0, tau, 0};
+  PayloadHeader header{
+      CodecId::threshold, in.source, in.has_checksum, BodyLayout::words, in.numel, 0, tau, 0};
   std::size_t body_bytes = 4 * pass.count;
   if (pass.count > pass.max_words) {
     continue_as_bitmap(pass, stop);
-    header.layout = Layout::kBitmap;
+    header.layout = BodyLayout::bitmap;
     body_bytes = bitmap_bytes(in.numel);
   } else if (entropy) {
     const auto words = std::make_unique<std::uint32_t[]>(pass.count);
@@ -255,7 +259,7 @@ std::size_t encode_threshold(const Input& in, float tau, bool entropy, Output ou
     const RicePlan plan = plan_rice(words.get(), pass.count, true);
     if (plan.bytes < body_bytes) {
       write_rice(words.get(), pass.count, true, plan, body);
-      header.layout = Layout::kRice;
+      header.layout = BodyLayout::rice;
       header.parameter = plan.parameter;
       body_bytes = plan.bytes;
     }
@@ -265,19 +269,19 @@ std::size_t encode_threshold(const Input& in, float tau, bool entropy, Output ou
   return finish_payload(header, out.bytes, body_bytes);
 }
 
-void decode_threshold(const Header& header, const std::uint8_t* body, std::size_t body_bytes, float* out,
-                      bool accumulate) {
+void decode_threshold(const PayloadHeader& header, const std::uint8_t* body, std::size_t body_bytes,
+                      float* out, bool accumulate) {
   if (!(header.scale > 0.0f) || !std::isfinite(header.scale)) {
     throw PayloadError("threshold payload: tau is not positive and finite");
   }
-  if (header.layout != Layout::kRice && header.parameter != 0) {
+  if (header.layout != BodyLayout::rice && header.parameter != 0) {
     throw PayloadError("threshold payload: only its entropy-coded form has a parameter");
   }
   const auto* words = reinterpret_cast<const U32*>(body);
-  if (header.layout == Layout::kWords) {
+  if (header.layout == BodyLayout::words) {
     check_body(header, body_bytes, 4 * static_cast<std::size_t>(header.count));
     decode_words(header, words, out, accumulate);
-  } else if (header.layout == Layout::kBitmap) {
+  } else if (header.layout == BodyLayout::bitmap) {
     check_body(header, body_bytes, bitmap_bytes(header.numel));
     decode_bitmap(header, words, out, accumulate);
   } else {

@@ -12,13 +12,13 @@
 namespace paceline::codec {
 namespace {
 
-constexpr std::size_t kNumBins = 2048;   // sign-free exponent and 3 bits of the mantissa
-constexpr std::size_t kFirstInfinite = 0x7f8u;
-using Bins = std::array<std::array<std::uint32_t, kNumBins>, 4>;  // four, so that equal values do not collide
+constexpr std::size_t num_bins = 2048;  // sign-free exponent and 3 bits of the mantissa
+constexpr std::size_t first_infinite = 0x7f8u;
+using Bins = std::array<std::array<std::uint32_t, num_bins>, 4>;  // four, so that equal values do not collide
 
 std::uint32_t magnitude_of(float value) { return bits_of(value) & 0x7fffffffu; }
 
-std::array<std::size_t, kNumBins> count_bins(const Input& in) {
+std::array<std::size_t, num_bins> count_bins(const EncoderInput& in) {
   const auto bins = std::make_unique<Bins>();
   for (auto& one : *bins) one.fill(0);
   for (std::size_t i = 0; i < in.numel; ++i) {
@@ -26,18 +26,18 @@ std::array<std::size_t, kNumBins> count_bins(const Input& in) {
     if (in.residual != nullptr) in.residual[i] = value = value + in.residual[i];
     ++(*bins)[i % 4][magnitude_of(value) >> 20];
   }
-  std::array<std::size_t, kNumBins> total{};
+  std::array<std::size_t, num_bins> total{};
   for (const auto& one : *bins) {
-    for (std::size_t b = 0; b < kNumBins; ++b) total[b] += one[b];
+    for (std::size_t b = 0; b < num_bins; ++b) total[b] += one[b];
   }
   return total;
 }
 
 // Indexes of the `count` largest magnitudes, increasing; ties go to the lowest index.
 std::vector<std::uint32_t> select(const float* values, std::size_t numel, std::size_t count,
-                                  const std::array<std::size_t, kNumBins>& bins) {
+                                  const std::array<std::size_t, num_bins>& bins) {
   std::size_t above = 0;
-  std::size_t bin = kNumBins;
+  std::size_t bin = num_bins;
   while (bin > 0 && above + bins[bin - 1] < count) above += bins[--bin];
   std::vector<std::uint32_t> chosen, boundary;
   if (count == 0 || bin == 0) return chosen;
@@ -69,30 +69,36 @@ void drop_what_is_not_finite(float* residual, std::size_t numel) {
 
 }  // namespace
 
-std::size_t max_topk(std::size_t count) { return kHeaderBytes + 8 * count; }
+std::size_t max_topk(std::size_t count) { return header_bytes + 8 * count; }
 
-std::size_t encode_topk(const Input& in, std::size_t count, bool entropy, Output out) {
-  check_encoder(Id::kTopk, in.numel, max_topk(count), out.capacity);
+std::size_t encode_topk(const EncoderInput& in, std::size_t count, bool entropy, EncoderOutput out) {
+  check_encoder(CodecId::topk, in.numel, max_topk(count), out.capacity);
   if (count > in.numel) throw ArgumentError("topk: more elements wanted than the tensor has");
   const auto bins = count_bins(in);
   const float* values = in.residual != nullptr ? in.residual : in.x;
   const std::vector<std::uint32_t> chosen = select(values, in.numel, count, bins);
-  std::uint8_t* body = out.bytes + kHeaderBytes;
+  std::uint8_t* body = out.bytes + header_bytes;
   auto* sent = reinterpret_cast<F32*>(body);
   for (std::size_t i = 0; i < count; ++i) sent[i] = values[chosen[i]];
   if (in.residual != nullptr) {
     for (const std::uint32_t index : chosen) in.residual[index] = 0.0f;
-    if (std::any_of(bins.begin() + kFirstInfinite, bins.end(), [](std::size_t n) { return n != 0; })) {
+    if (std::any_of(bins.begin() + first_infinite, bins.end(), [](std::size_t n) { return n != 0; })) {
       drop_what_is_not_finite(in.residual, in.numel);
     }
   }
-  Header header{Id::kTopk, in.source, in.has_checksum, Layout::kWords, in.numel, 0, 0.0f,
-                static_cast<std::uint32_t>(count)};
+  PayloadHeader header{CodecId::topk,
+                       in.source,
+                       in.has_checksum,
+                       BodyLayout::words,
+                       in.numel,
+                       0,
+                       0.0f,
+                       static_cast<std::uint32_t>(count)};
   std::size_t index_bytes = 4 * count;
   const RicePlan plan = entropy ? plan_rice(chosen.data(), count, false) : RicePlan{0, index_bytes};
   if (plan.bytes < index_bytes) {
     write_rice(chosen.data(), count, false, plan, body + 4 * count);
-    header.layout = Layout::kRice;
+    header.layout = BodyLayout::rice;
     header.parameter = plan.parameter;
     index_bytes = plan.bytes;
   } else if (count > 0) {
@@ -101,13 +107,14 @@ std::size_t encode_topk(const Input& in, std::size_t count, bool entropy, Output
   return finish_payload(header, out.bytes, 4 * count + index_bytes);
 }
 
-void decode_topk(const Header& header, const std::uint8_t* body, std::size_t body_bytes, float* out,
+void decode_topk(const PayloadHeader& header, const std::uint8_t* body, std::size_t body_bytes, float* out,
                  bool accumulate) {
   const std::size_t count = header.count;
   if (bits_of(header.scale) != 0) throw PayloadError("topk payload: it has no tau");
   const auto* values = reinterpret_cast<const F32*>(body);
-  if (header.layout == Layout::kWords) {
-    if (header.parameter != 0) throw PayloadError("topk payload: only its entropy-coded form has a parameter");
+  if (header.layout == BodyLayout::words) {
+    if (header.parameter != 0)
+      throw PayloadError("topk payload: only its entropy-coded form has a parameter");
     check_body(header, body_bytes, 8 * count);
     const auto* indexes = reinterpret_cast<const U32*>(body + 4 * count);
     std::int64_t last = -1;
@@ -123,7 +130,7 @@ void decode_topk(const Header& header, const std::uint8_t* body, std::size_t bod
     for (std::size_t i = 0; i < count; ++i) out[indexes[i]] += values[i];
     return;
   }
-  if (header.layout != Layout::kRice || header.parameter > kMaxRiceParameter || body_bytes < 4 * count) {
+  if (header.layout != BodyLayout::rice || header.parameter > max_rice_parameter || body_bytes < 4 * count) {
     throw PayloadError("topk payload: its layout is unknown, or it ends before its values do");
   }
   RiceReader check(header, body + 4 * count, body_bytes - 4 * count, false);

@@ -1,4 +1,4 @@
-// Operations whose end somebody wants to be told of without waiting for them: a queue of tokens.
+// Notification of finished operations without a thread that waits for each: a queue of tokens.
 #pragma once
 #include <chrono>
 #include <condition_variable>
@@ -31,11 +31,12 @@ class Completions {
     arrived_.notify_one();
   }
 
-  // Tokens of finished operations, at most `most`; none when `timeout` passes or the queue was closed. Several
-  // threads may wait: each token goes to one.
+  // Tokens of finished operations, at most `most`; none when `timeout` passes or the queue was closed.
+  // Several threads may wait: each token goes to one.
   std::vector<std::uint64_t> take(Nanoseconds timeout, std::size_t most) {
     std::unique_lock lock(mutex_);
-    arrived_.wait_for(lock, std::chrono::nanoseconds(timeout), [&] { return is_closed_ || !tokens_.empty(); });
+    arrived_.wait_for(lock, std::chrono::nanoseconds(timeout),
+                      [&] { return is_closed_ || !tokens_.empty(); });
     if (tokens_.size() <= most) return std::exchange(tokens_, {});
     const auto end = tokens_.begin() + static_cast<std::ptrdiff_t>(most);
     std::vector<std::uint64_t> taken(tokens_.begin(), end);

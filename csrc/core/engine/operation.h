@@ -1,4 +1,4 @@
-// One call on a group: what was asked for, and how far it is.
+// One call on a group: its arguments and its progress.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -9,18 +9,31 @@
 
 #include "core/base/dtype.h"
 #include "core/base/failure.h"
+#include "core/base/ranks.h"
 #include "core/base/sync.h"
 #include "core/base/task.h"
 
 namespace paceline {
 
-enum class Kind : std::uint8_t {
-  all_reduce, reduce, reduce_scatter,                            // combine
-  broadcast, all_gather, gather, scatter, all_to_all, barrier,   // exchange
-  send, receive,
+enum class OperationKind : std::uint8_t {
+  // reductions
+  all_reduce,
+  reduce,
+  reduce_scatter,
+  // exchanges
+  broadcast,
+  all_gather,
+  gather,
+  scatter,
+  all_to_all,
+  barrier,
+  // messages
+  send,
+  receive,
 };
 inline constexpr int num_kinds = 11;
-const char* name_of(Kind kind);
+const char* name_of(OperationKind kind);
+constexpr bool is_reduction(OperationKind kind) { return kind <= OperationKind::reduce_scatter; }
 
 struct Plan;
 
@@ -30,22 +43,22 @@ struct Range {
 };
 
 struct Request {
-  Kind kind = Kind::barrier;
+  OperationKind kind = OperationKind::barrier;
   DType dtype = DType::uint8;
   ReduceOp op = ReduceOp::sum;
-  int root = 0;  // of point-to-point operations: the peer, any_rank allowed when receiving
+  int root = 0;  // of messages: the peer; any_rank is allowed when receiving
   std::int64_t tag = 0;
   const std::byte* source = nullptr;
   std::byte* output = nullptr;
-  std::size_t numel = 0;  // of the call's signature: what all ranks must agree on
-  std::vector<Range> parts;    // combining: the part of `source` that each rank reduces
-  std::vector<Range> send;     // exchanging: what each rank gets of `source`
-  std::vector<Range> receive;  // exchanging: where what each rank sends goes in `output`
-  bool is_same_for_all = false;  // every receiver gets send[0]
-  std::shared_ptr<const Plan> plan;  // over the network: the program that this rank runs
+  std::size_t numel = 0;             // what all ranks must agree on
+  std::vector<Range> parts;          // of reductions: the part of `source` that each rank reduces
+  std::vector<Range> send;           // of exchanges: what each rank gets of `source`
+  std::vector<Range> receive;        // of exchanges: the place in `output` of what each rank sends
+  bool is_same_for_all = false;      // of exchanges: every receiver gets send[0]
+  std::shared_ptr<const Plan> plan;  // over the network: the program that this rank runs, if any
 };
 
-// What an all_reduce is about, when it is small enough to be done at once.
+// An all_reduce that may be small enough to be done in the caller's thread without an Operation.
 struct SmallReduce {
   std::byte* data;
   std::size_t numel;
@@ -59,10 +72,10 @@ struct Operation {
   Nanoseconds deadline = 0;
   Nanoseconds started = 0;
   bool is_announced = false;  // peers have seen it before it was queued
-  bool is_heavy = false;  // enough to move that a submit should not do it
+  bool is_heavy = false;  // moves enough bytes that the helper should do it instead of the submitting thread
   Task task;
-  int waiting_for = -1;  // the rank whose move is missing
-  std::uint64_t token = 0;  // of Completions, which guards it; 0: nobody is to be told
+  int waiting_for = -1;     // the rank whose data or answer is missing; -1: none known
+  std::uint64_t token = 0;  // of Completions, which guards it; 0: no notification is wanted
   std::atomic<bool> is_done{false};
   Failure failure;  // valid once is_done
 };

@@ -7,13 +7,13 @@
 namespace paceline {
 namespace {
 
-constexpr Nanoseconds never = INT64_MAX;  // the whole has a deadline, its parts have none
+constexpr Nanoseconds never = INT64_MAX;  // the whole operation has a deadline, its parts have none
 
 }  // namespace
 
-MixedGroup::MixedGroup(Engine& engine, int rank, std::vector<int> hosts, Group& local, NetworkGroup& world,
-                       NetworkGroup* stripe)
-    : Session(engine, rank, static_cast<int>(hosts.size())),
+HierarchicalGroup::HierarchicalGroup(Engine& engine, int rank, std::vector<int> hosts,
+                                     SharedMemoryGroup& local, NetworkGroup& world, NetworkGroup* stripe)
+    : Group(engine, rank, static_cast<int>(hosts.size())),
       hosts_(std::move(hosts)),
       local_(local),
       world_(world),
@@ -29,19 +29,20 @@ MixedGroup::MixedGroup(Engine& engine, int rank, std::vector<int> hosts, Group& 
   if (local.size() != static_cast<int>(members(host()).size()) || local.rank() != place() ||
       (place() < num_stripes_) != (stripe != nullptr))
     throw Failed({FailureKind::config, -1, "the groups do not fit the hosts"});
-  world_.inquiry().waits_for = [this] { return missing(); };
-  local_.known_as = members(host());
+  world_.blame_chain().find_awaited = [this] { return find_awaited(); };
+  local_.user_ranks = members(host());
   if (stripe_)
-    for (int h = 0; h < num_hosts(); ++h) stripe_->known_as.push_back(members(h)[static_cast<std::size_t>(place())]);
+    for (int h = 0; h < num_hosts(); ++h)
+      stripe_->user_ranks.push_back(members(h)[static_cast<std::size_t>(place())]);
 }
 
-MixedGroup::~MixedGroup() {
-  world_.inquiry().waits_for = [&world = world_] { return world.waits_for(); };
+HierarchicalGroup::~HierarchicalGroup() {
+  world_.blame_chain().find_awaited = [&world = world_] { return world.awaited_rank(); };
   fail({FailureKind::aborted, rank_, "rank " + std::to_string(rank_) + ": the communicator was closed"});
 }
 
-OperationPointer MixedGroup::begin(Session& group, const Operation& whole, Request part) {
-  if (group.failure()) throw Failed(group.failure_to_tell());
+OperationPointer HierarchicalGroup::begin(Group& group, const Operation& whole, Request part) {
+  if (group.failure()) throw Failed(group.user_failure());
   auto op = std::make_shared<Operation>();
   op->request = std::move(part);
   op->request.dtype = whole.request.dtype;
@@ -54,53 +55,55 @@ OperationPointer MixedGroup::begin(Session& group, const Operation& whole, Reque
   return op;
 }
 
-std::vector<Session*> MixedGroup::groups() const {
-  std::vector<Session*> all{&local_, &world_};
+std::vector<Group*> HierarchicalGroup::groups() const {
+  std::vector<Group*> all{&local_, &world_};
   if (stripe_) all.push_back(stripe_);
   return all;
 }
 
-int MixedGroup::missing() const {
-  if (failure_) return waits_for();
-  if (queue_.empty()) return world_.waits_for();  // what is done by that group alone, as splitting
-  for (const Session* g : groups())
-    if (const int r = g->waits_for(); r >= 0) return g->told_rank(r);
-  return Respondent::somebody;
+int HierarchicalGroup::find_awaited() const {
+  if (failure_) return awaited_rank();
+  if (queue_.empty()) return world_.awaited_rank();  // for operations of that group alone, such as splitting
+  for (const Group* g : groups())
+    if (const int r = g->awaited_rank(); r >= 0) return g->user_rank(r);
+  return Respondent::unknown;
 }
 
-bool MixedGroup::is_over(const OperationPointer& part) const {
+bool HierarchicalGroup::is_over(const OperationPointer& part) const {
   if (!part->is_done.load(std::memory_order_relaxed)) return false;
   if (part->failure)
-    for (const Session* g : groups())
-      if (g->failure()) throw Failed(g->failure_to_tell());
+    for (const Group* g : groups())
+      if (g->failure()) throw Failed(g->user_failure());
   return true;
 }
 
-void MixedGroup::check(Nanoseconds now) {
+void HierarchicalGroup::check(Nanoseconds now) {
   if (queue_.empty()) return;
-  for (Session* g : groups()) {
+  for (Group* g : groups()) {
     if (g->has_pending() && !g->failure()) g->check(now);
-    // One host's loss must reach ranks that wait for another group of theirs.
+    // A loss on one host must reach ranks that wait for one of the other groups.
     if (queue_.empty()) return;
-    if (g->failure()) return fail(g->failure_to_tell());
+    if (g->failure()) return fail(g->user_failure());
   }
-  if (const Failure bad = world_.trouble(*this)) return fail(bad);
+  if (const Failure bad = world_.peer_failure(*this)) return fail(bad);
   if (queue_.empty()) return;
-  if (const Failure late = world_.inquiry().judge(*this, *queue_.front(), now)) fail(late);
+  if (const Failure late = world_.blame_chain().judge(*this, *queue_.front(), now)) fail(late);
 }
 
-void MixedGroup::failed(const Failure& failure) {
-  for (Session* g : groups()) {
+void HierarchicalGroup::failed(const Failure& failure) {
+  for (Group* g : groups()) {
     if (g->failure()) continue;
     Failure inside = failure;
-    const auto found = std::ranges::find(g->known_as, failure.rank);
-    if (failure.rank >= 0 && !g->known_as.empty())
-      inside.rank = found == g->known_as.end() ? g->size() + failure.rank : static_cast<int>(found - g->known_as.begin());
+    const auto found = std::ranges::find(g->user_ranks, failure.rank);
+    if (failure.rank >= 0 && !g->user_ranks.empty()) {
+      const bool is_member = found != g->user_ranks.end();
+      inside.rank = is_member ? static_cast<int>(found - g->user_ranks.begin()) : g->size() + failure.rank;
+    }
     g->fail(inside);
   }
 }
 
-void MixedGroup::enqueue_message(const OperationPointer& op) {
+void HierarchicalGroup::enqueue_message(const OperationPointer& op) {
   if (world_.failure()) {
     op->failure = world_.failure();
     return engine_.completed(*op);
@@ -109,15 +112,15 @@ void MixedGroup::enqueue_message(const OperationPointer& op) {
   world_.enqueue(op);
 }
 
-Task MixedGroup::start(Operation& op) {
+Task HierarchicalGroup::start(Operation& op) {
   switch (op.request.kind) {
-    case Kind::all_reduce:
-    case Kind::reduce: return combine_mixed(*this, op);
-    case Kind::reduce_scatter: return reduce_scatter_mixed(*this, op);
-    case Kind::all_gather: return all_gather_mixed(*this, op);
-    case Kind::broadcast: return broadcast_mixed(*this, op);
-    case Kind::barrier: return barrier_mixed(*this, op);
-    default: return exchange_mixed(*this, op);
+    case OperationKind::all_reduce:
+    case OperationKind::reduce: return hierarchical_combine(*this, op);
+    case OperationKind::reduce_scatter: return hierarchical_reduce_scatter(*this, op);
+    case OperationKind::all_gather: return hierarchical_all_gather(*this, op);
+    case OperationKind::broadcast: return hierarchical_broadcast(*this, op);
+    case OperationKind::barrier: return hierarchical_barrier(*this, op);
+    default: return hierarchical_exchange(*this, op);
   }
 }
 

@@ -9,13 +9,14 @@
 namespace paceline {
 namespace {
 
-enum Phase : std::uint64_t { call, contribution, result };
+// Of the messages between two ranks; see GroupTransport::tag.
+enum CombinePhase : std::uint64_t { call, contribution, result };
 
 constexpr std::size_t max_window = 8;
 constexpr std::size_t max_slice_bytes = 256 << 10, min_slice_bytes = 16 << 10;
 
-struct Combination {
-  Network& network;
+struct NetworkReduction {
+  GroupTransport& ranks;
   Operation& op;
   Request& request;
   const int size, rank;
@@ -23,11 +24,16 @@ struct Combination {
   const bool gives_all, has_output;
   std::vector<const void*> from;
 
-  Combination(Network& n, Operation& o)
-      : network(n), op(o), request(o.request), size(n.size()), rank(n.rank), element(size_of(o.request.dtype)),
-        gives_all(o.request.kind == Kind::all_reduce),
-        has_output(o.request.kind != Kind::reduce || n.rank == o.request.root),
-        from(static_cast<std::size_t>(n.size())) {
+  NetworkReduction(GroupTransport& g, Operation& o)
+      : ranks(g),
+        op(o),
+        request(o.request),
+        size(g.size()),
+        rank(g.rank),
+        element(size_of(o.request.dtype)),
+        gives_all(o.request.kind == OperationKind::all_reduce),
+        has_output(o.request.kind != OperationKind::reduce || g.rank == o.request.root),
+        from(static_cast<std::size_t>(g.size())) {
     if (request.parts.empty()) cut();
   }
 
@@ -35,7 +41,8 @@ struct Combination {
   void cut() {
     const std::size_t lines = (request.numel * element + 63) / 64;
     const auto edge = [&](int p) {
-      return std::min(lines * static_cast<std::size_t>(p) / static_cast<std::size_t>(size) * 64, request.numel * element);
+      return std::min(lines * static_cast<std::size_t>(p) / static_cast<std::size_t>(size) * 64,
+                      request.numel * element);
     };
     for (int p = 0; p < size; ++p) request.parts.push_back({edge(p), edge(p + 1) - edge(p)});
   }
@@ -46,8 +53,12 @@ struct Combination {
     for (const Range& r : request.parts) end = std::max(end, r.offset + r.num_bytes);
     return end;
   }
-  std::size_t output_offset(int p) const { return request.kind == Kind::reduce_scatter ? 0 : part(p).offset; }
-  bool receives_results(int p) const { return gives_all || (request.kind == Kind::reduce && p == request.root); }
+  std::size_t output_offset(int p) const {
+    return request.kind == OperationKind::reduce_scatter ? 0 : part(p).offset;
+  }
+  bool receives_results(int p) const {
+    return gives_all || (request.kind == OperationKind::reduce && p == request.root);
+  }
 
   void run(std::byte* to, std::size_t num_bytes) {
     void* destination = to;
@@ -59,32 +70,35 @@ struct Combination {
     const std::size_t wanted = (part(p).num_bytes / 8 + 63) / 64 * 64;
     return std::clamp(wanted, min_slice_bytes, max_slice_bytes);
   }
-  // Slices of part p that may be under way to its owner: all of a small part, a megabyte of a large one.
+  // Slices of part p that may be in flight to its owner: all of a small part, a megabyte of a large one.
   std::size_t window_of(int p) const {
     return std::clamp((std::size_t{1} << 20) / slice_bytes_of(p), std::size_t{4}, max_window);
   }
-  std::size_t num_slices(int p) const { return (part(p).num_bytes + slice_bytes_of(p) - 1) / slice_bytes_of(p); }
+  std::size_t num_slices(int p) const {
+    return (part(p).num_bytes + slice_bytes_of(p) - 1) / slice_bytes_of(p);
+  }
   Range slice(int p, std::size_t k) const {  // relative to the part
     const std::size_t start = std::min(k * slice_bytes_of(p), part(p).num_bytes);
     return {start, std::min(slice_bytes_of(p), part(p).num_bytes - start)};
   }
 };
 
-// Everybody gets everything it needs at once and combines by itself.
-struct OneStep : Combination {
-  std::vector<std::byte> memory;  // room to receive from every rank, and to send
+// Each rank gets all data that it needs in one step and combines it.
+struct OneStep : NetworkReduction {
+  std::vector<std::byte> memory;  // room to receive from each peer, and to send
   std::size_t stride;
   Flight flight;
 
-  OneStep(Network& n, Operation& o)
-      : Combination(n, o), stride((sizeof(CallHeader) + total() + 63) / 64 * 64),
-        flight(n, o, 2 * static_cast<std::size_t>(n.size())) {
+  OneStep(GroupTransport& g, Operation& o)
+      : NetworkReduction(g, o),
+        stride((sizeof(CallHeader) + total() + 63) / 64 * 64),
+        flight(g, o, 2 * static_cast<std::size_t>(g.size())) {
     memory.resize(stride * static_cast<std::size_t>(size));
   }
 
   std::byte* room(int p) { return memory.data() + stride * static_cast<std::size_t>(p); }
   Range needed_by(int p) const {
-    if (request.kind == Kind::reduce_scatter) return part(p);
+    if (request.kind == OperationKind::reduce_scatter) return part(p);
     return {0, gives_all || p == request.root ? total() : 0};
   }
   void begin() {
@@ -92,10 +106,10 @@ struct OneStep : Combination {
       const int p = (rank + size - i) % size;
       if (has_output) flight.receive(p, call, room(p), sizeof(CallHeader) + needed_by(rank).num_bytes);
     }
-    // Our own room serves for sending: header and data in one message.
+    // The rank's own room is used for sending: header and data in one message.
     const CallHeader header = CallHeader::of(request);
     std::memcpy(room(rank), &header, sizeof header);
-    if (request.kind != Kind::reduce_scatter) {
+    if (request.kind != OperationKind::reduce_scatter) {
       if (total() > 0) std::memcpy(room(rank) + sizeof header, request.source, total());
       for (int i = 1; i < size; ++i)
         if (const int p = (rank + i) % size; gives_all || p == request.root)
@@ -107,7 +121,8 @@ struct OneStep : Combination {
       const int p = (rank + i) % size;
       std::byte* piece = pieces.data() + stride * static_cast<std::size_t>(p);
       std::memcpy(piece, &header, sizeof header);
-      if (part(p).num_bytes > 0) std::memcpy(piece + sizeof header, request.source + part(p).offset, part(p).num_bytes);
+      if (part(p).num_bytes > 0)
+        std::memcpy(piece + sizeof header, request.source + part(p).offset, part(p).num_bytes);
       flight.send(p, call, piece, sizeof header + part(p).num_bytes);
     }
   }
@@ -130,40 +145,43 @@ struct OneStep : Combination {
   std::vector<std::byte> pieces;  // of a reduce_scatter: what goes to each rank
 };
 
-// Contributions to the owners of parts, results from there, slice by slice.
-struct TwoStep : Combination {
-  struct Exchange {  // with one peer
+// Contributions go to the owners of parts, results come back from them, slice by slice.
+struct TwoStep : NetworkReduction {
+  struct PeerProgress {  // with one peer
     Transfer* call = nullptr;
     bool is_checked = false;
     CallHeader header;
     std::size_t num_sent = 0, num_returned = 0;  // slices of the peer's part
     std::vector<Transfer*> results;              // slices of the peer's part, back from it
-    Transfer* arriving[max_window] = {};             // contributions to our part, by slice
+    Transfer* arriving[max_window] = {};         // contributions to this rank's part, by slice
   };
-  std::vector<Exchange> exchanges;
-  std::size_t num_combined = 0, num_posted = 0;  // slices of our part
+  std::vector<PeerProgress> peers;
+  std::size_t num_combined = 0, num_posted = 0;  // slices of this rank's part
   CallHeader header;
-  std::unique_ptr<std::byte[]> rooms;            // for contributions: window slices from every peer
-  std::unique_ptr<std::byte[]> results;          // of our part, where this rank keeps none (reduce)
+  std::unique_ptr<std::byte[]> rooms;    // for contributions: window slices from every peer
+  std::unique_ptr<std::byte[]> results;  // of this rank's part, if it has no output (reduce)
   Flight flight;
 
-  static std::size_t planned(const Combination& c) {
+  static std::size_t planned(const NetworkReduction& c) {
     std::size_t n = 0;
     for (int p = 0; p < c.size; ++p) n += 2 + 4 * std::max(c.num_slices(p), c.num_slices(c.rank));
     return n;
   }
 
-  TwoStep(Network& n, Operation& o)
-      : Combination(n, o), exchanges(static_cast<std::size_t>(size)), header(CallHeader::of(o.request)),
-        flight(n, o, planned(*this)) {
+  TwoStep(GroupTransport& g, Operation& o)
+      : NetworkReduction(g, o),
+        peers(static_cast<std::size_t>(size)),
+        header(CallHeader::of(o.request)),
+        flight(g, o, planned(*this)) {
     const std::size_t slots = window_of(rank) * static_cast<std::size_t>(size);
     rooms = std::make_unique_for_overwrite<std::byte[]>(slots * slice_bytes_of(rank));
     if (!has_output) results = std::make_unique_for_overwrite<std::byte[]>(part(rank).num_bytes);
   }
 
-  Exchange& with(int p) { return exchanges[static_cast<std::size_t>(p)]; }
+  PeerProgress& with(int p) { return peers[static_cast<std::size_t>(p)]; }
   std::byte* room(int p, std::size_t k) {
-    return rooms.get() + (static_cast<std::size_t>(p) * window_of(rank) + k % window_of(rank)) * slice_bytes_of(rank);
+    return rooms.get() +
+           (static_cast<std::size_t>(p) * window_of(rank) + k % window_of(rank)) * slice_bytes_of(rank);
   }
   std::byte* result_of(std::size_t k) {
     std::byte* base = has_output ? request.output + output_offset(rank) : results.get();
@@ -173,7 +191,7 @@ struct TwoStep : Combination {
   void begin() {
     for (int i = 1; i < size; ++i) {
       const int p = (rank + size - i) % size;
-      Exchange& e = with(p);
+      PeerProgress& e = with(p);
       e.call = &flight.receive(p, call, reinterpret_cast<std::byte*>(&e.header), sizeof e.header);
       if (!receives_results(rank)) continue;
       for (std::size_t k = 0; k < num_slices(p); ++k) {
@@ -197,18 +215,19 @@ struct TwoStep : Combination {
       }
   }
 
-  // A result tells that its owner has taken our contribution, so another one may follow; who gets no results
-  // leaves the pace to the transport's credit.
+  // A result shows that its owner has received this rank's contribution, so another one may follow. A rank
+  // that gets no results leaves the pace to the transport's credit.
   bool send_contributions() {
     bool has_moved = false;
     for (std::size_t round = 0; round < max_window; ++round)
       for (int i = 1; i < size; ++i) {
         const int p = (rank + i) % size;
-        Exchange& e = with(p);
+        PeerProgress& e = with(p);
         while (e.num_returned < e.results.size() && e.results[e.num_returned]->state == Transfer::State::done)
           ++e.num_returned;
         const bool is_paced = receives_results(rank);
-        const std::size_t limit = is_paced ? e.num_returned + std::min(round + 1, window_of(p)) : num_slices(p);
+        const std::size_t limit =
+            is_paced ? e.num_returned + std::min(round + 1, window_of(p)) : num_slices(p);
         if (e.num_sent >= std::min(limit, num_slices(p))) continue;
         const Range r = slice(p, e.num_sent++);
         flight.send(p, contribution, request.source + part(p).offset + r.offset, r.num_bytes);
@@ -220,10 +239,14 @@ struct TwoStep : Combination {
   bool check_calls() {
     bool is_complete = true;
     for (int p = 0; p < size; ++p) {
-      Exchange& e = with(p);
+      PeerProgress& e = with(p);
       if (p == rank || e.is_checked) continue;
-      if (flight.has_landed(*e.call)) check_call(op, p, e.header), e.is_checked = true;
-      else is_complete = false;
+      if (flight.has_landed(*e.call)) {
+        check_call(op, p, e.header);
+        e.is_checked = true;
+      } else {
+        is_complete = false;
+      }
     }
     return is_complete;
   }
@@ -249,24 +272,24 @@ struct TwoStep : Combination {
     const bool is_agreed = check_calls();
     bool has_moved = send_contributions();
     if (is_agreed) has_moved |= combine_next();
-    *network.did_move |= has_moved;
+    *ranks.did_move |= has_moved;
     return !has_moved && is_agreed && num_combined == num_slices(rank) && flight.is_landed();
   }
 };
 
 }  // namespace
 
-Task combine_directly(Network& network, Operation& op) {
-  const std::size_t total = Combination(network, op).total();
-  const bool is_small = network.size() == 1 || total <= network.one_step_bytes;
+Task combine_directly(GroupTransport& ranks, Operation& op) {
+  const std::size_t total = NetworkReduction(ranks, op).total();
+  const bool is_small = ranks.size() == 1 || total <= ranks.one_step_bytes;
   if (is_small) {
-    OneStep c(network, op);
+    OneStep c(ranks, op);
     c.begin();
     co_await Until([&] { return c.flight.is_landed(); });
     c.finish();
     co_return;
   }
-  TwoStep c(network, op);
+  TwoStep c(ranks, op);
   c.begin();
   co_await Until([&] { return c.advance(); });
 }

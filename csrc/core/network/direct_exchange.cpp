@@ -1,4 +1,5 @@
-// broadcast, gathers, scatter, all_to_all and barrier over a Transport; see direct.h for the forms and their costs.
+// broadcast, gathers, scatter, all_to_all and barrier over a Transport; see direct.h for the forms and their
+// costs.
 #include <algorithm>
 #include <cstring>
 
@@ -7,16 +8,17 @@
 namespace paceline {
 namespace {
 
-enum Phase : std::uint64_t { call, data };
+// Of the messages between two ranks; see GroupTransport::tag.
+enum ExchangePhase : std::uint64_t { call, data };
 
 constexpr std::size_t inline_bytes = 8 << 10;  // data up to here travels with the call, copied once
 
 }  // namespace
 
 // Every rank has a range of its source for each peer, and a place in its output for what each peer sends.
-Task exchange_directly(Network& network, Operation& op) {
+Task exchange_directly(GroupTransport& ranks, Operation& op) {
   const Request& request = op.request;
-  const int size = network.size(), rank = network.rank;
+  const int size = ranks.size(), rank = ranks.rank;
   const auto to = [&](int p) {
     if (request.send.empty()) return Range{};
     return request.is_same_for_all ? request.send[0] : request.send[static_cast<std::size_t>(p)];
@@ -25,8 +27,9 @@ Task exchange_directly(Network& network, Operation& op) {
     return request.receive.empty() ? Range{} : request.receive[static_cast<std::size_t>(p)];
   };
   constexpr std::size_t stride = sizeof(CallHeader) + inline_bytes;
-  std::vector<std::byte> in(stride * static_cast<std::size_t>(size)), out(stride * static_cast<std::size_t>(size));
-  Flight flight(network, op, 4 * static_cast<std::size_t>(size));
+  std::vector<std::byte> in(stride * static_cast<std::size_t>(size)),
+      out(stride * static_cast<std::size_t>(size));
+  Flight flight(ranks, op, 4 * static_cast<std::size_t>(size));
   const CallHeader header = CallHeader::of(request);
 
   for (int i = 1; i < size; ++i) {
@@ -65,17 +68,18 @@ Task exchange_directly(Network& network, Operation& op) {
   }
 }
 
-// Slice j goes from the root to its owner, the ranks after the root taking turns, and from there to the others: the
-// root sends every byte once. In order of slices, so the first ones travel on while the last ones leave.
-Task broadcast_directly(Network& network, Operation& op) {
+// Slice j goes from the root to its owner and from there to the others, so that the root sends every byte
+// once. The ranks after the root own slices in turn. Slices are sent in order: the first ones are passed on
+// while the root still sends the last ones.
+Task broadcast_directly(GroupTransport& ranks, Operation& op) {
   const Request& request = op.request;
-  const int size = network.size(), rank = network.rank, root = request.root;
+  const int size = ranks.size(), rank = ranks.rank, root = request.root;
   const std::size_t total = request.numel * size_of(request.dtype);
   const std::size_t slice_bytes =
       std::clamp((total / static_cast<std::size_t>(std::max(1, 4 * (size - 1))) + 63) / 64 * 64,
                  std::size_t{16} << 10, std::size_t{256} << 10);
   if (size <= 2 || total <= 2 * slice_bytes) {
-    Task direct = exchange_directly(network, op);
+    Task direct = exchange_directly(ranks, op);
     co_await Until([&] { return direct.is_done() || (direct.step() && direct.is_done()); });
     co_return;
   }
@@ -84,7 +88,7 @@ Task broadcast_directly(Network& network, Operation& op) {
     return (root + 1 + static_cast<int>(j % static_cast<std::size_t>(size - 1))) % size;
   };
   const auto length = [&](std::size_t j) { return std::min(slice_bytes, total - j * slice_bytes); };
-  Flight flight(network, op, 2 + num_slices * static_cast<std::size_t>(size));
+  Flight flight(ranks, op, 2 + num_slices * static_cast<std::size_t>(size));
   CallHeader header = CallHeader::of(request), theirs;
 
   if (rank == root) {
@@ -92,7 +96,8 @@ Task broadcast_directly(Network& network, Operation& op) {
       flight.send((root + i) % size, call, reinterpret_cast<const std::byte*>(&header), sizeof header);
     for (std::size_t j = 0; j < num_slices; ++j)
       flight.send(owner(j), data, request.source + j * slice_bytes, length(j));
-    if (request.output && request.output != request.source) std::memmove(request.output, request.source, total);
+    if (request.output && request.output != request.source)
+      std::memmove(request.output, request.source, total);
     co_await Until([&] { return flight.is_landed(); });
     co_return;
   }
@@ -100,7 +105,8 @@ Task broadcast_directly(Network& network, Operation& op) {
   std::vector<Transfer*> mine;
   for (std::size_t j = 0; j < num_slices; ++j) {
     const bool is_mine = owner(j) == rank;
-    Transfer& t = flight.receive(is_mine ? root : owner(j), data, request.output + j * slice_bytes, length(j));
+    Transfer& t =
+        flight.receive(is_mine ? root : owner(j), data, request.output + j * slice_bytes, length(j));
     if (is_mine) mine.push_back(&t);
   }
   co_await Until([&] { return flight.has_landed(called); });
@@ -113,16 +119,17 @@ Task broadcast_directly(Network& network, Operation& op) {
   co_await Until([&] { return flight.is_landed(); });
 }
 
-Task barrier_directly(Network& network, Operation& op) {
-  const int size = network.size(), rank = network.rank;
-  Flight flight(network, op, 2 * 32);
+Task barrier_directly(GroupTransport& ranks, Operation& op) {
+  const int size = ranks.size(), rank = ranks.rank;
+  Flight flight(ranks, op, 2 * 32);
   const CallHeader header = CallHeader::of(op.request);
   std::vector<CallHeader> theirs(32);
   std::uint64_t round = 0;
   for (int step = 1; step < size; step *= 2, ++round) {
     const int ahead = (rank + step) % size, behind = (rank + size - step) % size;
-    // Phase 0 meets the first message of other operations, so that differing calls are noticed.
-    Transfer& heard = flight.receive(behind, round, reinterpret_cast<std::byte*>(&theirs[round]), sizeof header);
+    // Phase 0 matches the first message of other operations, so that differing calls are noticed.
+    Transfer& heard =
+        flight.receive(behind, round, reinterpret_cast<std::byte*>(&theirs[round]), sizeof header);
     flight.send(ahead, round, reinterpret_cast<const std::byte*>(&header), sizeof header);
     co_await Until([&] { return flight.has_landed(heard); });
     check_call(op, behind, theirs[round]);

@@ -1,15 +1,15 @@
-// The executor of lowered programs over a transport. Every lane of the plan is a coroutine, and messages travel in
-// slices of a block. Receives are posted ahead into blocks, so that a peer's send never waits until this rank reaches
-// the receive. Sends leave straight from the buffers where these are contiguous; an instruction that overwrites such a
-// buffer waits until the send is done.
+// The executor of lowered programs over a transport. Every lane of the plan is a coroutine, and messages
+// travel in slices of a block. Receives are posted ahead into blocks, so that a peer's send never waits until
+// this rank reaches the receive. Sends leave straight from the buffers where these are contiguous; an
+// instruction that overwrites such a buffer waits until the send is done.
 #include <algorithm>
 #include <cstring>
 #include <list>
 #include <map>
 
+#include "core/base/reduce.h"
 #include "core/engine/engine.h"
 #include "core/network/network_group.h"
-#include "core/base/reduce.h"
 
 namespace paceline {
 namespace {
@@ -52,7 +52,8 @@ struct Execution {
     for (const Plan::Instruction& i : plan.instructions)
       if (i.recv_peer >= 0)
         for (std::size_t k = 0; k < num_slices(i); ++k)
-          incoming[{i.recv_peer, i.channel}].sizes.push_back(std::min(i.num_bytes - k * slice_bytes, slice_bytes));
+          incoming[{i.recv_peer, i.channel}].sizes.push_back(
+              std::min(i.num_bytes - k * slice_bytes, slice_bytes));
     for (auto& [key, queue] : incoming) post_ahead(key, queue);
   }
   ~Execution() {
@@ -87,8 +88,8 @@ struct Execution {
       group.transport().post_receive(p.transfer);
     }
   }
-  // When several messages are missing, the rank to blame is the one that the earliest instruction waits for: the others
-  // may be late because of it.
+  // When several messages are missing, the rank to blame is the one that the earliest instruction waits for:
+  // the others may be late because of it.
   bool has_arrived(std::size_t index, int peer, int channel) {
     const Transfer& t = incoming[{peer, channel}].posted.front().transfer;
     check(t);
@@ -173,7 +174,8 @@ struct Execution {
   }
 
   bool can_start(const Plan::Instruction& i) const {
-    return std::all_of(i.deps.begin(), i.deps.end(), [&](int j) { return is_done[static_cast<std::size_t>(j)]; });
+    return std::all_of(i.deps.begin(), i.deps.end(),
+                       [&](int j) { return is_done[static_cast<std::size_t>(j)]; });
   }
 
   bool advance() {

@@ -12,15 +12,18 @@ constexpr int most_lanes = 1 << 20;
 constexpr int most_channels = 256;
 
 bool receives(Verb verb) {
-  return verb == Verb::recv || verb == Verb::recv_reduce || verb == Verb::recv_send || verb == Verb::recv_reduce_send;
+  return verb == Verb::recv || verb == Verb::recv_reduce || verb == Verb::recv_send ||
+         verb == Verb::recv_reduce_send;
 }
-bool posts(Verb verb) { return verb == Verb::send || verb == Verb::recv_send || verb == Verb::recv_reduce_send; }
+bool posts(Verb verb) {
+  return verb == Verb::send || verb == Verb::recv_send || verb == Verb::recv_reduce_send;
+}
 
 }  // namespace
 
 const std::vector<std::string>& verb_names() {
-  static const std::vector<std::string> names = {"send", "recv", "recv_reduce", "recv_send", "recv_reduce_send",
-                                                 "copy", "reduce"};
+  static const std::vector<std::string> names = {
+      "send", "recv", "recv_reduce", "recv_send", "recv_reduce_send", "copy", "reduce"};
   return names;
 }
 
@@ -36,9 +39,12 @@ void Plan::add(Instruction instruction) {
   const auto number = static_cast<int>(instructions.size());
   const auto require = [&](bool is_fine, const char* what) {
     if (is_fine) return;
-    throw Failed({FailureKind::config, -1, "instruction " + std::to_string(number) + ": " + what + " is out of range"});
+    throw Failed({FailureKind::config, -1,
+                  "instruction " + std::to_string(number) + ": " + what + " is out of range"});
   };
-  const auto is_peer = [&](int rank, bool is_used) { return is_used ? rank >= 0 && rank < num_ranks : rank == -1; };
+  const auto is_peer = [&](int rank, bool is_used) {
+    return is_used ? rank >= 0 && rank < num_ranks : rank == -1;
+  };
   require(instruction.lane >= 0 && instruction.lane < most_lanes, "lane");
   require(instruction.channel >= 0 && instruction.channel < most_channels, "channel");
   require(is_peer(instruction.recv_peer, receives(instruction.verb)), "recv_peer");
@@ -46,8 +52,10 @@ void Plan::add(Instruction instruction) {
   require(instruction.num_bytes <= most_bytes, "num_bytes");
   for (const Ranges* ranges : {&instruction.dst, &instruction.src, &instruction.operand})
     for (const BufferRange& range : *ranges)
-      require(range.buffer <= scratch && range.offset <= most_bytes && range.num_bytes <= most_bytes, "a byte range");
-  for (const int dependency : instruction.deps) require(dependency >= 0 && dependency < number, "a dependency");
+      require(range.buffer <= scratch && range.offset <= most_bytes && range.num_bytes <= most_bytes,
+              "a byte range");
+  for (const int dependency : instruction.deps)
+    require(dependency >= 0 && dependency < number, "a dependency");
   num_lanes = std::max(num_lanes, instruction.lane + 1);
   instructions.push_back(std::move(instruction));
 }

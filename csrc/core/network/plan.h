@@ -9,8 +9,8 @@
 
 namespace paceline {
 
-// The verbs that the executor runs. The others of lowered.py (expose, read, read_reduce, reclaim) need memory that
-// peers can address; no executor runs them.
+// The verbs that the executor runs. The others of lowered.py (expose, read, read_reduce, reclaim) need memory
+// that peers can address; no executor runs them.
 enum class Verb : std::uint8_t { send, recv, recv_reduce, recv_send, recv_reduce_send, copy, reduce };
 const std::vector<std::string>& verb_names();  // in the order of the values
 Verb verb_named(const std::string& name);      // throws Failed(config) for any other name

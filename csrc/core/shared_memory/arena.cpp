@@ -35,7 +35,8 @@ std::byte* map(int fd, std::size_t num_bytes) {
 Segment::Segment(std::size_t num_bytes) : num_bytes_(num_bytes) {
   fd_ = memfd_create("paceline", MFD_CLOEXEC);
   if (fd_ < 0 || ftruncate(fd_, static_cast<off_t>(num_bytes)) != 0 || !(base_ = map(fd_, num_bytes))) {
-    const Failed error = failed("cannot make a shared-memory segment of " + std::to_string(num_bytes) + " bytes");
+    const Failed error =
+        failed("cannot make a shared-memory segment of " + std::to_string(num_bytes) + " bytes");
     if (fd_ >= 0) close(fd_);
     throw error;
   }
@@ -78,15 +79,16 @@ void* Arena::allocate(std::size_t num_bytes) {
 
 std::uint32_t Arena::add_segment(std::size_t num_bytes) {
   std::size_t total = 0;
-  for (const Entry& e : entries_) total += e.segment ? e.segment->num_bytes() : 0;
+  for (const SegmentEntry& e : entries_) total += e.segment ? e.segment->num_bytes() : 0;
   // Growing with the total keeps the number of segments logarithmic.
   const std::size_t wanted = std::max({round_up(num_bytes, page), min_segment_bytes, total});
-  auto entry =
-      std::find_if(entries_.begin(), entries_.end(), [](const Entry& e) { return e.segment == nullptr; });
+  auto entry = std::find_if(entries_.begin(), entries_.end(),
+                            [](const SegmentEntry& e) { return e.segment == nullptr; });
   if (entry == entries_.end() && entries_.size() < Control::num_slots) entry = entries_.emplace(entry);
   if (entry == entries_.end())
-    throw Failed({FailureKind::config, -1, "all " + std::to_string(entries_.size()) +
-                                               " shared-memory segments are in use: free some tensors"});
+    throw Failed(
+        {FailureKind::config, -1,
+         "all " + std::to_string(entries_.size()) + " shared-memory segments are in use: free some tensors"});
   entry->segment = std::make_unique<Segment>(wanted);
   entry->pieces = {{0, Piece{wanted, true, false}}};
   entry->used_bytes = 0;
@@ -100,7 +102,7 @@ std::uint32_t Arena::add_segment(std::size_t num_bytes) {
 }
 
 void* Arena::take(std::uint32_t slot, std::size_t num_bytes, std::size_t alignment) {
-  Entry& entry = entries_[slot];
+  SegmentEntry& entry = entries_[slot];
   for (auto it = entry.pieces.begin(); it != entry.pieces.end(); ++it) {
     auto& [offset, piece] = *it;
     const std::size_t start = round_up(offset, alignment), end = offset + piece.num_bytes;
@@ -125,14 +127,15 @@ void Arena::free(void* pointer) {
   const std::lock_guard lock(mutex_);
   const Location at = [&] {
     for (std::uint32_t s = 0; s < entries_.size(); ++s) {
-      const Entry& e = entries_[s];
+      const SegmentEntry& e = entries_[s];
       if (e.segment && pointer >= e.segment->base() && pointer < e.segment->base() + e.segment->num_bytes())
-        return Location{s, 0, static_cast<std::uint64_t>(static_cast<std::byte*>(pointer) - e.segment->base())};
+        return Location{s, 0,
+                        static_cast<std::uint64_t>(static_cast<std::byte*>(pointer) - e.segment->base())};
     }
     return Location{};
   }();
   if (!at.is_shared()) return;
-  Entry& entry = entries_[at.slot];
+  SegmentEntry& entry = entries_[at.slot];
   auto it = entry.pieces.find(at.offset);
   if (it == entry.pieces.end() || it->second.is_free) return;
   it->second.is_free = true;
@@ -148,7 +151,7 @@ void Arena::free(void* pointer) {
   if (it != entry.pieces.begin()) merge_next(std::prev(it));
   if (entry.used_bytes == 0) {
     control().slots[at.slot].generation.store(0);
-    entry = Entry{};
+    entry = SegmentEntry{};
   }
 }
 
@@ -156,7 +159,7 @@ Location Arena::locate(const void* pointer, std::size_t num_bytes) const {
   const std::lock_guard lock(mutex_);
   const auto p = reinterpret_cast<std::uintptr_t>(pointer);
   for (std::uint32_t s = 0; s < entries_.size(); ++s) {
-    const Entry& e = entries_[s];
+    const SegmentEntry& e = entries_[s];
     if (!e.segment) continue;
     const auto base = reinterpret_cast<std::uintptr_t>(e.segment->base());
     if (p >= base && p + num_bytes <= base + e.segment->num_bytes()) return {s, e.generation, p - base};
@@ -167,20 +170,20 @@ Location Arena::locate(const void* pointer, std::size_t num_bytes) const {
 std::byte* Arena::resolve(const Location& location) const {
   const std::lock_guard lock(mutex_);
   if (location.slot >= entries_.size()) return nullptr;
-  const Entry& e = entries_[location.slot];
+  const SegmentEntry& e = entries_[location.slot];
   return e.segment && e.generation == location.generation ? e.segment->base() + location.offset : nullptr;
 }
 
 std::size_t Arena::num_segments() const {
   const std::lock_guard lock(mutex_);
-  return static_cast<std::size_t>(
-      std::count_if(entries_.begin(), entries_.end(), [](const Entry& e) { return e.segment != nullptr; }));
+  return static_cast<std::size_t>(std::count_if(entries_.begin(), entries_.end(),
+                                                [](const SegmentEntry& e) { return e.segment != nullptr; }));
 }
 
 std::size_t Arena::allocated_bytes() const {
   const std::lock_guard lock(mutex_);
   std::size_t total = 0;
-  for (const Entry& e : entries_) total += e.used_bytes;
+  for (const SegmentEntry& e : entries_) total += e.used_bytes;
   return total;
 }
 

@@ -11,11 +11,12 @@
 
 namespace paceline {
 
-// One memfd, mapped. Closed and unmapped by the destructor; mappings of peers stay valid until they drop them.
+// One memfd, mapped. Closed and unmapped by the destructor; mappings of peers stay valid until they drop
+// them.
 class Segment {
  public:
   explicit Segment(std::size_t num_bytes);
-  // Opens a segment of another process. Throws Failed(config) if this process may not.
+  // Opens a segment of another process. Throws Failed(config) if this is not permitted.
   Segment(int pid, int fd, std::size_t num_bytes);
   ~Segment();
   Segment(const Segment&) = delete;
@@ -31,7 +32,7 @@ class Segment {
   std::size_t num_bytes_ = 0;
 };
 
-// First-fit allocation from a few large segments, entered in the control page so that peers can map them.
+// First-fit allocation from a few large segments, listed in the control page so that peers can map them.
 class Arena {
  public:
   Arena();
@@ -40,7 +41,7 @@ class Arena {
   void* allocate(std::size_t num_bytes);
   void free(void* pointer);
 
-  // Where [pointer, pointer + num_bytes) lies; a Location that is nowhere if it is private memory.
+  // The place of [pointer, pointer + num_bytes); Location::nowhere if it is private memory.
   Location locate(const void* pointer, std::size_t num_bytes) const;
   std::byte* resolve(const Location& location) const;
 
@@ -55,7 +56,7 @@ class Arena {
     bool is_free;
     bool is_dirty;  // was used before, so must be zeroed
   };
-  struct Entry {
+  struct SegmentEntry {
     std::unique_ptr<Segment> segment;
     std::map<std::size_t, Piece> pieces;  // by offset; neighbours that are free are merged
     std::size_t used_bytes = 0;
@@ -67,7 +68,7 @@ class Arena {
 
   mutable std::mutex mutex_;
   Segment control_;
-  std::vector<Entry> entries_;  // by slot; grows to Control::num_slots
+  std::vector<SegmentEntry> entries_;  // by slot; grows to Control::num_slots
   std::uint32_t next_generation_ = 1;
 };
 

@@ -1,28 +1,28 @@
 // all_reduce, reduce, reduce_scatter over shared memory.
 //
-// eager   small: everybody's data travels in its post, or beside it in the ring; each rank reduces what it needs.            1 step
-// direct  all buffers lie in shared memory: rank r reads part r of all sources and writes the result where it
-//         belongs, in peers' memory as well.                                                       2 steps, no copy
-// staged  private buffers: slices go through cache-sized stages; the reduction of one slice overlaps the copies of
-//         its neighbours.                                                                          3 steps a slice
+// eager      Small: the data of each rank travels in its post, or beside it in the ring; each rank reduces
+//            what it needs. 1 step.
+// zero-copy  All buffers lie in shared memory: rank r reads part r of all sources and writes the result
+//            where it belongs, in peers' memory as well. 2 steps, no copy.
+// staged     Private buffers: slices go through cache-sized stages; the reduction of one slice overlaps the
+//            copies of its neighbours. 3 steps a slice.
+//
 // Contributions are always combined in the order of ranks, so the three give the same bits.
 #include <algorithm>
 #include <cstring>
 #include <utility>
 
+#include "core/base/reduce.h"
 #include "core/engine/engine.h"
 #include "core/shared_memory/shared_memory_group.h"
-#include "core/base/reduce.h"
 
 namespace paceline {
 namespace {
 
-enum Mode : std::uint32_t { eager = 0, reachable = 1 };  // of one rank's buffers
+constexpr std::size_t zero_copy_chunk_bytes = 128 << 10;
 
-constexpr std::size_t direct_chunk_bytes = 128 << 10;
-
-struct Combination {
-  Group& group;
+struct SharedMemoryReduction {
+  SharedMemoryGroup& group;
   Operation& op;
   Request& request;
   int size, rank;
@@ -32,11 +32,11 @@ struct Combination {
   std::vector<const std::byte*> sources;
   std::vector<void*> to;
   std::vector<const void*> from;
-  Group::Place first;  // of the stages
+  SharedMemoryGroup::RingPlace first;  // of the stages
 
-  Combination(Group& g, Operation& o)
+  SharedMemoryReduction(SharedMemoryGroup& g, Operation& o)
       : group(g), op(o), request(o.request), size(g.size()), rank(g.rank()), element(size_of(request.dtype)) {
-    has_output = request.kind != Kind::reduce || rank == request.root;
+    has_output = request.kind != OperationKind::reduce || rank == request.root;
     if (request.parts.empty()) cut();
   }
 
@@ -59,9 +59,11 @@ struct Combination {
     return end;
   }
   // Where part p starts in the output of a rank.
-  std::size_t output_offset(int p) const { return request.kind == Kind::reduce_scatter ? 0 : part(p).offset; }
+  std::size_t output_offset(int p) const {
+    return request.kind == OperationKind::reduce_scatter ? 0 : part(p).offset;
+  }
   std::size_t output_bytes() const {
-    return request.kind == Kind::reduce_scatter ? part(rank).num_bytes : source_bytes();
+    return request.kind == OperationKind::reduce_scatter ? part(rank).num_bytes : source_bytes();
   }
 
   void run(std::size_t num_bytes) {
@@ -71,7 +73,7 @@ struct Combination {
 
   // ---- eager
   void combine_posts() {
-    const bool is_scatter = request.kind == Kind::reduce_scatter;
+    const bool is_scatter = request.kind == OperationKind::reduce_scatter;
     const std::size_t offset = is_scatter ? part(rank).offset : 0;
     for (int r = 0; r < size; ++r) from.push_back(group.filled(r, op.sequence) + offset);
     from[static_cast<std::size_t>(rank)] = request.source + offset;
@@ -79,40 +81,46 @@ struct Combination {
     run(output_bytes());
   }
 
-  // ---- direct
+  // ---- zero-copy
+  // Fills in where this rank's buffers are; false if peers cannot reach all that they need.
   bool is_reachable() const {
-    const Arena& arena = group.engine().arena();
-    const bool needs_output = request.kind == Kind::all_reduce || (request.kind == Kind::reduce && has_output);
-    Post& post = group.own().post(op.sequence);
+    const Arena& arena = group.memory().arena();
+    const bool needs_output =
+        request.kind == OperationKind::all_reduce || (request.kind == OperationKind::reduce && has_output);
+    OutboxPost& post = group.own().post(op.sequence);
     post.source = arena.locate(request.source, source_bytes());
     post.output = needs_output ? arena.locate(request.output, output_bytes()) : Location{};
     return post.source.is_shared() && (!needs_output || post.output.is_shared());
   }
-  bool is_everybody_reachable() const {
+  bool are_all_reachable() const {
     for (int r = 0; r < size; ++r)
-      if (group.outbox(r).post(op.sequence).mode != reachable) return false;
+      if (group.outbox(r).post(op.sequence).routing.protocol != Protocol::zero_copy) return false;
     return true;
   }
   void open_buffers() {
     const std::size_t total = source_bytes();
     for (int r = 0; r < size; ++r) {
-      const Post& post = group.outbox(r).post(op.sequence);
+      const OutboxPost& post = group.outbox(r).post(op.sequence);
       sources.push_back(r == rank ? request.source : group.peer(r).resolve(post.source, total));
-      if (request.kind == Kind::all_reduce || (request.kind == Kind::reduce && r == request.root))
+      if (request.kind == OperationKind::all_reduce ||
+          (request.kind == OperationKind::reduce && r == request.root))
         destinations.push_back(r == rank ? request.output : group.peer(r).resolve(post.output, total));
     }
-    if (request.kind == Kind::reduce_scatter) destinations.push_back(request.output);
+    if (request.kind == OperationKind::reduce_scatter) destinations.push_back(request.output);
   }
   void combine_in_place(std::size_t at, std::size_t num_bytes) {
-    from.clear(), to.clear();
+    from.clear();
+    to.clear();
     for (const std::byte* s : sources) from.push_back(s + part(rank).offset + at);
     for (std::byte* d : destinations) to.push_back(d + output_offset(rank) + at);
     run(num_bytes);
   }
 
-  // ---- staged. A stage has room for one piece of every part; in the region of the own part lies the result.
-  // Each rank writes where it has read in the lap before, because those lines are in its cache: every other lap, two
-  // ranks exchange what they have for each other, and results move on by one rank a lap.
+  // ---- staged
+  // A stage has room for one piece of each part; the region of the rank's own part holds the result. Each
+  // rank writes where it has read in the lap before, because those lines are in its cache: in every other
+  // lap, two ranks exchange the regions that they have for each other, and in each lap the regions of results
+  // move on by one rank.
   std::size_t piece_bytes() const { return Outbox::stage_bytes / static_cast<std::size_t>(size) / 64 * 64; }
   std::uint64_t num_slices() const {
     std::size_t longest = 0;
@@ -124,41 +132,48 @@ struct Combination {
     const std::size_t start = std::min(k * piece_bytes(), part(p).num_bytes);
     return {start, std::min(piece_bytes(), part(p).num_bytes - start)};
   }
-  // What rank `r` has in slice k for rank `p`: its contribution, or its result for all if they are the same.
+  // The place of slice k of what rank `r` has for rank `p`: its contribution, or its result for all ranks if
+  // r is p.
   std::byte* stage(int r, std::uint64_t k, int p) const {
-    const Group::Place place = Group::ring_place(first, k);
-    if (r == p) r = p = static_cast<int>((static_cast<std::uint64_t>(r) + place.lap) % static_cast<std::uint64_t>(size));
-    else if (place.lap % 2 != 0) std::swap(r, p);
+    const SharedMemoryGroup::RingPlace place = SharedMemoryGroup::ring_place(first, k);
+    if (r == p) {
+      r = p =
+          static_cast<int>((static_cast<std::uint64_t>(r) + place.lap) % static_cast<std::uint64_t>(size));
+    } else if (place.lap % 2 != 0) {
+      std::swap(r, p);
+    }
     return group.outbox(r).ring(place.at) + static_cast<std::size_t>(p) * piece_bytes();
   }
-  // Two ranks exchange all their places, and caches stay the cheaper way however far apart the cores are.
-  bool writes_past_caches() const { return size > 2 && group.engine().handover().is_far(); }
+  // Two ranks exchange all their regions: for them the caches are the cheaper way, however far apart the
+  // cores are.
+  bool writes_past_caches() const { return size > 2 && group.memory().copier().goes_past_caches(); }
   void copy_in(std::uint64_t k) {
     for (int i = 1; i < size; ++i) {
       const int p = (rank + i) % size;
       const Range range = piece(p, k);
       const std::byte* data = request.source + part(p).offset + range.offset;
-      if (size > 2) group.engine().handover().copy(stage(rank, k, p), data, range.num_bytes);
+      if (size > 2) group.memory().copier().copy(stage(rank, k, p), data, range.num_bytes);
       else if (range.num_bytes > 0) std::memcpy(stage(rank, k, p), data, range.num_bytes);
     }
     group.publish(group.own().staged(), mark(op.sequence, k + 1));
   }
   void combine_stages(std::uint64_t k) {
     const Range range = piece(rank, k);
-    from.clear(), to.clear();
+    from.clear();
+    to.clear();
     for (int r = 0; r < size; ++r) from.push_back(stage(r, k, rank));
     from[static_cast<std::size_t>(rank)] = request.source + part(rank).offset + range.offset;
     if (has_output) to.push_back(request.output + output_offset(rank) + range.offset);
     const bool is_copied = has_output && writes_past_caches();
-    const bool gives = request.kind != Kind::reduce_scatter;
-    if (gives && !is_copied) to.push_back(stage(rank, k, rank));
+    const bool is_shared_result = request.kind != OperationKind::reduce_scatter;
+    if (is_shared_result && !is_copied) to.push_back(stage(rank, k, rank));
     if (range.num_bytes > 0) run(range.num_bytes);
-    if (gives && is_copied)
-      group.engine().handover().copy(stage(rank, k, rank), static_cast<std::byte*>(to[0]), range.num_bytes);
+    if (is_shared_result && is_copied)
+      group.memory().copier().copy(stage(rank, k, rank), static_cast<std::byte*>(to[0]), range.num_bytes);
     group.publish(group.own().reduced(), mark(op.sequence, k + 1));
   }
   void copy_out(std::uint64_t k) {
-    if (has_output && request.kind != Kind::reduce_scatter)
+    if (has_output && request.kind != OperationKind::reduce_scatter)
       for (int i = 1; i < size; ++i) {
         const int p = (rank + i) % size;
         const Range range = piece(p, k);
@@ -183,19 +198,19 @@ struct Combination {
 
 }  // namespace
 
-Task combine(Group& group, Operation& op) {
-  Combination c(group, op);
+Task combine(SharedMemoryGroup& group, Operation& op) {
+  SharedMemoryReduction c(group, op);
   if (c.size == 1 && c.request.source == c.request.output) co_return;
   const std::size_t total = c.source_bytes();
   const bool is_eager = total <= Outbox::eager_reduce_bytes(c.size);
   if (!op.is_announced) {
     co_await Until([&] { return group.can_post(op.sequence); });
     if (is_eager) co_await Until([&] { return group.is_ring_free(op, false); });
-    Post& post = group.prepare_post(op, eager);
+    OutboxPost& post = group.prepare_post(op);
     if (is_eager) {
       group.fill(post, op.sequence, c.request.source, total);
     } else {
-      post.mode = c.is_reachable() ? reachable : eager;
+      post.routing.protocol = c.is_reachable() ? Protocol::zero_copy : Protocol::staged;
     }
     group.publish(post.sequence, op.sequence);
   }
@@ -207,10 +222,10 @@ Task combine(Group& group, Operation& op) {
 
   if (op.is_heavy) co_await Pause();
   co_await Until([&] { return c.have_all_posted(); });
-  if (c.is_everybody_reachable()) {
+  if (c.are_all_reachable()) {
     c.open_buffers();
-    for (std::size_t at = 0; at < c.part(c.rank).num_bytes; at += direct_chunk_bytes) {
-      c.combine_in_place(at, std::min(direct_chunk_bytes, c.part(c.rank).num_bytes - at));
+    for (std::size_t at = 0; at < c.part(c.rank).num_bytes; at += zero_copy_chunk_bytes) {
+      c.combine_in_place(at, std::min(zero_copy_chunk_bytes, c.part(c.rank).num_bytes - at));
       if (op.is_heavy) co_await Pause();
     }
     group.publish(group.own().reduced(), mark(op.sequence, 1));

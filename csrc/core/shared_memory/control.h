@@ -1,10 +1,10 @@
-// The page that a process shows to the other processes of its host, and how places in its memory are named.
+// The page that a process shows to the other processes of its host, and the names of places in its memory.
 #pragma once
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 
-#include "core/base/sync.h"
+#include "core/engine/doorbell.h"
 
 namespace paceline {
 
@@ -20,7 +20,8 @@ struct Location {
 
 struct Control {
   static constexpr std::uint32_t num_slots = 256;
-  static constexpr std::uint64_t expected_magic = 0x33656e696c656361;  // changes with the layout of shared memory
+  static constexpr std::uint64_t expected_magic =
+      0x33656e696c656361;  // changes with the layout of shared memory
 
   // A segment that can be opened as /proc/PID/fd/FD. A generation of 0 means none.
   struct Slot {
@@ -30,24 +31,9 @@ struct Control {
   };
 
   std::uint64_t magic;
-  // The doorbell: whoever publishes something rings if the owner sleeps. One bell for a thread that waits for an
-  // operation, one for the helper that serves operations nobody waits for; `armed` says which listens.
-  enum Armed : std::uint32_t { nobody, waiter, helper };
-  alignas(64) std::atomic<std::uint32_t> armed;
-  alignas(64) std::atomic<std::uint32_t> bells[3];
-  alignas(64) std::atomic<std::uint32_t> beat;  // moves while the process runs, every 50 ms at least
-  alignas(64) std::atomic<std::uint32_t> core;  // 1 + where the process last waited for an operation; 0 at first
-
-  void ring() {
-    const std::uint32_t listener = armed.load() == nobody ? std::uint32_t{nobody} : armed.exchange(nobody);
-    if (listener == waiter || listener == helper) wake(static_cast<Armed>(listener));
-  }
-  void wake(Armed listener) {
-    bells[listener].fetch_add(1);
-    futex_wake_all(bells[listener]);
-  }
-
+  Doorbell doorbell;
   alignas(64) Slot slots[num_slots];
 };
+static_assert(sizeof(Control) == 320 + Control::num_slots * sizeof(Control::Slot));
 
 }  // namespace paceline

@@ -1,9 +1,10 @@
-// broadcast, all_gather(v), gather, scatter, all_to_all(v) and barrier over shared memory: every rank has a range of
-// its source for each peer, and a place in its output for what each peer sends. The sender chooses how it travels:
+// broadcast, all_gather(v), gather, scatter, all_to_all(v) and barrier over shared memory: every rank has a
+// range of its source for each peer, and a place in its output for what each peer sends. The sender chooses
+// how it travels:
 //
-// eager   in the post, together with a table of the ranges
-// direct  the source lies in shared memory: the receivers read it there
-// staged  slices through cache-sized stages, divided among the receivers
+// eager      in the post, together with a table of the ranges
+// zero-copy  the source lies in shared memory: the receivers read it there
+// staged     slices through cache-sized stages, divided among the receivers
 #include <algorithm>
 #include <cstring>
 
@@ -13,20 +14,19 @@
 namespace paceline {
 namespace {
 
-enum Mode : std::uint32_t { eager, direct, staged };
-
-struct Exchange {
-  Group& group;
+struct SharedMemoryExchange {
+  SharedMemoryGroup& group;
   Operation& op;
   Request& request;
   int size, rank;
-  Mode mode = eager;
+  Protocol protocol = Protocol::eager;
   std::uint64_t slices_sent = 0, slices_to_send = 0;
   std::vector<std::uint64_t> slices_received;
   std::vector<bool> is_received;
   int num_missing = 0;
 
-  Exchange(Group& g, Operation& o) : group(g), op(o), request(o.request), size(g.size()), rank(g.rank()) {
+  SharedMemoryExchange(SharedMemoryGroup& g, Operation& o)
+      : group(g), op(o), request(o.request), size(g.size()), rank(g.rank()) {
     slices_received.assign(static_cast<std::size_t>(size), 0);
     is_received.assign(static_cast<std::size_t>(size), true);
   }
@@ -39,8 +39,10 @@ struct Exchange {
     return request.receive.empty() ? Range{} : request.receive[static_cast<std::size_t>(p)];
   }
   bool sends_to(int p) const { return p != rank && to(p).num_bytes > 0; }
-  // Whether `p` must be heard of: everybody in a barrier, otherwise those that have something for us.
-  bool expects(int p) const { return p != rank && (request.kind == Kind::barrier || from(p).num_bytes > 0); }
+  // Whether this rank waits for `p`: for all ranks in a barrier, otherwise for those that have data for it.
+  bool expects(int p) const {
+    return p != rank && (request.kind == OperationKind::barrier || from(p).num_bytes > 0);
+  }
 
   std::size_t sent_bytes() const {
     if (request.is_same_for_all) return to(0).num_bytes;
@@ -60,31 +62,38 @@ struct Exchange {
   // ---- sending
   void announce() {
     const bool same = request.is_same_for_all;
-    Post& post = group.prepare_post(op, eager);
+    OutboxPost& post = group.prepare_post(op);
     if (table_bytes() + sent_bytes() > Outbox::eager_bytes) {
-      post.source = group.engine().arena().locate(request.source, source_end());
-      mode = post.source.is_shared() ? direct : staged;
+      post.source = group.memory().arena().locate(request.source, source_end());
+      protocol = post.source.is_shared() ? Protocol::zero_copy : Protocol::staged;
     }
-    post.mode = mode | (same ? 8u : 0u) | group.first_stage() << 16;
-    // The table says what is there for each receiver: in the payload, in the source, or in all slices together.
+    post.routing.protocol = protocol;
+    post.routing.is_same_for_all = same;
+    post.routing.first_stage = group.first_stage() & 0xffffu;
+    // The table holds the range of each receiver: in the payload, in the source, or in all slices together.
     std::size_t at = table_bytes();
     for (int p = 0; p < (same ? 1 : size); ++p) {
       Range range = to(p);
-      if (mode == eager) {
-        if (range.num_bytes > 0) std::memcpy(post.payload + at, request.source + range.offset, range.num_bytes);
+      if (protocol == Protocol::eager) {
+        if (range.num_bytes > 0)
+          std::memcpy(post.payload + at, request.source + range.offset, range.num_bytes);
         range.offset = at;
         at += range.num_bytes;
       }
       std::memcpy(post.payload + sizeof(Range) * static_cast<std::size_t>(p), &range, sizeof range);
     }
-    if (mode == staged)
+    if (protocol == Protocol::staged)
       for (int p = 0; p < size; ++p)
         if (sends_to(p)) slices_to_send = std::max(slices_to_send, num_slices(to(p).num_bytes, same));
     group.publish(post.sequence, op.sequence);
     for (int p = 0; p < size; ++p)
-      if (expects(p)) is_received[static_cast<std::size_t>(p)] = false, ++num_missing;
+      if (expects(p)) {
+        is_received[static_cast<std::size_t>(p)] = false;
+        ++num_missing;
+      }
     if (from(rank).num_bytes > 0)
-      std::memmove(request.output + from(rank).offset, request.source + to(rank).offset, from(rank).num_bytes);
+      std::memmove(request.output + from(rank).offset, request.source + to(rank).offset,
+                   from(rank).num_bytes);
   }
 
   std::size_t piece_bytes(bool same) const {
@@ -118,7 +127,8 @@ struct Exchange {
     for (int p = 0; p < size; ++p) {
       if (!sends_to(p)) continue;
       const Range range = piece(to(p), k, same);
-      std::byte* room = group.stage(op, rank, k) + (same ? 0 : static_cast<std::size_t>(p) * piece_bytes(false));
+      std::byte* room =
+          group.stage(op, rank, k) + (same ? 0 : static_cast<std::size_t>(p) * piece_bytes(false));
       std::memcpy(room, request.source + range.offset, range.num_bytes);
       if (same) break;
     }
@@ -130,27 +140,29 @@ struct Exchange {
   // ---- receiving
   bool try_receive(int p) {
     if (!group.has_posted(op, p)) return false;
-    const Post& post = group.outbox(p).post(op.sequence);
-    const bool same = (post.mode & 8u) != 0;
+    const OutboxPost& post = group.outbox(p).post(op.sequence);
+    const bool same = post.routing.is_same_for_all != 0;
     Range theirs;
-    std::memcpy(&theirs, post.payload + (same ? 0 : sizeof(Range) * static_cast<std::size_t>(rank)), sizeof theirs);
+    std::memcpy(&theirs, post.payload + (same ? 0 : sizeof(Range) * static_cast<std::size_t>(rank)),
+                sizeof theirs);
     const Range mine = from(p);
-    if (theirs.num_bytes != mine.num_bytes && request.kind != Kind::barrier)
+    if (theirs.num_bytes != mine.num_bytes && request.kind != OperationKind::barrier)
       throw Failed({FailureKind::mismatch, p,
-                    "rank " + std::to_string(p) + " sends " + std::to_string(theirs.num_bytes) + " bytes, this rank expects " +
-                        std::to_string(mine.num_bytes) + ": check the counts"});
+                    "rank " + std::to_string(p) + " sends " + std::to_string(theirs.num_bytes) +
+                        " bytes, this rank expects " + std::to_string(mine.num_bytes) +
+                        ": check the counts"});
     std::byte* output = request.output + mine.offset;
-    switch (static_cast<Mode>(post.mode & 7u)) {
-      case eager:
+    switch (post.routing.protocol) {
+      case Protocol::eager:
         if (mine.num_bytes > 0) std::memcpy(output, post.payload + theirs.offset, mine.num_bytes);
         break;
-      case direct: {
+      case Protocol::zero_copy: {
         const std::byte* source = group.peer(p).resolve(post.source, theirs.offset + theirs.num_bytes);
         std::memcpy(output, source + theirs.offset, mine.num_bytes);
         group.publish(group.own().taken(p), mark(op.sequence, 1));
         break;
       }
-      case staged: {
+      case Protocol::staged: {
         std::uint64_t& k = slices_received[static_cast<std::size_t>(p)];
         if (group.outbox(p).staged().load() < mark(op.sequence, k + 1)) {
           op.waiting_for = p;
@@ -180,7 +192,7 @@ struct Exchange {
     return num_missing == 0 && slices_sent == slices_to_send;
   }
 
-  // The source may change once this operation is over, so those who read it in place must have finished.
+  // The source may change once this operation is over, so the ranks that read it in place must have finished.
   bool is_source_read() {
     for (int p = 0; p < size; ++p)
       if (sends_to(p) && group.outbox(p).taken(rank).load() < mark(op.sequence, 1)) {
@@ -193,13 +205,13 @@ struct Exchange {
 
 }  // namespace
 
-Task exchange(Group& group, Operation& op) {
-  Exchange e(group, op);
+Task exchange(SharedMemoryGroup& group, Operation& op) {
+  SharedMemoryExchange e(group, op);
   co_await Until([&] { return group.can_post(op.sequence); });
   e.announce();
   if (op.is_heavy) co_await Pause();
   co_await Until([&] { return e.advance(); });
-  if (e.mode == direct) co_await Until([&] { return e.is_source_read(); });
+  if (e.protocol == Protocol::zero_copy) co_await Until([&] { return e.is_source_read(); });
 }
 
 }  // namespace paceline

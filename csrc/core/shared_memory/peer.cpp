@@ -23,17 +23,17 @@ std::map<int, Arena*>& own_arenas() {
 
 }  // namespace
 
-void Peer::enter(int control_fd, Arena* arena) {
+void HostPeer::enter(int control_fd, Arena* arena) {
   const std::lock_guard lock(own_mutex);
   own_arenas()[control_fd] = arena;
 }
 
-void Peer::leave(int control_fd) {
+void HostPeer::leave(int control_fd) {
   const std::lock_guard lock(own_mutex);
   own_arenas().erase(control_fd);
 }
 
-Peer::Peer(int pid, int control_fd) : pid_(pid), mappings_(Control::num_slots) {
+HostPeer::HostPeer(int pid, int control_fd) : pid_(pid), mappings_(Control::num_slots) {
   if (pid == getpid()) {
     const std::lock_guard lock(own_mutex);
     const auto found = own_arenas().find(control_fd);
@@ -51,11 +51,11 @@ Peer::Peer(int pid, int control_fd) : pid_(pid), mappings_(Control::num_slots) {
   pidfd_ = static_cast<int>(syscall(SYS_pidfd_open, pid, 0));
 }
 
-Peer::~Peer() {
+HostPeer::~HostPeer() {
   if (pidfd_ >= 0) close(pidfd_);
 }
 
-std::byte* Peer::resolve(const Location& location, std::size_t num_bytes) {
+std::byte* HostPeer::resolve(const Location& location, std::size_t num_bytes) {
   const auto gone = [&] {
     return Failed({FailureKind::protocol, -1,
                    "a buffer of process " + std::to_string(pid_) + " is no longer in shared memory"});
@@ -74,16 +74,18 @@ std::byte* Peer::resolve(const Location& location, std::size_t num_bytes) {
     if (slot.generation.load() != location.generation) throw gone();  // closed while it was being opened
     m.generation = location.generation;
   }
-  if (location.offset > m.segment->num_bytes() || num_bytes > m.segment->num_bytes() - location.offset) throw gone();
+  if (location.offset > m.segment->num_bytes() || num_bytes > m.segment->num_bytes() - location.offset)
+    throw gone();
   return m.segment->base() + location.offset;
 }
 
-void Peer::drop_stale() {
+void HostPeer::drop_stale() {
   for (std::uint32_t s = 0; s < mappings_.size(); ++s)
-    if (mappings_[s].segment && control_->slots[s].generation.load() != mappings_[s].generation) mappings_[s] = {};
+    if (mappings_[s].segment && control_->slots[s].generation.load() != mappings_[s].generation)
+      mappings_[s] = {};
 }
 
-bool Peer::is_alive() {
+bool HostPeer::is_alive() {
   if (same_process_ || !was_alive_) return was_alive_;
   if (pidfd_ >= 0) {
     pollfd p{pidfd_, POLLIN, 0};

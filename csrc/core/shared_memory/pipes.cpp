@@ -3,15 +3,15 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/base/ranks.h"
 #include "core/engine/engine.h"
 #include "core/shared_memory/shared_memory_group.h"
-#include "core/network/transport.h"
 
 namespace paceline {
 namespace {
 
 constexpr std::size_t ring = Outbox::pipe_bytes;
-constexpr std::uint64_t word = 16;  // headers and padded messages are whole words, so a header never wraps
+constexpr std::uint64_t word = 16;  // headers and padded messages are whole words, so no header wraps around
 
 std::uint64_t padded(std::uint64_t n) { return (n + word - 1) / word * word; }
 
@@ -29,10 +29,10 @@ void Pipes::resize(int num_ranks) {
 
 void Pipes::enqueue(const OperationPointer& op) {
   ++num_pending_;
-  if (op->request.kind == Kind::send) {
+  if (op->request.kind == OperationKind::send) {
     outgoing_[static_cast<std::size_t>(op->request.root)].queue.push_back(op);
   } else {
-    const auto stored = std::find_if(stored_.begin(), stored_.end(), [&](const Message& m) {
+    const auto stored = std::find_if(stored_.begin(), stored_.end(), [&](const StoredMessage& m) {
       return !m.claimed && wants(*op, m.source, m.tag);
     });
     if (stored == stored_.end()) {
@@ -57,7 +57,7 @@ bool Pipes::progress() {
 }
 
 bool Pipes::push(int peer) {
-  Outgoing& out = outgoing_[static_cast<std::size_t>(peer)];
+  OutgoingStream& out = outgoing_[static_cast<std::size_t>(peer)];
   bool moved = false;
   while (!out.queue.empty()) {
     const OperationPointer op = out.queue.front();
@@ -68,10 +68,11 @@ bool Pipes::push(int peer) {
     const std::uint64_t total = op->request.numel * size_of(op->request.dtype);
     if (room < word) break;
     if (!out.is_header_sent) {
-      const Header header{op->request.tag, total};
+      const MessageHeader header{op->request.tag, total};
       static_assert(sizeof header == word);
       std::memcpy(pipe + at % ring, &header, word);
-      at += word, room -= word;
+      at += word;
+      room -= word;
       out.is_header_sent = true;
       out.moved = 0;
     }
@@ -79,8 +80,9 @@ bool Pipes::push(int peer) {
       const std::uint64_t n = std::min({total - out.moved, room, ring - at % ring});
       std::memcpy(pipe + at % ring, op->request.source + out.moved, n);
       out.moved += n;
-      const std::uint64_t step = out.moved == total ? padded(n) : n;  // what is left of a word stays unused
-      at += step, room -= std::min(room, step);
+      const std::uint64_t step = out.moved == total ? padded(n) : n;  // the end of the last word stays unused
+      at += step;
+      room -= std::min(room, step);
     }
     group_.publish(piped, at);
     moved = true;
@@ -93,7 +95,7 @@ bool Pipes::push(int peer) {
 }
 
 bool Pipes::pull(int peer) {
-  Incoming& in = incoming_[static_cast<std::size_t>(peer)];
+  IncomingStream& in = incoming_[static_cast<std::size_t>(peer)];
   Outbox::Counter& drained = group_.own().drained(peer);
   std::uint64_t at = drained.load(std::memory_order_relaxed);
   const std::uint64_t end = group_.outbox(peer).piped(group_.rank()).load();
@@ -101,7 +103,7 @@ bool Pipes::pull(int peer) {
   const std::byte* pipe = group_.outbox(peer).pipe(group_.rank());
   while (at < end && !group_.failure()) {
     if (!in.is_active) {
-      Header header;
+      MessageHeader header;
       std::memcpy(&header, pipe + at % ring, word);
       at += word;
       begin(peer, header);
@@ -119,14 +121,14 @@ bool Pipes::pull(int peer) {
   return true;
 }
 
-void Pipes::begin(int peer, const Header& header) {
-  Incoming& in = incoming_[static_cast<std::size_t>(peer)];
+void Pipes::begin(int peer, const MessageHeader& header) {
+  IncomingStream& in = incoming_[static_cast<std::size_t>(peer)];
   in = {true, nullptr, nullptr, header.num_bytes, 0};
-  const auto match = std::find_if(receives_.begin(), receives_.end(), [&](const OperationPointer& op) {
-    return wants(*op, peer, header.tag);
-  });
+  const auto match = std::find_if(receives_.begin(), receives_.end(),
+                                  [&](const OperationPointer& op) { return wants(*op, peer, header.tag); });
   if (match == receives_.end()) {
-    stored_.push_back({peer, header.tag, header.num_bytes, std::vector<std::byte>(header.num_bytes), false, nullptr});
+    stored_.push_back(
+        {peer, header.tag, header.num_bytes, std::vector<std::byte>(header.num_bytes), false, nullptr});
     in.stored = &stored_.back();
     return;
   }
@@ -140,23 +142,24 @@ void Pipes::check_size(const Operation& op, int source, std::uint64_t num_bytes)
   const std::uint64_t expected = op.request.numel * size_of(op.request.dtype);
   if (num_bytes != expected)
     group_.fail({FailureKind::mismatch, source,
-                 group_.describe(op) + ": rank " + std::to_string(source) + " sent " + std::to_string(num_bytes) +
-                     " bytes, " + std::to_string(expected) + " were expected"});
+                 group_.describe(op) + ": rank " + std::to_string(source) + " sent " +
+                     std::to_string(num_bytes) + " bytes, but " + std::to_string(expected) +
+                     " were expected"});
 }
 
 void Pipes::end_message(int peer) {
-  Incoming& in = incoming_[static_cast<std::size_t>(peer)];
-  const Incoming finished = in;
+  IncomingStream& in = incoming_[static_cast<std::size_t>(peer)];
+  const IncomingStream finished = in;
   in = {};
   if (finished.target) return complete(finished.target);
   if (!finished.stored) return;
   finished.stored->is_complete = true;
   if (!finished.stored->claimed) return;
   deliver(*finished.stored, finished.stored->claimed);
-  stored_.remove_if([&](const Message& m) { return &m == finished.stored; });
+  stored_.remove_if([&](const StoredMessage& m) { return &m == finished.stored; });
 }
 
-void Pipes::deliver(Message& message, const OperationPointer& op) {
+void Pipes::deliver(StoredMessage& message, const OperationPointer& op) {
   op->request.root = message.source;
   const OperationPointer keep = op;
   check_size(*keep, message.source, message.num_bytes);
@@ -173,14 +176,14 @@ void Pipes::complete(const OperationPointer& op, Failure failure) {
 }
 
 void Pipes::fail_all(const Failure& failure) {
-  for (Outgoing& out : outgoing_) {
+  for (OutgoingStream& out : outgoing_) {
     for (const OperationPointer& op : std::exchange(out.queue, {})) complete(op, failure);
     out.is_header_sent = false;
   }
-  for (Incoming& in : incoming_)
+  for (IncomingStream& in : incoming_)
     if (const OperationPointer op = std::exchange(in.target, nullptr)) complete(op, failure);
   for (const OperationPointer& op : std::exchange(receives_, {})) complete(op, failure);
-  for (Message& m : stored_)
+  for (StoredMessage& m : stored_)
     if (const OperationPointer op = std::exchange(m.claimed, nullptr)) complete(op, failure);
 }
 
@@ -189,35 +192,37 @@ void Pipes::check(Nanoseconds now) {
     return p != group_.rank() && (group_.own().left(p).load() != 0 || !group_.peer(p).is_alive());
   };
   const auto lost = [&](const Operation& op, int p) {
-    group_.fail({FailureKind::peer_lost, p,
-                 group_.describe(op) + ": rank " + std::to_string(p) + " is gone: its process ended or it closed"});
+    group_.fail(
+        {FailureKind::peer_lost, p,
+         group_.describe(op) + ": rank " + std::to_string(p) + " is gone: its process ended or it closed"});
   };
   const auto late = [&](const Operation& op, int p) {
     group_.fail({FailureKind::timeout, p,
                  group_.describe(op) + ": " + (p < 0 ? "the peers" : "rank " + std::to_string(p)) +
-                     (op.request.kind == Kind::send ? " did not receive it in time" : " sent nothing that fits in time")});
+                     (op.request.kind == OperationKind::send ? " did not receive the message in time"
+                                                             : " sent no matching message in time")});
   };
   for (int p = 0; p < group_.size(); ++p) {
-    const Outgoing& out = outgoing_[static_cast<std::size_t>(p)];
+    const OutgoingStream& out = outgoing_[static_cast<std::size_t>(p)];
     if (out.queue.empty()) continue;
     const OperationPointer op = out.queue.front();
     if (is_gone(p)) return lost(*op, p);
     if (now >= op->deadline) return late(*op, p);
   }
   std::vector<OperationPointer> waiting(receives_.begin(), receives_.end());
-  for (const Incoming& in : incoming_)
+  for (const IncomingStream& in : incoming_)
     if (in.target) waiting.push_back(in.target);
-  for (const Message& m : stored_)
+  for (const StoredMessage& m : stored_)
     if (m.claimed) waiting.push_back(m.claimed);
   for (const OperationPointer& op : waiting) {
     const int p = op->request.root;
-    const auto is_dry = [&](int r) {
+    const auto is_drained = [&](int r) {
       return is_gone(r) && group_.outbox(r).piped(group_.rank()).load() == group_.own().drained(r).load();
     };
-    if (p != any_rank && is_dry(p)) return lost(*op, p);
-    int num_dry = 0;
-    for (int r = 0; r < group_.size(); ++r) num_dry += r != group_.rank() && is_dry(r);
-    if (p == any_rank && num_dry > 0 && num_dry == group_.size() - 1) return lost(*op, p);
+    if (p != any_rank && is_drained(p)) return lost(*op, p);
+    int num_drained = 0;
+    for (int r = 0; r < group_.size(); ++r) num_drained += r != group_.rank() && is_drained(r);
+    if (p == any_rank && num_drained > 0 && num_drained == group_.size() - 1) return lost(*op, p);
     if (now >= op->deadline) return late(*op, p);
   }
 }

@@ -9,11 +9,11 @@
 
 namespace paceline {
 
-class Group;
+class SharedMemoryGroup;
 
 class Pipes {
  public:
-  explicit Pipes(Group& group) : group_(group) {}
+  explicit Pipes(SharedMemoryGroup& group) : group_(group) {}
   void resize(int num_ranks);
 
   void enqueue(const OperationPointer& op);
@@ -23,11 +23,11 @@ class Pipes {
   void fail_all(const Failure& failure);
 
  private:
-  struct Header {  // in front of every message; padded to whole words in the ring
+  struct MessageHeader {  // in front of every message; padded to whole words in the ring
     std::int64_t tag;
     std::uint64_t num_bytes;
   };
-  struct Message {  // arrived, or arriving, without a receive that wants it
+  struct StoredMessage {  // arrived, or is arriving, before a receive for it was called
     int source;
     std::int64_t tag;
     std::uint64_t num_bytes;
@@ -35,14 +35,14 @@ class Pipes {
     bool is_complete = false;
     OperationPointer claimed;  // a receive that came while it was arriving
   };
-  struct Incoming {  // what is being read from one peer
+  struct IncomingStream {  // what is being read from one peer
     bool is_active = false;
-    OperationPointer target;  // the receive that it goes to, or
-    Message* stored = nullptr;
+    OperationPointer target;          // the receive that it belongs to, or
+    StoredMessage* stored = nullptr;  // where it is kept until there is one
     std::uint64_t num_bytes = 0;
     std::uint64_t moved = 0;
   };
-  struct Outgoing {
+  struct OutgoingStream {
     std::deque<OperationPointer> queue;
     bool is_header_sent = false;
     std::uint64_t moved = 0;
@@ -50,17 +50,17 @@ class Pipes {
 
   bool push(int peer);
   bool pull(int peer);
-  void begin(int peer, const Header& header);
+  void begin(int peer, const MessageHeader& header);
   void end_message(int peer);
   void check_size(const Operation& op, int source, std::uint64_t num_bytes);
-  void deliver(Message& message, const OperationPointer& op);
+  void deliver(StoredMessage& message, const OperationPointer& op);
   void complete(const OperationPointer& op, Failure failure = {});
 
-  Group& group_;
-  std::vector<Outgoing> outgoing_;
-  std::vector<Incoming> incoming_;
+  SharedMemoryGroup& group_;
+  std::vector<OutgoingStream> outgoing_;
+  std::vector<IncomingStream> incoming_;
   std::list<OperationPointer> receives_;
-  std::list<Message> stored_;
+  std::list<StoredMessage> stored_;
   std::size_t num_pending_ = 0;
 };
 

@@ -4,81 +4,83 @@
 #include <memory>
 #include <vector>
 
-#include "core/shared_memory/outbox.h"
-#include "core/shared_memory/peer.h"
-#include "core/shared_memory/pipes.h"
 #include "core/engine/group.h"
+#include "core/shared_memory/host_memory.h"
+#include "core/shared_memory/outbox.h"
+#include "core/shared_memory/pipes.h"
 
 namespace paceline {
 
-// Where a rank's outbox is; exchanged through whatever the caller bootstraps with.
-struct Address {
+// Where a rank's outbox is. The caller exchanges the addresses of all ranks before they connect.
+struct OutboxAddress {
   std::int32_t pid = 0;
   std::int32_t control_fd = 0;
   Location outbox;
 };
 
-class Group final : public Session {
+class SharedMemoryGroup final : public Group {
  public:
-  Group(Engine& engine, int rank, int size);
-  ~Group() override;
+  SharedMemoryGroup(Engine& engine, HostMemory& memory, int rank, int size);
+  ~SharedMemoryGroup() override;
 
-  Address address() const;
-  // Opens everybody's outbox; `addresses[r]` is that of rank r. Throws Failed(config) if one cannot be opened.
-  void connect(const std::vector<Address>& addresses);
+  OutboxAddress address() const;
+  // Opens the outboxes of all ranks; `addresses[r]` is that of rank r. To be called as the driver. Throws
+  // Failed(config) if one cannot be opened.
+  void connect(const std::vector<OutboxAddress>& addresses);
 
   void check(Nanoseconds now) override;
-  // Tells the peers that this rank will not answer any more.
-  void leave();
-  bool can_free() const;  // nobody looks at the outbox any more
+  void leave() override;
+  bool can_free() const override;
 
-  // All ranks are processes: a caller that spins does not keep another rank from coming.
-  bool is_alone() const { return is_alone_; }
-  struct Quick {
-    bool is_done = false;
-    std::uint64_t announced = 0;  // else the sequence number that peers see it under, or 0: not begun
-  };
-  // A small all_reduce if nothing is queued and the peers come within `looks` and `yields`; else begun at most.
-  Quick all_reduce_at_once(const SmallReduce& call, int looks, int yields);
+  // Whether every rank is a process of its own, so that a caller which spins with Python's lock held does not
+  // keep another rank from making its call.
+  bool ranks_are_processes() const { return ranks_are_processes_; }
+  AtOnce all_reduce_at_once(const SmallReduce& call, int looks, int yields) override;
 
   // For the operations.
+  HostMemory& memory() { return memory_; }
   const Outbox& own() const { return own_; }
   const Outbox& outbox(int r) const { return outboxes_[static_cast<std::size_t>(r)]; }
-  Peer& peer(int r) { return *peers_[static_cast<std::size_t>(r)]; }
-  // A counter of ours has a new value for peers to see.
+  HostPeer& peer(int r) { return *peers_[static_cast<std::size_t>(r)]; }
+  // Sets one of this rank's counters and wakes the peers.
   void publish(Outbox::Counter& counter, std::uint64_t value);
-  Post& prepare_post(Operation& op, std::uint32_t mode);
+  // Fills in the post of `op`, except for where its data is.
+  OutboxPost& prepare_post(Operation& op);
+  // Whether the slot of post `sequence` is free: all peers have finished the operation that used it before.
   bool can_post(std::uint64_t sequence);
-  // Whether `r` has announced operation `op`; throws Failed(mismatch) if it called something else.
+  // Whether `r` has announced operation `op`; throws Failed(mismatch) if it made another call.
   bool has_posted(Operation& op, int r);
   bool is_done(int r, std::uint64_t sequence);
-  // Where an operation's data is in a ring. Reductions: the same on all ranks, because all make the same calls.
-  struct Place {
-    std::uint64_t at = 0;   // bytes from its start
-    std::uint64_t lap = 0;  // how often the ring was begun anew before
+  // Where an operation's data is in a ring. The same on all ranks, because all make the same calls.
+  struct RingPlace {
+    std::uint64_t at = 0;   // bytes from the start of the ring
+    std::uint64_t lap = 0;  // number of times that the ring has wrapped
   };
-  // Whether everybody has finished the reductions that used whole stages, and, for stages, small ones too.
-  bool is_ring_free(Operation& op, bool is_whole);
-  Place take_ring_stages(const Operation& op, std::uint64_t slices);
-  // Puts the data of a small reduction where the peers find it by the post.
-  void fill(Post& post, std::uint64_t sequence, const std::byte* data, std::size_t num_bytes);
+  // Whether all ranks have finished the reductions that used whole stages; if the next one needs whole stages
+  // itself, the small ones in the ring as well.
+  bool is_ring_free(Operation& op, bool needs_stages);
+  RingPlace take_ring_stages(const Operation& op, std::uint64_t slices);
+  // Puts the data of a small reduction where the peers find it through the post.
+  void fill(OutboxPost& post, std::uint64_t sequence, const std::byte* data, std::size_t num_bytes);
+  // Where rank `r` has put its data of a small reduction.
   const std::byte* filled(int r, std::uint64_t sequence) const {
     const Location& place = own_.post(sequence).source;
-    return place.offset == 0 ? outbox(r).post(sequence).payload : lane(r, place.generation).ring(place.offset - 1);
+    return place.offset == 0 ? outbox(r).post(sequence).payload
+                             : ring_of(r, place.generation).ring(place.offset - 1);
   }
   // Where slice `k` of a reduction that begins at `first` is in each rank's ring.
-  static Place ring_place(const Place& first, std::uint64_t k) {
+  static RingPlace ring_place(const RingPlace& first, std::uint64_t k) {
     const std::uint64_t end = first.at + k * Outbox::stage_bytes;
     return {end % Outbox::ring_bytes, first.lap + end / Outbox::ring_bytes};
   }
 
-  // The stage of an exchange that the next one which takes some begins with; to be told in its post.
+  // The stage that holds slice 0 of the next exchange; to be announced in its post.
   std::uint32_t first_stage() const { return first_stage_; }
   bool is_stage_free(Operation& op);
   void take_stages(const Operation& op, std::uint64_t slices);
   // The stage in which rank `r` keeps slice `k` of the exchange.
   std::byte* stage(const Operation& op, int r, std::uint64_t k) const {
-    return outbox(r).stage((outbox(r).post(op.sequence).mode >> 16) + k);
+    return outbox(r).stage(outbox(r).post(op.sequence).routing.first_stage + k);
   }
 
  private:
@@ -90,45 +92,44 @@ class Group final : public Session {
   bool progress_messages() override { return pipes_.progress(); }
   void fail_messages(const Failure& failure) override { pipes_.fail_all(failure); }
 
-  // A peer whose process stands still, or -1.
+  // A peer whose process is stopped, or -1.
   int find_frozen(Nanoseconds now);
   bool is_known_who_runs(Nanoseconds now);
 
-  std::byte* memory_ = nullptr;
+  HostMemory& memory_;
+  std::byte* block_ = nullptr;  // of the own outbox
   Outbox own_;
   std::vector<Outbox> outboxes_;
-  std::vector<std::shared_ptr<Peer>> peers_;
+  std::vector<std::shared_ptr<HostPeer>> peers_;
   std::vector<std::uint64_t> known_done_;
   struct Pulse {
     std::uint32_t beat = 0;
-    Nanoseconds since = 0;  // when it was first seen, as of the last find_frozen()
+    Nanoseconds since = 0;  // when find_frozen() first saw this beat
   };
   std::vector<Pulse> pulses_;
   struct Late {
     std::uint64_t sequence = 0;  // of the operation whose deadline has passed
-    Nanoseconds since = 0;  // when that was noticed
+    Nanoseconds since = 0;       // when that was noticed
   } late_;
   Pipes pipes_;
-  // Whose ring rank `r` puts small reductions in: of two ranks, the one that it read in the lap before, because those
-  // lines are in its cache and nobody else's.
-  const Outbox& lane(int r, std::uint64_t lap) const {
+  // The outbox in whose ring rank `r` puts small reductions. Two ranks exchange rings in every lap: each
+  // writes where it has read in the lap before, because those lines are in its own cache only.
+  const Outbox& ring_of(int r, std::uint64_t lap) const {
     return size_ == 2 ? outbox((r + static_cast<int>(lap & 1)) & 1) : outbox(r);
   }
 
   std::uint64_t last_staged_ = 0;  // the last reduction that used whole stages
   std::uint64_t last_filled_ = 0;  // the last small one in the ring; those before the last few are over
-  Place ring_;                     // where the next one begins
+  RingPlace ring_;                 // where the next one begins
   std::uint64_t last_sent_ = 0;    // the last exchange that used stages
   std::uint32_t first_stage_ = 0;
   bool has_left_ = false;
-  bool is_alone_ = false;
+  bool ranks_are_processes_ = false;
   bool is_connected_ = false;
-
-  friend class Pipes;
 };
 
 // The operations: resumable, one per family. `op` outlives the task.
-Task combine(Group& group, Operation& op);   // all_reduce, reduce, reduce_scatter
-Task exchange(Group& group, Operation& op);  // broadcast, gathers, scatter, all_to_all, barrier
+Task combine(SharedMemoryGroup& group, Operation& op);   // all_reduce, reduce, reduce_scatter
+Task exchange(SharedMemoryGroup& group, Operation& op);  // broadcast, gathers, scatter, all_to_all, barrier
 
 }  // namespace paceline

@@ -49,8 +49,9 @@ Handshake::Handshake(const Digest& key, int own_rank, bool is_dialer)
 
 Handshake Handshake::dialer(const Digest& key, int own_rank, int peer_rank, int link) {
   Handshake h(key, own_rank, true);
-  h.peer_ = peer_rank, h.link_ = link;
-  h.in_wanted_ = kNonce;
+  h.peer_ = peer_rank;
+  h.link_ = link;
+  h.in_wanted_ = nonce_bytes;
   return h;
 }
 
@@ -58,7 +59,7 @@ Handshake Handshake::acceptor(const Digest& key, int own_rank) {
   Handshake h(key, own_rank, false);
   fill_randomly(h.challenge_);
   h.send(h.challenge_);
-  h.in_wanted_ = kClaim + kProof;
+  h.in_wanted_ = claim_bytes + proof_bytes;
   return h;
 }
 
@@ -81,34 +82,34 @@ void Handshake::received(std::size_t num_bytes) {
 
 void Handshake::dialer_step() {
   if (!has_answered_) {
-    std::copy_n(in_.begin(), kNonce, challenge_.begin());
-    fill_randomly(std::span(claim_).first(kNonce));
-    put(&claim_[kNonce], static_cast<std::uint32_t>(own_rank_));
-    put(&claim_[kNonce + 4], static_cast<std::uint32_t>(peer_));
-    put(&claim_[kNonce + 8], static_cast<std::uint32_t>(link_));
+    std::copy_n(in_.begin(), nonce_bytes, challenge_.begin());
+    fill_randomly(std::span(claim_).first(nonce_bytes));
+    put(&claim_[nonce_bytes], static_cast<std::uint32_t>(own_rank_));
+    put(&claim_[nonce_bytes + 4], static_cast<std::uint32_t>(peer_));
+    put(&claim_[nonce_bytes + 8], static_cast<std::uint32_t>(link_));
     send(claim_);
     send(proof("dialer"));
     has_answered_ = true;
-    in_wanted_ = kProof;
+    in_wanted_ = proof_bytes;
     return;
   }
   Digest answer;
-  std::copy_n(in_.begin(), kProof, answer.begin());
+  std::copy_n(in_.begin(), proof_bytes, answer.begin());
   state_ = equal_in_constant_time(answer, proof("acceptor")) ? State::done : State::refused;
 }
 
 void Handshake::acceptor_step() {
-  std::copy_n(in_.begin(), kClaim, claim_.begin());
+  std::copy_n(in_.begin(), claim_bytes, claim_.begin());
   Digest answer;
-  std::copy_n(in_.begin() + kClaim, kProof, answer.begin());
+  std::copy_n(in_.begin() + claim_bytes, proof_bytes, answer.begin());
   if (!equal_in_constant_time(answer, proof("dialer"))) {
     state_ = State::refused;
     return;
   }
-  // Only now do the bytes mean something.
-  peer_ = static_cast<int>(get(&claim_[kNonce]));
-  link_ = static_cast<int>(get(&claim_[kNonce + 8]));
-  const bool is_for_us = get(&claim_[kNonce + 4]) == static_cast<std::uint32_t>(own_rank_);
+  // The proof is right: from here on the bytes are those of a rank of this job.
+  peer_ = static_cast<int>(get(&claim_[nonce_bytes]));
+  link_ = static_cast<int>(get(&claim_[nonce_bytes + 8]));
+  const bool is_for_us = get(&claim_[nonce_bytes + 4]) == static_cast<std::uint32_t>(own_rank_);
   if (!is_for_us || peer_ == own_rank_) {
     state_ = State::refused;
     return;

@@ -1,12 +1,12 @@
-// Mutual challenge and response over a new connection, before any byte of it means anything.
+// Mutual challenge and response over a new connection, before any of its bytes is interpreted.
 //
 //   acceptor → dialer   challenge   32 random bytes
 //   dialer → acceptor   claim       32 random bytes, dialer's rank, acceptor's rank, link number, 0
 //                       proof       HMAC(key, "dialer"   ‖ challenge ‖ claim)
 //   acceptor → dialer   proof       HMAC(key, "acceptor" ‖ challenge ‖ claim)
 //
-// Both sides contribute fresh bytes, so nothing can be replayed; the labels keep a proof from being reflected;
-// both ranks and the link's number are under the MAC, so a proof is good for one place only.
+// Both sides contribute fresh bytes, so nothing can be replayed; the labels keep a proof from being
+// reflected; both ranks and the link's number are under the MAC, so a proof is valid for one link only.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -16,8 +16,8 @@
 
 namespace paceline {
 
-// The key of one job's links: the secret never authenticates anything itself, and `session` separates
-// jobs or restarts that share a secret.
+// The key of one job's links. The secret itself authenticates nothing, and `session` separates jobs or
+// restarts that share a secret.
 Digest link_key(std::span<const std::byte> secret, std::span<const std::byte> session);
 
 class Handshake {
@@ -27,10 +27,10 @@ class Handshake {
   static Handshake dialer(const Digest& key, int own_rank, int peer_rank, int link);
   static Handshake acceptor(const Digest& key, int own_rank);
 
-  // What to write now, in order; `sent` says how much of it was written.
+  // The bytes to write now, in order; `sent` tells how many of them were written.
   std::span<const std::byte> outgoing() const;
   void sent(std::size_t num_bytes) { out_begin_ += num_bytes; }
-  // Where the next bytes read go, never more than the current message; empty while nothing is expected.
+  // Where to read the next bytes to: never more than the current message; empty while none is expected.
   std::span<std::byte> wanted();
   void received(std::size_t num_bytes);
 
@@ -40,7 +40,7 @@ class Handshake {
   int link() const { return link_; }
 
  private:
-  static constexpr std::size_t kNonce = 32, kClaim = kNonce + 16, kProof = 32;
+  static constexpr std::size_t nonce_bytes = 32, claim_bytes = nonce_bytes + 16, proof_bytes = 32;
 
   Handshake(const Digest& key, int own_rank, bool is_dialer);
   void dialer_step();
@@ -52,11 +52,11 @@ class Handshake {
   int own_rank_, peer_ = -1, link_ = 0;
   bool is_dialer_, has_answered_ = false;
   State state_ = State::talking;
-  std::array<std::byte, kNonce> challenge_{};
-  std::array<std::byte, kClaim> claim_{};
-  std::array<std::byte, kClaim + kProof> in_{};
+  std::array<std::byte, nonce_bytes> challenge_{};
+  std::array<std::byte, claim_bytes> claim_{};
+  std::array<std::byte, claim_bytes + proof_bytes> in_{};
   std::size_t in_size_ = 0, in_wanted_ = 0;
-  std::array<std::byte, kClaim + kProof> out_{};
+  std::array<std::byte, claim_bytes + proof_bytes> out_{};
   std::size_t out_begin_ = 0, out_end_ = 0;
 };
 

@@ -8,7 +8,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "core/network/transport.h"
+#include "core/engine/transport.h"
 
 namespace paceline {
 
@@ -18,13 +18,13 @@ struct Incoming {
   std::uint64_t sequence;
   Tag tag;
   std::size_t total_bytes;
-  bool is_announced;                     // waits to be accepted, against: came unasked and holds credit
+  bool is_announced;  // it waits to be accepted; otherwise it came unasked and holds credit
   std::size_t arrived_bytes = 0;
-  Transfer* receive = nullptr;           // once matched
+  Transfer* receive = nullptr;  // once matched
   bool is_discarded = false;
-  std::unique_ptr<std::byte[]> stash{};  // holds slices until it is matched
+  std::unique_ptr<std::byte[]> stash{};          // holds slices until it is matched
   std::map<std::size_t, std::size_t> islands{};  // begin → end of what arrived behind a gap
-  std::size_t prefix_bytes = 0;          // arrived without a gap
+  std::size_t prefix_bytes = 0;                  // arrived without a gap
 
   bool is_complete() const { return arrived_bytes == total_bytes; }
   std::byte* memory() const { return receive ? receive->data : stash.get(); }
@@ -33,20 +33,20 @@ struct Incoming {
     arrived_bytes += num_bytes;
     if (offset == prefix_bytes) {
       prefix_bytes += num_bytes;
-      for (auto it = islands.begin(); it != islands.end() && it->first <= prefix_bytes; it = islands.erase(it))
+      for (auto it = islands.begin(); it != islands.end() && it->first <= prefix_bytes;
+           it = islands.erase(it))
         prefix_bytes = std::max(prefix_bytes, it->second);
     } else {
       const auto before = islands.upper_bound(offset);
       if (before != islands.begin() && std::prev(before)->second == offset)
         std::prev(before)->second += num_bytes;
-      else
-        islands[offset] = offset + num_bytes;
+      else islands[offset] = offset + num_bytes;
     }
     if (receive) receive->moved_bytes = prefix_bytes;
   }
 };
 
-// Both sides of the matching: receives without a message, and messages without a receive.
+// The two sides of the matching: receives without a message, and messages without a receive.
 class Inbox {
  public:
   void add(Transfer& receive) { receives_[receive.tag].push_back(&receive); }
@@ -58,8 +58,8 @@ class Inbox {
   Incoming* take_message(int peer, Tag tag) {
     return take(messages_, tag, [&](Incoming* m) { return m->peer == peer || peer == any_rank; });
   }
-  bool remove(Transfer& receive) {
-    return take(receives_, receive.tag, [&](Transfer* t) { return t == &receive; }) != nullptr;
+  bool remove(const Transfer& receive) {
+    return take(receives_, receive.tag, [&](const Transfer* t) { return t == &receive; }) != nullptr;
   }
   void remove(Incoming& message) {
     take(messages_, message.tag, [&](Incoming* m) { return m == &message; });

@@ -14,11 +14,11 @@ bool is_transient(int error) { return error == EAGAIN || error == EWOULDBLOCK ||
 
 }  // namespace
 
-Link::Link(Fd socket, Handshake greeting, bool dialer, double deadline)
+Link::Link(Fd socket, Handshake greeting, bool dialer, Nanoseconds until)
     : phase(dialer ? Phase::dialing : Phase::greeting),
       handshake(std::move(greeting)),
       is_dialer(dialer),
-      deadline_s(deadline),
+      deadline(until),
       socket_(std::move(socket)) {}
 
 void Link::mark_broken(std::string why) {
@@ -50,7 +50,7 @@ Link::Result Link::greet() {
     }
     if (handshake.state() == Handshake::State::done) {
       phase = Phase::ready;
-      staging_ = std::make_unique_for_overwrite<std::byte[]>(kStagingBytes);
+      staging_ = std::make_unique_for_overwrite<std::byte[]>(staging_bytes);
       return Result::moved;
     }
     // Only as much as the handshake wants is taken: what follows belongs to frames.
@@ -71,7 +71,7 @@ Link::Result Link::greet() {
   return has_moved ? Result::moved : Result::idle;
 }
 
-Link::Result Link::write(const FrameHeader& header, const std::byte* slice, Outgoing* message) {
+Link::Result Link::write(const LinkFrameHeader& header, const std::byte* slice, Outgoing* message) {
   out_header_ = header;
   out_slice_ = slice;
   out_left_header_ = sizeof out_header_;
@@ -115,7 +115,7 @@ void Link::advance_slice(FrameSink& sink, std::size_t num_bytes) {
   sink.frame_moves(*this, num_bytes, in_left_ == 0);
 }
 
-// Uses up what is staged: slices and headers, until a header is incomplete.
+// Consumes the staged bytes, slices and headers, until a header is incomplete.
 Link::Result Link::parse(FrameSink& sink) {
   while (phase == Phase::ready) {
     if (in_left_ > 0) {
@@ -132,7 +132,8 @@ Link::Result Link::parse(FrameSink& sink) {
     const char* defect = defect_of(in_header_);
     if (!defect && in_header_.is_checked) {
       in_checksum_ = checksum_of(in_header_);
-      if (in_header_.num_bytes == 0 && in_checksum_ != in_header_.checksum) defect = "checksum of a header is wrong";
+      if (in_header_.num_bytes == 0 && in_checksum_ != in_header_.checksum)
+        defect = "checksum of a header is wrong";
     }
     if (!defect) {
       in_left_ = in_header_.num_bytes;
@@ -149,16 +150,17 @@ Link::Result Link::parse(FrameSink& sink) {
 }
 
 Link::Result Link::read(FrameSink& sink) {
-  std::size_t budget = 4 * slice_bytes;  // then other links have their turn
+  std::size_t budget = 4 * slice_bytes;  // after that, other links have their turn
   bool has_moved = false;
   while (phase == Phase::ready && budget > 0) {
-    if (begin_ > 0) {  // less than a header is left over
+    if (begin_ > 0) {  // less than a header is left
       std::memmove(staging_.get(), staging_.get() + begin_, end_ - begin_);
-      end_ -= begin_, begin_ = 0;
+      end_ -= begin_;
+      begin_ = 0;
     }
     // A long slice goes straight to its place, and what follows it into the staging area.
     const std::size_t direct = in_target_ && end_ == 0 ? in_left_ : 0;
-    iovec parts[2] = {{in_target_, direct}, {staging_.get() + end_, kStagingBytes - end_}};
+    iovec parts[2] = {{in_target_, direct}, {staging_.get() + end_, staging_bytes - end_}};
     msghdr message{};
     message.msg_iov = direct ? parts : parts + 1;
     message.msg_iovlen = direct ? 2 : 1;
@@ -171,7 +173,7 @@ Link::Result Link::read(FrameSink& sink) {
     }
     has_moved = true;
     const auto got = static_cast<std::size_t>(n);
-    const std::size_t asked = direct + kStagingBytes - end_;
+    const std::size_t asked = direct + staging_bytes - end_;
     const std::size_t in_place = std::min(direct, got);
     if (in_place > 0) advance_slice(sink, in_place);
     end_ += got - in_place;

@@ -3,17 +3,18 @@
 #include <memory>
 #include <string>
 
+#include "core/base/sync.h"
+#include "core/engine/transport.h"
 #include "core/tcp/frame.h"
 #include "core/tcp/handshake.h"
 #include "core/tcp/socket.h"
-#include "core/network/transport.h"
 
 namespace paceline {
 
 class Link;
 struct Incoming;
 
-// A message on its way out. Lives until all its slices have been handed to the kernel.
+// A message that is being sent. Lives until all its slices have been handed to the kernel.
 struct Outgoing {
   enum class Phase : std::uint8_t { queued, announced, flowing };
 
@@ -24,12 +25,12 @@ struct Outgoing {
   int num_links = 0;            // that are writing a slice of it now
 };
 
-// What a link tells its owner about the bytes it reads.
+// Receives the frames that a link reads.
 class FrameSink {
  public:
   virtual ~FrameSink() = default;
   // A valid header. Returns where its slice goes, null to drop it; sets `defect` to break the link.
-  virtual std::byte* frame_begins(Link& link, const FrameHeader& header, const char*& defect) = 0;
+  virtual std::byte* frame_begins(Link& link, const LinkFrameHeader& header, const char*& defect) = 0;
   // `num_bytes` more of the slice are in place; `is_last` ends the frame (also called for empty slices).
   virtual void frame_moves(Link& link, std::size_t num_bytes, bool is_last) = 0;
 };
@@ -39,24 +40,24 @@ class Link {
   enum class Phase : std::uint8_t { dialing, greeting, ready, broken };
   enum class Result : std::uint8_t { idle, moved, broken };
 
-  Link(Fd socket, Handshake handshake, bool is_dialer, double deadline_s);
+  Link(Fd socket, Handshake handshake, bool is_dialer, Nanoseconds deadline);
 
-  // The handshake's part of reading and writing. Afterwards `phase` is ready, or broken with a reason.
+  // Reads and writes for the handshake. When it is over, `phase` is ready, or broken with a reason.
   Result greet();
 
   Result read(FrameSink& sink);
 
-  // Starts a frame (is_writing must be false) and writes what the socket takes; then continues it.
-  Result write(const FrameHeader& header, const std::byte* slice, Outgoing* message);
+  // Starts a frame (is_writing() must be false) and writes what the socket takes.
+  Result write(const LinkFrameHeader& header, const std::byte* slice, Outgoing* message);
+  // Continues the frame.
   Result write_on();
 
   bool is_writing() const { return out_left_header_ + out_left_slice_ > 0; }
   Outgoing* outgoing() const { return out_message_; }
   void forget_outgoing() { out_message_ = nullptr; }
 
-  // The frame being read: its message moved to other memory, or nowhere.
+  // Sends the remainder of the frame that is being read to other memory; null drops it.
   void redirect(std::byte* target) { in_target_ = target; }
-  bool is_reading() const { return in_left_ > 0; }
   // Offset in its message of the next byte to be read.
   std::size_t position() const { return in_header_.offset + in_header_.num_bytes - in_left_; }
 
@@ -70,14 +71,13 @@ class Link {
   Phase phase;
   Handshake handshake;
   const bool is_dialer;
-  double deadline_s;          // for becoming ready
+  Nanoseconds deadline;  // for becoming ready
   int peer = -1;
   Incoming* incoming = nullptr;  // message of the frame being read; the owner's
   bool wants_write = false;      // as registered with epoll; the owner's
-  std::size_t rail = 0;
 
  private:
-  static constexpr std::size_t kStagingBytes = 64 << 10;
+  static constexpr std::size_t staging_bytes = 64 << 10;
 
   Result parse(FrameSink& sink);
   void advance_slice(FrameSink& sink, std::size_t num_bytes);
@@ -86,12 +86,12 @@ class Link {
   std::string why_;
   std::uint64_t bytes_written_ = 0;
 
-  FrameHeader out_header_;
+  LinkFrameHeader out_header_;
   std::size_t out_left_header_ = 0, out_left_slice_ = 0;
   const std::byte* out_slice_ = nullptr;
   Outgoing* out_message_ = nullptr;
 
-  FrameHeader in_header_;
+  LinkFrameHeader in_header_;
   std::byte* in_target_ = nullptr;
   std::size_t in_left_ = 0;
   std::uint32_t in_checksum_ = 0;

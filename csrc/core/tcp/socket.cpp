@@ -57,7 +57,8 @@ Endpoint address_of(const std::string& name, const ifaddrs* entries) {
     known += std::string(known.empty() ? "" : ", ") + e->ifa_name + " " + candidate.text();
   }
   if (!found)
-    throw std::invalid_argument("no interface or address '" + name + "' is up on this host; there are " + known);
+    throw std::invalid_argument("no interface or address '" + name + "' is up on this host; there are " +
+                                known);
   return copy_of(found);
 }
 
@@ -109,20 +110,22 @@ void Endpoint::set_port(std::uint16_t port) {
 }
 
 bool Endpoint::is_loopback() const {
-  if (family() == AF_INET) return reinterpret_cast<const unsigned char*>(
-      &reinterpret_cast<const sockaddr_in&>(storage).sin_addr)[0] == 127;
+  if (family() == AF_INET)
+    return reinterpret_cast<const unsigned char*>(
+               &reinterpret_cast<const sockaddr_in&>(storage).sin_addr)[0] == 127;
   return IN6_IS_ADDR_LOOPBACK(&reinterpret_cast<const sockaddr_in6&>(storage).sin6_addr);
 }
 
 bool Endpoint::has_address_of(const Endpoint& other) const {
   Endpoint a = *this, b = other;
-  a.set_port(0), b.set_port(0);
+  a.set_port(0);
+  b.set_port(0);
   return family() == other.family() && a.text() == b.text();
 }
 
 Endpoint address_towards(const Endpoint& peer) {
   Endpoint target = peer;
-  if (target.port() == 0) target.set_port(9);  // discard; nothing is sent
+  if (target.port() == 0) target.set_port(9);  // the discard service; nothing is sent
   const Fd probe(::socket(target.family(), SOCK_DGRAM | SOCK_CLOEXEC, 0));
   if (!probe || ::connect(probe.get(), raw(target), target.size) != 0)
     throw std::runtime_error("no route to " + target.text() + ": " + std::strerror(errno));
@@ -196,10 +199,11 @@ void configure_link(const Fd& socket, const LinkOptions& options) {
   const bool is_within_host = is_connected && local_endpoint(socket).has_address_of(remote);
   if (options.unsent_bytes > 0 && !is_within_host)
     set_option(socket, IPPROTO_TCP, TCP_NOTSENT_LOWAT, options.unsent_bytes);
-  set_option(socket, IPPROTO_TCP, TCP_USER_TIMEOUT, options.dead_after_s * 1000);
+  const int dead_after_s = static_cast<int>(options.dead_after / second_ns);
+  set_option(socket, IPPROTO_TCP, TCP_USER_TIMEOUT, dead_after_s * 1000);
   set_option(socket, SOL_SOCKET, SO_KEEPALIVE, 1);
-  set_option(socket, IPPROTO_TCP, TCP_KEEPIDLE, std::max(1, options.dead_after_s / 3));
-  set_option(socket, IPPROTO_TCP, TCP_KEEPINTVL, std::max(1, options.dead_after_s / 6));
+  set_option(socket, IPPROTO_TCP, TCP_KEEPIDLE, std::max(1, dead_after_s / 3));
+  set_option(socket, IPPROTO_TCP, TCP_KEEPINTVL, std::max(1, dead_after_s / 6));
   set_option(socket, IPPROTO_TCP, TCP_KEEPCNT, 4);
 }
 

@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "core/base/sync.h"
+
 namespace paceline {
 
 class Fd {
@@ -31,7 +33,8 @@ struct Endpoint {
   sockaddr_storage storage{};
   socklen_t size = 0;
 
-  // "10.0.0.1", "10.0.0.1:80", "fd00::1", "[fd00::1]:80". Throws std::invalid_argument: names are not looked up.
+  // "10.0.0.1", "10.0.0.1:80", "fd00::1", "[fd00::1]:80". Throws std::invalid_argument: names are not looked
+  // up.
   static Endpoint parse(const std::string& text);
   std::string text() const;  // with the port
   std::uint16_t port() const;
@@ -60,12 +63,14 @@ int socket_error(const Fd& socket);
 bool is_open(const Fd& socket);  // not reset, and at least one direction not closed
 
 struct LinkOptions {
-  int buffer_bytes = 0;          // 0: the kernel tunes it
-  int unsent_bytes = 1 << 20;    // between hosts: writable only while fewer bytes wait in the kernel, so that
-                                 // urgent ones overtake. Within a host nothing waits, and it would cost wake-ups.
-  int dead_after_s = 30;         // unacknowledged data, or a silent host, for so long breaks the connection
+  int buffer_bytes = 0;  // 0: the kernel tunes it
+  // Between hosts, a link is writable only while fewer bytes wait in the kernel, so that urgent messages
+  // overtake. Within a host nothing waits there, and the limit would cost wake-ups.
+  int unsent_bytes = 1 << 20;
+  // Data that stays unacknowledged, or a host that stays silent, for this time breaks the connection.
+  Nanoseconds dead_after = 30 * second_ns;
 };
-// Once connected.
+// Sets the options of a connected socket.
 void configure_link(const Fd& socket, const LinkOptions& options);
 
 }  // namespace paceline

@@ -22,7 +22,7 @@ from paceline.comm.native.work import DONE, FailedWork, NativeWork
 from paceline.errors import CommError, ConfigError
 from paceline.types import DEFAULT_OPTIONS, CallOptions, Rank, ReduceOp, Work
 
-_core.know_tensors(torch.Tensor.__dlpack_c_exchange_api__, (torch.Tensor, torch.nn.Parameter))
+_core.register_tensor_types(torch.Tensor.__dlpack_c_exchange_api__, (torch.Tensor, torch.nn.Parameter))
 
 _engine: _core.Engine | None = None
 _engine_pid = 0
@@ -57,7 +57,7 @@ class NativeCommunicator(FabricCommunicator):
         self,
         rank: Rank,
         hosts: Sequence[str],
-        group: _core.Group | _core.NetworkGroup | _core.MixedGroup,
+        group: _core.SharedMemoryGroup | _core.NetworkGroup | _core.HierarchicalGroup,
         *,
         timeout_s: float,
         ledger: Ledger | None = None,
@@ -255,7 +255,16 @@ class NativeCommunicator(FabricCommunicator):
     def start_barrier(self, options: CallOptions = DEFAULT_OPTIONS) -> Work:
         try:
             operation = self.core_group.exchange(
-                Kind.BARRIER, 0, 0, 0, 0, 0, (), (), True, self.deadline_s(options)
+                Kind.BARRIER,
+                source=0,
+                output=0,
+                numel=0,
+                dtype=0,
+                root=0,
+                send=(),
+                receive=(),
+                is_same_for_all=True,
+                timeout_s=self.deadline_s(options),
             )
         except CommError as error:
             return self.failed(error)

@@ -31,7 +31,7 @@ def with_shared_memory(
     place = mine.index(world.rank)
     core = engine()
     core.set_ranks_on_host(len(mine))
-    local = _core.Group(core, place, len(mine))
+    local = _core.SharedMemoryGroup(core, place, len(mine))
     everyone = torch.empty(5 * world.size, dtype=torch.int64)
     world.all_gather(everyone, torch.tensor(local.address, dtype=torch.int64)).wait()
     rows = everyone.view(world.size, 5).tolist()
@@ -56,13 +56,13 @@ class HierarchicalCommunicator(NativeCommunicator):
         self,
         world: NetworkCommunicator,
         hosts: Sequence[int],
-        local: _core.Group,
+        local: _core.SharedMemoryGroup,
         stripe: _core.NetworkGroup | None,
         *,
         ledger: Ledger | None = None,
     ) -> None:
         self._world, self._local, self._stripe = world, local, stripe
-        group = _core.MixedGroup(world.rank, hosts, local, world.network_group, stripe)
+        group = _core.HierarchicalGroup(world.rank, hosts, local, world.network_group, stripe)
         super().__init__(world.rank, world.hosts, group, timeout_s=world.timeout_s, ledger=ledger)
         self.meeting = world.meeting
 

@@ -54,7 +54,7 @@ def connect_hosts(meeting: Meeting, *, timeout_s: float) -> NetworkCommunicator:
     towards = next((a for r, a in enumerate(meeting.addresses) if a and r != meeting.rank), "127.0.0.1")
     wanted = JobOptions.from_environment(os.environ).interface or os.environ.get(INTERFACE, "")
     try:
-        network = _core.Network(
+        network = _core.TcpTransport(
             engine(),
             meeting.rank,
             meeting.size,
@@ -98,7 +98,7 @@ class NetworkCommunicator(NativeCommunicator):
         self,
         rank: Rank,
         hosts: Sequence[str],
-        network: _core.Network,
+        network: _core.TcpTransport,
         world_ranks: list[int],
         *,
         ids: list[int],

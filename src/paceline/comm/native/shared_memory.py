@@ -40,7 +40,7 @@ def connect(
         return with_shared_memory(connect_hosts(meeting, timeout_s=timeout_s))
     core = engine()
     core.set_ranks_on_host(meeting.size)
-    group = _core.Group(core, meeting.rank, meeting.size)
+    group = _core.SharedMemoryGroup(core, meeting.rank, meeting.size)
     addresses = meeting.exchange("native", group.address, timeout_s=timeout_s)
     refusal = ""
     try:
@@ -73,7 +73,7 @@ def _without_shared_memory(meeting: Meeting, refusals: list[str], timeout_s: flo
 
 def _join(meeting: Meeting, timeout_s: float, ledger: Ledger) -> SharedMemoryCommunicator:
     """One more communicator of the meeting's ranks, through its store alone."""
-    group = _core.Group(engine(), meeting.rank, meeting.size)
+    group = _core.SharedMemoryGroup(engine(), meeting.rank, meeting.size)
     addresses = meeting.exchange("native", group.address, timeout_s=timeout_s)
     group.connect([tuple(address) for address in addresses])
     return SharedMemoryCommunicator(
@@ -107,7 +107,7 @@ class SharedMemoryCommunicator(NativeCommunicator):
         self,
         rank: Rank,
         hosts: Sequence[str],
-        group: _core.Group,
+        group: _core.SharedMemoryGroup,
         *,
         timeout_s: float,
         home: Meeting | None = None,
@@ -120,7 +120,7 @@ class SharedMemoryCommunicator(NativeCommunicator):
         if ledger is None:
             self.ledger.counters.all_reduce = group.reduced
         else:
-            group.reduced = cast(_core.Entry, ledger.counters.all_reduce)
+            group.reduced = cast(_core.OperationCount, ledger.counters.all_reduce)
         self._all_reduce_at_once: AtOnce = group.all_reduce
         self._home = home  # where exactly these ranks can meet again
         self._num_parts = 0
@@ -181,7 +181,7 @@ class SharedMemoryCommunicator(NativeCommunicator):
         self._num_parts += 1
         mine = torch.zeros(5, dtype=torch.int64)
         if self.rank in ranks:
-            group = _core.Group(engine(), ranks.index(self.rank), len(ranks))
+            group = _core.SharedMemoryGroup(engine(), ranks.index(self.rank), len(ranks))
             mine = torch.tensor(group.address, dtype=torch.int64)
         addresses = torch.empty(5 * self.size, dtype=torch.int64)
         self.start_all_gather(addresses, mine).wait()

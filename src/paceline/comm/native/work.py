@@ -10,7 +10,7 @@ from paceline import _core
 from paceline.comm.ledger import Ledger
 from paceline.errors import CommError
 
-CoreGroup: TypeAlias = "_core.Group | _core.NetworkGroup | _core.MixedGroup"
+CoreGroup: TypeAlias = "_core.SharedMemoryGroup | _core.NetworkGroup | _core.HierarchicalGroup"
 
 
 class NativeWork:
