@@ -3,146 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from paceline.cli.arguments.job import FABRIC_HELP, THREADS_HELP
+from paceline.cli.arguments import compare as args
 from paceline.spec import split_list
 
 if TYPE_CHECKING:
     from paceline.bench.rows import Trial
 
-_COMPUTE = "constant"
-_NETWORK = "ethernet(gbit=1)"
-_DEFAULT = "single,all_reduce,local_sgd(period=4),local_sgd(period=16)"
-
 
 def compare(
-    task: Annotated[
-        str,
-        typer.Argument(
-            help="digits, mnist, shakespeare, or a Python file that defines build() -> paceline.Task.",
-            metavar="TASK",
-        ),
-    ],
-    workers: Annotated[
-        int,
-        typer.Option(
-            "-n", "--workers", metavar="N", help="Worker processes per strategy; `single` always has one."
-        ),
-    ] = 2,
-    strategies: Annotated[
-        str,
-        typer.Option(
-            metavar="LIST",
-            help="Strategies to train, in this order, separated by commas. Those inside brackets do not"
-            " count: 'single, diloco(period=16, rate=0.7)'."
-            f" Default: {_DEFAULT.replace(',', ', ')}.",
-            show_default=False,
-        ),
-    ] = _DEFAULT,
-    epochs: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Passes over the training set. Default: the task's.", show_default=False
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="File or folder with the task's data, for example mnist.npz.", metavar="PATH"),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Samples per step, summed over all workers. Default: the task's.",
-            show_default=False,
-        ),
-    ] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            metavar="RATE", help="Learning rate of the optimizer. Default: the task's.", show_default=False
-        ),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(metavar="N", help="Seed of the initial weights and of the order of samples.")
-    ] = 0,
-    seconds_budget: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SECONDS",
-            help="Compare accuracies after this training time. Default: that of the fastest strategy.",
-            show_default=False,
-        ),
-    ] = None,
-    epochs_budget: Annotated[
-        float | None,
-        typer.Option(
-            metavar="N",
-            help="Also compare accuracies after this many epochs. Default: half of --epochs.",
-            show_default=False,
-        ),
-    ] = None,
-    threads: Annotated[int | None, typer.Option(metavar="N", help=THREADS_HELP, show_default=False)] = None,
-    fabric: Annotated[
-        str | None,
-        typer.Option(metavar="native|torch", help=FABRIC_HELP),
-    ] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write all results as JSON.")
-    ] = None,
-    html_path: Annotated[
-        Path | None,
-        typer.Option("--html", metavar="FILE", help="Write a web page with a table and diagrams."),
-    ] = None,
-    simulate: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Train on N simulated workers in one process, in simulated time, instead of -n processes.",
-        ),
-    ] = None,
-    compute: Annotated[
-        str,
-        typer.Option(
-            help="With --simulate: distribution of the seconds per minibatch, for example"
-            " 'pareto(shape=3, minimum_s=0.01)'.",
-            metavar="DISTRIBUTION",
-        ),
-    ] = _COMPUTE,
-    network: Annotated[
-        str,
-        typer.Option(
-            help="With --simulate: the network, for example 'cluster(hosts=4, local=2)'.",
-            metavar="TOPOLOGY",
-        ),
-    ] = _NETWORK,
-    faults: Annotated[
-        str,
-        typer.Option(
-            help="With --simulate: faults, joined by +, for example 'kill(rank=3, at_s=1.5)'.",
-            metavar="FAULTS",
-        ),
-    ] = "",
-    record: Annotated[
-        str,
-        typer.Option(
-            help="Write the order of parameter_server's messages to FILE, for --replay.", metavar="FILE"
-        ),
-    ] = "",
-    replay: Annotated[
-        str,
-        typer.Option(
-            help="Repeat the recorded order of messages in a simulation, bit for bit.", metavar="FILE"
-        ),
-    ] = "",
-    trace: Annotated[
-        Path | None,
-        typer.Option(help="With --simulate: folder for event logs and Perfetto traces.", metavar="FOLDER"),
-    ] = None,
-    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress bars.")] = True,
+    task: args.TaskName,
+    workers: args.Workers = 2,
+    strategies: args.Strategies = args.DEFAULT_STRATEGIES,
+    epochs: args.Epochs = None,
+    data: args.Data = None,
+    batch_size: args.BatchSize = None,
+    learning_rate: args.LearningRate = None,
+    seed: args.Seed = 0,
+    seconds_budget: args.SecondsBudget = None,
+    epochs_budget: args.EpochsBudget = None,
+    threads: args.Threads = None,
+    fabric: args.Fabric = None,
+    json_path: args.JsonFile = None,
+    html_path: args.HtmlFile = None,
+    simulate: args.Simulate = None,
+    compute: args.Compute = args.DEFAULT_COMPUTE,
+    network: args.Network = args.DEFAULT_NETWORK,
+    faults: args.Faults = "",
+    record: args.Record = "",
+    replay: args.Replay = "",
+    trace: args.Trace = None,
+    progress: args.Progress = True,
 ) -> None:
     """Train TASK once per strategy under equal conditions, and tell which strategy is best.
 
@@ -218,9 +112,9 @@ def _check_simulated(simulate: int | None, **given: str) -> None:
 
     if simulate is not None:
         if simulate < 1:
-            raise ConfigError(f"--simulate: at least 1 virtual worker expected, got {simulate}")
+            raise ConfigError(f"--simulate: at least 1 simulated worker expected, got {simulate}")
         return
-    defaults = {"compute": _COMPUTE, "network": _NETWORK, "faults": "", "trace": ""}
+    defaults = {"compute": args.DEFAULT_COMPUTE, "network": args.DEFAULT_NETWORK, "faults": "", "trace": ""}
     for name, value in given.items():
         if value != defaults[name]:
             raise ConfigError(f"--{name} is for a simulated cluster: add --simulate N, or leave it out")

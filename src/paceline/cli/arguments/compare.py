@@ -1,0 +1,143 @@
+"""Options of `paceline compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paceline.cli.arguments.job import FABRIC_HELP, THREADS_HELP
+
+DEFAULT_STRATEGIES = "single,all_reduce,local_sgd(period=4),local_sgd(period=16)"
+DEFAULT_COMPUTE = "constant"
+DEFAULT_NETWORK = "ethernet(gbit=1)"
+SIMULATION = "Simulation"
+
+TaskName = Annotated[
+    str,
+    typer.Argument(
+        help="digits, mnist, shakespeare, or a Python file that defines build() -> paceline.Task.",
+        metavar="TASK",
+    ),
+]
+Workers = Annotated[
+    int,
+    typer.Option(
+        "-n", "--workers", metavar="N", help="Worker processes per strategy; `single` always has one."
+    ),
+]
+Strategies = Annotated[
+    str,
+    typer.Option(
+        metavar="LIST",
+        help="Strategies to train, in this order, separated by commas. Those inside brackets do not"
+        " count: 'single, diloco(period=16, rate=0.7)'."
+        f" Default: {DEFAULT_STRATEGIES.replace(',', ', ')}.",
+        show_default=False,
+    ),
+]
+Epochs = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Passes over the training set. Default: the task's.", show_default=False),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="File or folder with the task's data, for example mnist.npz.", metavar="PATH"),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Samples per step, summed over all workers. Default: the task's.",
+        show_default=False,
+    ),
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        metavar="RATE", help="Learning rate of the optimizer. Default: the task's.", show_default=False
+    ),
+]
+Seed = Annotated[
+    int, typer.Option(metavar="N", help="Seed of the initial weights and of the order of samples.")
+]
+SecondsBudget = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="Compare accuracies after this training time. Default: that of the fastest strategy.",
+        show_default=False,
+    ),
+]
+EpochsBudget = Annotated[
+    float | None,
+    typer.Option(
+        metavar="N",
+        help="Also compare accuracies after this many epochs. Default: half of --epochs.",
+        show_default=False,
+    ),
+]
+Threads = Annotated[int | None, typer.Option(metavar="N", help=THREADS_HELP, show_default=False)]
+Fabric = Annotated[
+    str | None,
+    typer.Option(metavar="native|torch", help=FABRIC_HELP),
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all results as JSON.")]
+HtmlFile = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write a web page with a table and diagrams."),
+]
+Simulate = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Train on N simulated workers in one process and in simulated time, instead of on -n processes."
+        " The options below need --simulate.",
+        rich_help_panel=SIMULATION,
+    ),
+]
+Compute = Annotated[
+    str,
+    typer.Option(
+        help="Distribution of the seconds per minibatch, for example 'pareto(shape=3, minimum_s=0.01)'.",
+        metavar="DISTRIBUTION",
+        rich_help_panel=SIMULATION,
+    ),
+]
+Network = Annotated[
+    str,
+    typer.Option(
+        help="The network, for example 'cluster(hosts=4, local=2)'.",
+        metavar="TOPOLOGY",
+        rich_help_panel=SIMULATION,
+    ),
+]
+Faults = Annotated[
+    str,
+    typer.Option(
+        help="Faults, joined by +, for example 'kill(rank=3, at_s=1.5)'.",
+        metavar="FAULTS",
+        rich_help_panel=SIMULATION,
+    ),
+]
+Record = Annotated[
+    str,
+    typer.Option(
+        help="Record the order in which parameter_server handles messages, for --replay.",
+        metavar="FILE",
+    ),
+]
+Replay = Annotated[
+    str,
+    typer.Option(
+        help="Repeat a recorded order of messages, bit for bit.", metavar="FILE", rich_help_panel=SIMULATION
+    ),
+]
+Trace = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for event logs and Perfetto traces.", metavar="FOLDER", rich_help_panel=SIMULATION
+    ),
+]
+Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress bars.")]
