@@ -25,7 +25,8 @@ def python_classes() -> dict[str, list[str]]:
 
 def core_classes() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    definition = re.compile(r"^(?:template <[^>]*>\s*)?(?:class|struct) (\w+)[^;()]*\{", re.MULTILINE)
+    # A specialisation `struct X<…> {` is the same template; `class A::B {` defines B of A.
+    definition = re.compile(r"^(?:template <.*>\s*)?(?:class|struct) ([\w:]+)(?! ?<)[^;()<]*\{", re.MULTILINE)
     for path in sorted((ROOT / "csrc").rglob("*")):
         if path.suffix in (".h", ".cpp"):
             for name in definition.findall(path.read_text()):
