@@ -93,7 +93,7 @@ def test_damaged_payloads(spec: str) -> None:
 
 
 def test_a_huge_announced_size_allocates_nothing() -> None:
-    header = payloads.Header("threshold", 2**31 - 1, scale=1.0, count=2**31 - 1, layout=2)
+    header = payloads.PayloadHeader("threshold", 2**31 - 1, scale=1.0, count=2**31 - 1, layout=2)
     data = torch.frombuffer(bytearray(payloads.join(header, b"\xff" * 8)), dtype=torch.uint8)
     with pytest.raises(ProtocolError):
         codecs.decode(data, torch.zeros(64))

@@ -74,9 +74,9 @@ class DecentralizedThreshold(TrainingStrategy):
     ) -> None:
         if rate is not None and not rate > 0:
             raise ConfigError(f"decentralized_threshold: rate={rate!r}: a number above 0 expected")
-        self._dense_steps = whole_number("dense_steps", dense_steps, least=0)
-        self._warm_steps = whole_number("warm_steps", warm_steps, least=0)
-        self._warm_workers = whole_number("warm_workers", warm_workers, least=1)
+        self._dense_steps = whole_number(f"{self.name}: dense_steps", dense_steps, least=0)
+        self._warm_steps = whole_number(f"{self.name}: warm_steps", warm_steps, least=0)
+        self._warm_workers = whole_number(f"{self.name}: warm_workers", warm_workers, least=1)
         self._codec = Threshold(tau=tau, density=density, entropy=entropy)
         self._rate, self._relay = rate, relay
         self._steps = 0

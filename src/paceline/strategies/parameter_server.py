@@ -85,11 +85,11 @@ class ParameterServer(PeriodicStrategy):
         replay: str = "",
     ) -> None:
         super().__init__(period=1)  # whether it is time to push or pull, the client decides
-        self.num_shards = None if shards is None else whole_number("shards", shards, least=1)
-        self.push = whole_number("push", push, least=1)
-        self.pull = whole_number("pull", pull, least=1)
+        self.num_shards = None if shards is None else whole_number(f"{self.name}: shards", shards, least=1)
+        self.push = whole_number(f"{self.name}: push", push, least=1)
+        self.pull = whole_number(f"{self.name}: pull", pull, least=1)
         self.prefetch = prefetch
-        self.backup = None if backup is None else whole_number("backup", backup, least=0)
+        self.backup = None if backup is None else whole_number(f"{self.name}: backup", backup, least=0)
         if str(sends) not in ("updates", "gradients") or not rate > 0:
             raise ConfigError(f"sends={sends}, rate={rate}: updates or gradients, and rate > 0 expected")
         self.needs_gradients = str(sends) == "gradients"

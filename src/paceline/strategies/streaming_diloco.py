@@ -80,9 +80,9 @@ class StreamingDiLoCo(TrainingStrategy):
         payload: str | Spec = "full",
         codec: str | Spec | None = None,
     ) -> None:
-        self.period = whole_number("period", period, least=1)
-        self.fragments = whole_number("fragments", fragments, least=1)
-        self.delay = whole_number("delay", delay, least=0)
+        self.period = whole_number(f"{self.name}: period", period, least=1)
+        self.fragments = whole_number(f"{self.name}: fragments", fragments, least=1)
+        self.delay = whole_number(f"{self.name}: delay", delay, least=0)
         if fragments > period or delay >= period:
             raise ConfigError(f"fragments={fragments} <= period={period} > delay={delay} expected")
         if not 0 <= mix < 1 or str(payload) not in _PAYLOADS:

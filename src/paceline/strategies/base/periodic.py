@@ -27,7 +27,7 @@ class PeriodicStrategy(TrainingStrategy):
     replicas_differ = True
 
     def __init__(self, *, period: int) -> None:
-        self.period = whole_number("period", period, least=1)
+        self.period = whole_number(f"{self.name}: period", period, least=1)
         self._done = 0
         """Minibatches since the last exchange."""
         self._real = 0

@@ -26,7 +26,7 @@ class Backup(StalenessPolicy):
     waits = True
 
     def __init__(self, *, k: int) -> None:
-        self.group = whole_number("k", k, least=1)
+        self.group = whole_number("backup: k", k, least=1)
 
     def accepts(self, staleness: int) -> bool:
         return staleness == 0  # computed on the current step's weights

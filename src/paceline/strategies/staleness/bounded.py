@@ -30,4 +30,4 @@ class Bounded(StalenessPolicy):
     advice = "Bounds how far fast workers run ahead; for clusters with occasional stragglers."
 
     def __init__(self, *, s: int) -> None:
-        self.gap = whole_number("s", s, least=0)
+        self.gap = whole_number("bounded: s", s, least=0)

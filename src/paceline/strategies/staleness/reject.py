@@ -25,7 +25,7 @@ class Reject(StalenessPolicy):
     advice = "Guards against stragglers' very old updates; join it: inverse+reject(max=64)."
 
     def __init__(self, *, max: int) -> None:
-        self._max = whole_number("max", max, least=0)
+        self._max = whole_number("reject: max", max, least=0)
 
     def accepts(self, staleness: int) -> bool:
         return staleness <= self._max

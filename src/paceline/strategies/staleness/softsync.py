@@ -28,4 +28,4 @@ class Softsync(StalenessPolicy):
     advice = "Less noise and less staleness than one by one; best with inverse: softsync(c=4)+inverse."
 
     def __init__(self, *, c: int) -> None:
-        self.group = whole_number("c", c, least=1)
+        self.group = whole_number("softsync: c", c, least=1)
