@@ -33,7 +33,8 @@ PYTHON: dict[str, list[set[str]]] = {
         {"messages"},
         {"survivors"},
         {"communicator"},
-        {"native", "simulated", "torch_fabric"},
+        {"device_messages", "native", "simulated"},
+        {"torch_fabric"},
         {"fabric", "process_group"},
     ],
     "paceline.launchers": [

@@ -62,7 +62,8 @@ class PowerSgd(Reducer):
         residual = state.setdefault("residual", torch.zeros_like(flat))
         if "q" not in state:
             generator = torch.Generator().manual_seed(self._seed)
-            state["q"] = [torch.randn(m.shape[1], self._rank, generator=generator) for m in matrices]
+            drawn = [torch.randn(m.shape[1], self._rank, generator=generator) for m in matrices]
+            state["q"] = [q.to(flat.device) for q in drawn]
         errors, _ = self._views(residual, layout)
         for matrix, error in zip(matrices, errors, strict=True):
             matrix.add_(error)

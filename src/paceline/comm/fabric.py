@@ -84,7 +84,9 @@ def for_device(comm: FabricCommunicator, device: torch.device) -> FabricCommunic
         return comm
     from paceline.comm import torch_fabric
 
-    return torch_fabric.connect(comm.meeting, timeout_s=_GPU_TIMEOUT_S, device=device)
+    # Its messages and its group have keys of their own in the store.
+    meeting = comm.meeting.part(device.type, range(comm.size))
+    return torch_fabric.connect(meeting, timeout_s=_GPU_TIMEOUT_S, device=device)
 
 
 def _problem(device: torch.device) -> str:

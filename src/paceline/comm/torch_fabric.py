@@ -21,13 +21,15 @@ import torch.distributed as dist
 import torch.distributed.nn
 from torch._C._distributed_c10d import PrefixStore
 
-from paceline.comm import reference
+from paceline.comm import device_messages, reference
 from paceline.comm.communicator import FabricCommunicator
 from paceline.comm.rendezvous.interfaces import interface_of
 from paceline.comm.rendezvous.meeting import Meeting
 from paceline.errors import CommError, ConfigError, PeerLost, Timeout
-from paceline.types import DEFAULT_OPTIONS, CallOptions, Rank, ReduceOp, Work
+from paceline.types import DEFAULT_OPTIONS, CallOptions, Handler, Message, Rank, ReduceOp, Reply, Work
 
+# Its older name is the one that torch before 2.13 has.
+_all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _OPS = {
     ReduceOp.SUM: dist.ReduceOp.SUM,
     ReduceOp.MEAN: dist.ReduceOp.SUM,  # divided on arrival: Gloo has no average
@@ -51,7 +53,8 @@ def connect(meeting: Meeting, *, timeout_s: float, device: torch.device | None =
             )
         return TorchCommunicator(meeting.hosts, device=device, meeting=meeting)
     # Counts and sums for the log are CPU tensors on GPU jobs too.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    needs_nccl = device.type == "cuda" and not _share_a_gpu(meeting, device, timeout_s=timeout_s)
+    backend = "cpu:gloo,cuda:nccl" if needs_nccl else "gloo"
     if meeting.address and "GLOO_SOCKET_IFNAME" not in os.environ:
         # Gloo would bind to whatever the host's name resolves to, which other hosts often cannot reach.
         interface = interface_of(meeting.address)
@@ -68,6 +71,31 @@ def connect(meeting: Meeting, *, timeout_s: float, device: torch.device | None =
     except RuntimeError as error:
         raise CommError(f"rank {meeting.rank}: cannot connect the {backend} group: {error}") from error
     return TorchCommunicator(meeting.hosts, device=device, owns_group=True, meeting=meeting)
+
+
+def _share_a_gpu(meeting: Meeting, device: torch.device, *, timeout_s: float) -> bool:
+    """Whether two ranks use one GPU, which NCCL refuses; Gloo then moves the tensors through the hosts."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    own = [meeting.hosts[meeting.rank], str(properties.uuid)]
+    every = meeting.exchange("gpu", own, timeout_s=timeout_s)
+    return len({tuple(one) for one in every}) < meeting.size
+
+
+def _default_group() -> dist.ProcessGroup:
+    return dist.distributed_c10d._get_default_group()  # noqa: SLF001  torch has no public query
+
+
+def _backend_name(group: dist.ProcessGroup | None, device: torch.device) -> str:
+    found: Any = group or _default_group()
+    return str(found._get_backend(device).name()).lower()  # noqa: SLF001  torch has no public query
+
+
+def _payload_device(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
+    """The CPU, from where bytes enter a network; the GPU for a group that has no backend for the CPU."""
+    if device.type == "cpu":
+        return device
+    known = (group or _default_group())._device_types  # noqa: SLF001  torch has no public query
+    return torch.device("cpu") if torch.device("cpu") in known else device
 
 
 class TorchCommunicator(FabricCommunicator):
@@ -89,6 +117,10 @@ class TorchCommunicator(FabricCommunicator):
         self.meeting = meeting
         self.group = group
         self.device = device or torch.device("cpu")
+        is_gloo = self.device.type != "cpu" and _backend_name(self.group, self.device) == "gloo"
+        self._stages_messages = is_gloo  # its send and recv end the process when given CUDA tensors
+        self.payload_device = _payload_device(self.group, self.device)
+        """Where reducers put the encoded bytes of this device's tensors."""
         self._owns_group = owns_group
         self._name = name
         self._num_splits = 0
@@ -100,6 +132,17 @@ class TorchCommunicator(FabricCommunicator):
     def now(self) -> float:
         """Seconds of a monotonic clock."""
         return time.perf_counter()
+
+    def register_handler(self, channel: str, handler: Handler) -> None:
+        is_here = self.device.type == "cpu"
+        super().register_handler(
+            channel, handler if is_here else device_messages.handler_on(handler, self.device)
+        )
+
+    def send_call(self, peer: Rank, channel: str, message: Message) -> Reply:
+        reply = super().send_call(peer, channel, message)
+        is_here = self.device.type == "cpu"
+        return reply if is_here else device_messages.ReplyOnDevice(reply, self.device)
 
     def start_all_reduce(
         self, tensor: torch.Tensor, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
@@ -121,7 +164,7 @@ class TorchCommunicator(FabricCommunicator):
     def start_all_gather(
         self, output: torch.Tensor, source: torch.Tensor, options: CallOptions = DEFAULT_OPTIONS
     ) -> Work:
-        return self._start("all_gather", dist.all_gather_single, output.view(-1), source.view(-1))
+        return self._start("all_gather", _all_gather_single, output.view(-1), source.view(-1))
 
     def start_all_gather_v(
         self,
@@ -140,7 +183,7 @@ class TorchCommunicator(FabricCommunicator):
             parts = [gathered[r * longest : r * longest + n] for r, n in enumerate(counts)]
             torch.cat(parts, out=output.view(-1))
 
-        return self._start("all_gather_v", dist.all_gather_single, gathered, padded, finish=finish)
+        return self._start("all_gather_v", _all_gather_single, gathered, padded, finish=finish)
 
     def start_reduce_scatter(
         self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
@@ -215,14 +258,19 @@ class TorchCommunicator(FabricCommunicator):
     def start_send(
         self, tensor: torch.Tensor, dst: Rank, tag: int, options: CallOptions = DEFAULT_OPTIONS
     ) -> Work:
-        work = dist.isend(tensor, group=self.group, tag=tag, group_dst=dst)
-        return _TorchWork(self, work, None, "send")
+        sent = tensor.cpu() if self._stages_messages else tensor
+        work = dist.isend(sent, group=self.group, tag=tag, group_dst=dst)
+        return _TorchWork(self, work, sent.numel, "send")  # keeps it until then
 
     def start_recv(
         self, tensor: torch.Tensor, src: Rank | None, tag: int, options: CallOptions = DEFAULT_OPTIONS
     ) -> Work:
-        work = dist.irecv(tensor, group=self.group, tag=tag, group_src=src)
-        return _TorchWork(self, work, None, "recv")
+        if not self._stages_messages:
+            work = dist.irecv(tensor, group=self.group, tag=tag, group_src=src)
+            return _TorchWork(self, work, None, "recv")
+        received = torch.empty_like(tensor, device="cpu")
+        work = dist.irecv(received, group=self.group, tag=tag, group_src=src)
+        return _TorchWork(self, work, lambda: tensor.copy_(received), "recv")
 
     def make_part(self, ranks: list[Rank]) -> FabricCommunicator | None:
         self._num_splits += 1
@@ -299,7 +347,7 @@ class _TorchWork:
     __slots__ = ("_comm", "_error", "_finish", "_name", "_work")
 
     def __init__(
-        self, comm: TorchCommunicator, work: Any, finish: Callable[[], None] | None, name: str
+        self, comm: TorchCommunicator, work: Any, finish: Callable[[], object] | None, name: str
     ) -> None:
         self._comm = comm
         self._work = work

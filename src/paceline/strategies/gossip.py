@@ -169,7 +169,7 @@ class Gossip(PeriodicStrategy):
         gaps = [(t - mean).double().square().sum() for t, mean in zip(own, means, strict=True)]
         square = torch.stack(gaps).sum().reshape(1)
         self.comm.all_reduce(square).wait()
-        self._distance = float((square / count).sqrt())
+        self._distance = (square.item() / count.item()) ** 0.5
         return means
 
     def state_dict(self) -> dict[str, Any]:

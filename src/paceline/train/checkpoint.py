@@ -168,7 +168,8 @@ def _read_shard(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
             f" manifest says {entry['bytes']} with {entry['crc32c']:08x}; restore the file or an older"
             " checkpoint"
         )
-    loaded: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True)
+    # Onto the CPU: the device that it was saved on need not exist here.
+    loaded: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return loaded
 
 

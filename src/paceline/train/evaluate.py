@@ -104,7 +104,8 @@ def _forward(model: nn.Module, batch: Batch) -> tuple[Outputs, Outputs]:
             f"evaluate: batches of (inputs…, targets) expected, got {type(batch).__name__}; pass"
             " forward=function(model, batch) -> (outputs, targets)"
         )
-    *inputs, targets = batch
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    *inputs, targets = (one.to(device) if isinstance(one, torch.Tensor) else one for one in batch)
     return model(*inputs), targets
 
 
@@ -176,7 +177,7 @@ def consensus(attachments: Sequence[Attachment], comm: Communicator) -> Iterator
                     backups.append((mine, mine.clone()))
                     mine.copy_(agreed)
             if comm.size > 1:
-                preparation.average_buffers(attachment.replica.buffers(), comm)
+                preparation.average_buffers(attachment.replica.buffers(), attachment.comm)
         yield
     finally:
         for mine, before in backups:
@@ -219,7 +220,7 @@ def gather_rows(parts: list[torch.Tensor], comm: Communicator) -> torch.Tensor:
     trailing, dtype_name = plain.broadcast(kind, comm)
     dtype = getattr(torch, dtype_name)
     row_numel = int(torch.tensor(trailing).prod()) if trailing else 1
-    source = torch.empty(0, dtype=dtype) if mine is None else mine.contiguous().view(-1)
+    source = torch.empty(0, dtype=dtype) if mine is None else mine.cpu().contiguous().view(-1)
     output = torch.empty(int(rows.sum()) * row_numel, dtype=dtype)
     comm.all_gather_v(output, source, counts=[int(n) * row_numel for n in rows]).wait()
     return output.view(-1, *trailing)

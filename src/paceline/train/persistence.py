@@ -142,11 +142,23 @@ def _restore_model(
         if same_size:
             for buffer, value in zip(replica.buffers(), own["buffers"], strict=True):
                 buffer.copy_(value)
-            attachment.strategy.load_state_dict(own["strategy"])
+            device = replica.parameters[0].device if replica.parameters else torch.device("cpu")
+            attachment.strategy.load_state_dict(_placed(own["strategy"], device))
         elif "consensus" in first:
             for flat, value in zip(replica.parameters, first["consensus"], strict=True):
                 flat.copy_(value)
     attachment.minibatches = own["minibatches"]
+
+
+def _placed(value: Any, device: torch.device) -> Any:
+    """A strategy's state with its floating-point tensors (models, residuals, momenta) on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _placed(one, device) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_placed(one, device) for one in value)
+    return value
 
 
 def _restore_elsewhere(parts: JobParts, first: dict[str, Any], saved_size: int) -> None:

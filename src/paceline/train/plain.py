@@ -18,8 +18,11 @@ def pack(value: object) -> torch.Tensor:
 
 
 def unpack(data: torch.Tensor) -> Any:
-    """Inverse of `pack`; raises pickle.UnpicklingError for anything that is not plain (`weights_only`)."""
-    return torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
+    """Inverse of `pack`, with all tensors on the CPU.
+
+    Raises pickle.UnpicklingError for anything that is not plain (`weights_only`).
+    """
+    return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
 
 
 def broadcast(value: object, comm: Communicator) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from paceline import _core, registry
-from paceline.codecs.kernel import ledger, payload
+from paceline.codecs.kernel import device, ledger, payload
 from paceline.errors import ConfigError
 
 
@@ -107,7 +107,10 @@ def decode_any(
     if not out.is_floating_point():
         raise ConfigError(f"decode: out must be a floating tensor, got {out.dtype}")
     encoded = encoded.detach().contiguous()
-    is_native = not use_reference and out.device.type == "cpu" and encoded.device.type == "cpu"
+    if not use_reference and (out.device.type != "cpu" or encoded.device.type != "cpu"):
+        _decode_elsewhere(encoded, out, accumulate=accumulate, codec=codec)
+        return
+    is_native = not use_reference
     if is_native and out.dtype == torch.float32 and out.is_contiguous():
         _core.codec_decode(
             codec or "any", encoded.data_ptr(), encoded.numel(), out.data_ptr(), out.numel(), accumulate
@@ -121,6 +124,29 @@ def decode_any(
         module = registry.load("paceline.codecs", header.codec, kind="codec")
         decoder = registry.find_class(module, Codec)  # type: ignore[type-abstract]
         values = decoder.reference_decode(header, body).to(out.device)
+    _put(values, out, accumulate=accumulate)
+
+
+def _decode_elsewhere(
+    encoded: torch.Tensor, out: torch.Tensor, *, accumulate: bool, codec: str | None
+) -> None:
+    """On the device where there is a kernel for it, else on the CPU."""
+    if device.has_kernels(out.device):
+        header = device.read_header(encoded)
+        payload.check_fits(header, codec=codec, numel=out.numel())
+        if device.can_decode(header, out.device):
+            is_plain = out.dtype == torch.float32 and out.is_contiguous()
+            values = out.detach().view(-1) if is_plain else torch.empty(out.numel(), device=out.device)
+            device.decode(encoded, header, values, accumulate=accumulate and is_plain)
+            if not is_plain:
+                _put(values, out, accumulate=accumulate)
+            return
+    values = torch.empty(out.numel(), dtype=torch.float32)
+    decode_any(encoded.cpu(), values, codec=codec)
+    _put(values.to(out.device), out, accumulate=accumulate)
+
+
+def _put(values: torch.Tensor, out: torch.Tensor, *, accumulate: bool) -> None:
     values = values.view(out.shape)
     with torch.no_grad():
         if accumulate:

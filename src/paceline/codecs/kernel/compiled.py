@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from paceline import _core
-from paceline.codecs.kernel import ledger, payload
+from paceline.codecs.kernel import device, ledger, payload
 from paceline.codecs.kernel.codec import Codec, decode_any
 from paceline.codecs.kernel.payload import PayloadHeader
 from paceline.errors import ConfigError
@@ -65,12 +65,14 @@ class KernelCodec(Codec):
             check_residual(residual, flat, self.name)
         arguments = self.arguments(flat, state)
         not_finite = 0
-        if self._use_reference or flat.device.type != "cpu":
+        if self._use_reference:
             plain, body = self.reference_encode(flat, residual, arguments)
             header = dataclasses.replace(plain, source=source, has_checksum=self._checksum)
             encoded = payload.as_tensor(payload.join(header, body), torch.uint8).to(flat.device)
             if out is not None:
                 encoded = out[: encoded.numel()].copy_(encoded)
+        elif flat.device.type != "cpu":
+            encoded, header, not_finite = self._run_elsewhere(flat, residual, arguments, source, out)
         else:
             encoded, not_finite = self._run_kernel(flat, residual, arguments, source, out)
             header = _own_header(encoded)
@@ -80,6 +82,27 @@ class KernelCodec(Codec):
         self.encoded(header, state)
         counts["encode_s"] += time.perf_counter() - started
         return encoded
+
+    def _run_elsewhere(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        arguments: dict[str, Any],
+        source: int,
+        out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, PayloadHeader, int]:
+        """On the device where there is a kernel for it, else on the CPU."""
+        if device.can_encode(self.name, x.device, arguments):
+            capacity = self.max_encoded_bytes(x.numel())
+            settings: dict[str, Any] = {"source": source, "has_checksum": self._checksum, "out": out}
+            return device.encode(self.name, x, residual, arguments, capacity=capacity, **settings)
+        own = None if residual is None else residual.cpu()
+        encoded, not_finite = self._run_kernel(x.cpu(), own, arguments, source, None)
+        if residual is not None and own is not None:
+            residual.copy_(own)
+        header = _own_header(encoded)
+        encoded = encoded.to(x.device) if out is None else out[: encoded.numel()].copy_(encoded)
+        return encoded, header, not_finite
 
     def _run_kernel(
         self,

@@ -68,6 +68,12 @@ def join(header: PayloadHeader, body: bytes) -> bytes:
 def split(payload: bytes, *, codec: str | None, numel: int) -> tuple[PayloadHeader, bytes]:
     """Validate and read the header; raises ProtocolError. The body is still unchecked."""
     header, body = read(payload), payload[HEADER_BYTES:]
+    check_fits(header, codec=codec, numel=numel)
+    return header, body
+
+
+def check_fits(header: PayloadHeader, *, codec: str | None, numel: int) -> None:
+    """Raise ProtocolError unless it is of `codec` (None: any) and for `numel` elements."""
     if codec is not None and header.codec != codec:
         raise ProtocolError(f"a payload of codec {header.codec} was given to codec {codec}")
     if header.numel != numel:
@@ -75,7 +81,6 @@ def split(payload: bytes, *, codec: str | None, numel: int) -> tuple[PayloadHead
             f"{header.codec} payload: holds {header.numel} elements, but the tensor to decode into "
             f"has {numel}"
         )
-    return header, body
 
 
 def read(payload: bytes) -> PayloadHeader:
@@ -111,10 +116,15 @@ def read(payload: bytes) -> PayloadHeader:
 
 def check_body(header: PayloadHeader, body: bytes, expected: int) -> None:
     """Raise ProtocolError unless the body has exactly `expected` bytes."""
-    if len(body) != expected:
+    check_body_bytes(header, len(body), expected)
+
+
+def check_body_bytes(header: PayloadHeader, num_bytes: int, expected: int) -> None:
+    """Raise ProtocolError unless a body of `num_bytes` has exactly `expected` bytes."""
+    if num_bytes != expected:
         raise ProtocolError(
             f"{header.codec} payload: a body of {expected} bytes expected for {header.numel} elements, "
-            f"got {len(body)}"
+            f"got {num_bytes}"
         )
 
 

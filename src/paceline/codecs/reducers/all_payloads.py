@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 
 from paceline.codecs.kernel.codec import Codec
-from paceline.codecs.reducers.reducer import Layout, Reducer
+from paceline.codecs.reducers.reducer import Layout, Reducer, payload_buffer
 from paceline.errors import ProtocolError
 from paceline.types import Communicator, Work
 
@@ -29,11 +29,12 @@ class AllPayloads(Reducer):
     ) -> Iterator[Work]:
         """Exchange sizes, then payloads."""
         state["stream"] = comm.rank
-        payload = self._codec.encode(flat, state)
-        sizes = torch.zeros(comm.size, dtype=torch.int64)
-        yield comm.all_gather(sizes, torch.tensor([payload.numel()]))
+        room = payload_buffer(self._codec.max_encoded_bytes(flat.numel()), flat, comm)
+        payload = self._codec.encode(flat, state, out=room)
+        sizes = torch.zeros(comm.size, dtype=torch.int64, device=room.device)
+        yield comm.all_gather(sizes, torch.tensor([payload.numel()], device=room.device))
 
-        counts = [int(size) for size in sizes]
+        counts = sizes.tolist()
         limit = self._codec.max_encoded_bytes(flat.numel())
         for rank, count in enumerate(counts):
             if not 0 < count <= limit:
@@ -41,7 +42,7 @@ class AllPayloads(Reducer):
                     f"rank {comm.rank}: rank {rank} announces a payload of {count} bytes; at most {limit} "
                     f"are possible for {flat.numel()} elements: do all ranks use the same codec?"
                 )
-        gathered = torch.empty(sum(counts), dtype=torch.uint8)
+        gathered = payload_buffer(sum(counts), flat, comm)
         yield comm.all_gather_v(gathered, payload, counts=counts)
 
         for i, part in enumerate(torch.split(gathered, counts)):

@@ -129,6 +129,17 @@ class Reducer(abc.ABC):
         self.start(flat, layout, comm, state).wait()
 
 
+def payload_buffer(num_bytes: int, flat: torch.Tensor, comm: Communicator) -> torch.Tensor:
+    """Bytes to send or receive payloads of `flat` with, where `comm` takes them.
+
+    On the CPU, pinned for a GPU's tensor; on the GPU if the communicator takes no CPU tensors (a process
+    group of NCCL alone).
+    """
+    device = getattr(comm, "payload_device", None) or torch.device("cpu")
+    is_pinned = flat.is_cuda and device.type == "cpu"
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device, pin_memory=is_pinned)
+
+
 def zero_gaps(flat: torch.Tensor, layout: Layout) -> None:
     """Zero the padding: a codec writes noise there, which must not return as a gradient and grow."""
     position = 0

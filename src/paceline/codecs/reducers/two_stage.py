@@ -18,7 +18,7 @@ import torch
 
 from paceline.codecs.kernel import ledger
 from paceline.codecs.kernel.codec import Codec
-from paceline.codecs.reducers.reducer import Layout, Reducer, split_evenly
+from paceline.codecs.reducers.reducer import Layout, Reducer, payload_buffer, split_evenly
 from paceline.types import Communicator, Work
 
 
@@ -36,14 +36,14 @@ class TwoStage(Reducer):
         codec, chunks = self._codec, split_evenly(flat.numel(), comm.size)
         sizes = [codec.max_encoded_bytes(end - start) for start, end in chunks]
         workers = _worker_states(state, chunks, comm.rank)
-        sent = torch.empty(sum(sizes), dtype=torch.uint8)
+        sent = payload_buffer(sum(sizes), flat, comm)
         slots = torch.split(sent, sizes)
         for (start, end), slot, worker in zip(chunks, slots, workers, strict=True):
             codec.encode(flat[start:end], worker, out=slot)
 
         start, end = chunks[comm.rank]
         own_size = sizes[comm.rank]
-        received = torch.empty(comm.size * own_size, dtype=torch.uint8)
+        received = payload_buffer(comm.size * own_size, flat, comm)
         yield comm.all_to_all_v(received, sent, output_counts=[own_size] * comm.size, source_counts=sizes)
 
         total = flat[start:end]
@@ -51,8 +51,8 @@ class TwoStage(Reducer):
             codec.decode(payload, total, accumulate=i > 0)
         server = state.setdefault("server", {})
         server["stream"] = comm.size * comm.size + comm.rank
-        encoded = codec.encode(total, server)
-        gathered = torch.empty(sum(sizes), dtype=torch.uint8)
+        encoded = codec.encode(total, server, out=payload_buffer(own_size, flat, comm))
+        gathered = payload_buffer(sum(sizes), flat, comm)
         yield comm.all_gather_v(gathered, encoded, counts=sizes)
 
         for (start, end), payload in zip(chunks, torch.split(gathered, sizes), strict=True):

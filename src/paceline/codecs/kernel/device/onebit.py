@@ -1,0 +1,122 @@
+"""One sign bit per element and a mean magnitude per block: kernels for the format in codecs/onebit.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from paceline.codecs.kernel import payload
+from paceline.codecs.kernel.device.arithmetic import (
+    EXACT,
+    TILE,
+    added,
+    bfloat_of,
+    magnitude_of,
+    num_programs,
+    remainder,
+)
+from paceline.codecs.kernel.payload import PayloadHeader
+
+
+def encode_onebit(
+    x: torch.Tensor, residual: torch.Tensor | None, body: torch.Tensor, arguments: dict[str, Any]
+) -> tuple[PayloadHeader, int, int]:
+    """Write the body; see `device.encode`."""
+    block = arguments["parameter"]
+    blocks = payload.num_blocks(x.numel(), block)
+    if blocks:
+        rows = max(1, TILE // block)
+        options = {**EXACT, "num_warps": 2 if residual is None else 4}  # measured
+        _encode[num_programs(x.numel(), rows * block)](
+            x, residual, body, x.numel(), blocks, residual is not None, block, rows, **options
+        )
+    return PayloadHeader("onebit", x.numel(), parameter=block), 2 * blocks + (x.numel() + 7) // 8, 0
+
+
+def decode_onebit(header: PayloadHeader, body: torch.Tensor, out: torch.Tensor, accumulate: bool) -> None:
+    """Store or add what the body holds; see `device.decode`."""
+    block = payload.check_block(header)
+    blocks = payload.num_blocks(header.numel, block)
+    payload.check_body_bytes(header, body.numel(), 2 * blocks + (header.numel + 7) // 8)
+    if blocks:
+        rows = max(1, TILE // block)
+        _decode[num_programs(header.numel, rows * block)](
+            body, out, header.numel, blocks, accumulate, block, rows, **EXACT
+        )
+
+
+@triton.jit
+def _value(x, residual, index, inside, HAS_RESIDUAL: tl.constexpr):
+    value = tl.load(x + index, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        value = added(value, tl.load(residual + index, mask=inside, other=0.0))
+    return value
+
+
+@triton.jit
+def _mean(x, residual, left, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Mean |value| of each row. The order of the sum is part of the format: 16 lanes, then their halves."""
+    row = tl.arange(0, ROWS)
+    start = row[:, None] * BLOCK + tl.arange(0, 16)[None, :]
+    lanes = tl.zeros([ROWS, 16], tl.float32)
+    for group in tl.range(0, BLOCK // 16, loop_unroll_factor=8):
+        index = start + group * 16
+        value = _value(x, residual, index, index < left, HAS_RESIDUAL)
+        lanes += magnitude_of(value).to(tl.float32, bitcast=True)
+    lanes = tl.sum(tl.reshape(lanes, [ROWS, 2, 8]), axis=1)
+    lanes = tl.sum(tl.reshape(lanes, [ROWS, 2, 4]), axis=1)
+    lanes = tl.sum(tl.reshape(lanes, [ROWS, 2, 2]), axis=1)
+    total = tl.sum(lanes, axis=1)
+    length = tl.minimum(tl.maximum(left - row * BLOCK, 1), BLOCK)
+    return tl.div_rn(total, length.to(tl.float32))
+
+
+@triton.jit
+def _encode(
+    x, residual, body, numel, blocks, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    base = tl.program_id(0).to(tl.int64) * (ROWS * BLOCK)
+    left = numel - base
+    x += base
+    if HAS_RESIDUAL:
+        residual += base
+    scale = bfloat_of(_mean(x, residual, left, HAS_RESIDUAL, BLOCK, ROWS))
+    row = tl.arange(0, ROWS)
+    scales = body.to(tl.pointer_type(tl.int16)) + base // BLOCK
+    tl.store(scales + row, scale.to(tl.int16), mask=row * BLOCK < left)
+    byte = row[:, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
+    bit = tl.arange(0, 8)[None, None, :]
+    index = byte[:, :, None] * 8 + bit
+    inside = index < left
+    value = tl.load(x + index, mask=inside, other=0.0)  # again, from the cache
+    if HAS_RESIDUAL:
+        old = tl.load(residual + index, mask=inside, other=0.0)
+        value = added(value, old)
+    sign = value.to(tl.int32, bitcast=True) & -0x80000000
+    packed = tl.sum(tl.where(sign != 0, 1, 0) << bit, axis=2)
+    tl.store(body + 2 * blocks + base // 8 + byte, packed.to(tl.uint8), mask=byte * 8 < left)
+    if HAS_RESIDUAL:
+        sent = ((scale << 16)[:, None, None] | sign).to(tl.float32, bitcast=True)
+        tl.store(residual + index, remainder(value, sent, old), mask=inside)
+
+
+@triton.jit
+def _decode(body, out, numel, blocks, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    base = tl.program_id(0).to(tl.int64) * (ROWS * BLOCK)
+    left = numel - base
+    out += base
+    row = tl.arange(0, ROWS)
+    scales = body.to(tl.pointer_type(tl.int16)) + base // BLOCK
+    scale = tl.load(scales + row, mask=row * BLOCK < left, other=0).to(tl.int32) << 16
+    byte = row[:, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
+    packed = tl.load(body + 2 * blocks + base // 8 + byte, mask=byte * 8 < left, other=0).to(tl.int32)
+    bit = tl.arange(0, 8)[None, None, :]
+    index = byte[:, :, None] * 8 + bit
+    sign = ((packed[:, :, None] >> bit) & 1) << 31
+    value = (scale[:, None, None] ^ sign).to(tl.float32, bitcast=True)
+    if ACCUMULATE:
+        value = tl.load(out + index, mask=index < left, other=0.0) + value
+    tl.store(out + index, value, mask=index < left)
