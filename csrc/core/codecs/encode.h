@@ -23,6 +23,17 @@ struct EncoderOutput {
   std::size_t capacity;
 };
 
+// What every encoder says of its payload; a sparse one adds what it has counted.
+inline PayloadHeader header_for(CodecId id, const EncoderInput& in, std::size_t block = 0) {
+  PayloadHeader header;
+  header.id = id;
+  header.source = in.source;
+  header.has_checksum = in.has_checksum;
+  header.numel = in.numel;
+  header.parameter = static_cast<std::uint32_t>(block);
+  return header;
+}
+
 // Stochastic rounding draws from a counter-based generator: 16 bits for each element, decided by key and
 // index.
 struct Rounding {

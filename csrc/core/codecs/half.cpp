@@ -161,24 +161,14 @@ std::size_t encode_fp16(const EncoderInput& in, std::size_t block, EncoderOutput
   std::uint8_t* codes = out.bytes + header_bytes + 4 * blocks;
   run<fp16_body<true>, fp16_body<false>>(in.residual != nullptr, in.x, in.residual, in.numel, block,
                                          half_packer(), scales, codes);
-  const PayloadHeader header{CodecId::fp16,
-                             in.source,
-                             in.has_checksum,
-                             BodyLayout::words,
-                             in.numel,
-                             static_cast<std::uint32_t>(block),
-                             0.0f,
-                             0};
-  return finish_payload(header, out.bytes, 4 * blocks + 2 * in.numel);
+  return finish_payload(header_for(CodecId::fp16, in, block), out.bytes, 4 * blocks + 2 * in.numel);
 }
 
 std::size_t encode_bf16(const EncoderInput& in, EncoderOutput out) {
   check_encoder(CodecId::bf16, in.numel, max_bf16(in.numel), out.capacity);
   auto* codes = reinterpret_cast<U16*>(out.bytes + header_bytes);
   run<bf16_body<true>, bf16_body<false>>(in.residual != nullptr, in.x, in.residual, in.numel, codes);
-  const PayloadHeader header{CodecId::bf16, in.source, in.has_checksum, BodyLayout::words, in.numel, 0,
-                             0.0f,          0};
-  return finish_payload(header, out.bytes, 2 * in.numel);
+  return finish_payload(header_for(CodecId::bf16, in), out.bytes, 2 * in.numel);
 }
 
 void decode_fp16(const PayloadHeader& header, const std::uint8_t* body, std::size_t body_bytes, float* out,

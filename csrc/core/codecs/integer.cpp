@@ -204,10 +204,7 @@ std::size_t encode(CodecId id, const EncoderInput& in, std::size_t block, Roundi
   run<encode_body<Bits, true>, encode_body<Bits, false>>(in.residual != nullptr, in.x, in.residual, in.numel,
                                                          block, rounding.is_stochastic ? rounder() : nullptr,
                                                          rounding.key, scales, codes);
-  const PayloadHeader header{
-      id,   in.source, in.has_checksum, BodyLayout::words, in.numel, static_cast<std::uint32_t>(block),
-      0.0f, 0};
-  return finish_payload(header, out.bytes, body_bytes);
+  return finish_payload(header_for(id, in, block), out.bytes, body_bytes);
 }
 
 }  // namespace

@@ -175,15 +175,7 @@ std::size_t encode_onebit(const EncoderInput& in, std::size_t block, EncoderOutp
   std::uint8_t* signs = out.bytes + header_bytes + 2 * blocks;
   run<encode_body<true>, encode_body<false>>(in.residual != nullptr, in.x, in.residual, in.numel, block,
                                              scanner(), scales, signs);
-  const PayloadHeader header{CodecId::onebit,
-                             in.source,
-                             in.has_checksum,
-                             BodyLayout::words,
-                             in.numel,
-                             static_cast<std::uint32_t>(block),
-                             0.0f,
-                             0};
-  return finish_payload(header, out.bytes, 2 * blocks + (in.numel + 7) / 8);
+  return finish_payload(header_for(CodecId::onebit, in, block), out.bytes, 2 * blocks + (in.numel + 7) / 8);
 }
 
 void decode_onebit(const PayloadHeader& header, const std::uint8_t* body, std::size_t body_bytes, float* out,

@@ -246,8 +246,8 @@ std::size_t encode_threshold(const EncoderInput& in, float tau, bool entropy, En
   std::uint8_t* body = out.bytes + header_bytes;
   Pass pass{in.x, in.residual, in.numel, tau, reinterpret_cast<U32*>(body), in.numel / 16};
   const std::size_t stop = words_best(pass);
-  PayloadHeader header{
-      CodecId::threshold, in.source, in.has_checksum, BodyLayout::words, in.numel, 0, tau, 0};
+  PayloadHeader header = header_for(CodecId::threshold, in);
+  header.scale = tau;
   std::size_t body_bytes = 4 * pass.count;
   if (pass.count > pass.max_words) {
     continue_as_bitmap(pass, stop);

@@ -86,14 +86,8 @@ std::size_t encode_topk(const EncoderInput& in, std::size_t count, bool entropy,
       drop_what_is_not_finite(in.residual, in.numel);
     }
   }
-  PayloadHeader header{CodecId::topk,
-                       in.source,
-                       in.has_checksum,
-                       BodyLayout::words,
-                       in.numel,
-                       0,
-                       0.0f,
-                       static_cast<std::uint32_t>(count)};
+  PayloadHeader header = header_for(CodecId::topk, in);
+  header.count = static_cast<std::uint32_t>(count);
   std::size_t index_bytes = 4 * count;
   const RicePlan plan = entropy ? plan_rice(chosen.data(), count, false) : RicePlan{0, index_bytes};
   if (plan.bytes < index_bytes) {
