@@ -301,9 +301,10 @@ void raise_as_python(const std::exception_ptr& error, void*) {
 void bind_fabric(nb::module_& m) {
   nb::register_exception_translator(raise_as_python);
 
-  m.attr("EAGER_BYTES") = Outbox::eager_bytes;
   m.def("eager_reduce_bytes", &Outbox::eager_reduce_bytes, nb::arg("num_ranks"),
         "Reductions of this number of ranks are eager up to this size.");
+  m.def("eager_exchange_bytes", &Outbox::eager_exchange_bytes, nb::arg("num_ranks"),
+        nb::arg("is_same_for_all"), "Exchanges between this number of ranks are eager up to this size.");
 
   nb::enum_<OperationKind>(m, "OperationKind", nb::is_arithmetic(), "The operations of a group.")
       .value("ALL_REDUCE", OperationKind::all_reduce)

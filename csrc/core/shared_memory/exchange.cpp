@@ -55,15 +55,12 @@ struct SharedMemoryExchange {
     for (const Range& r : request.send) end = std::max(end, r.offset + r.num_bytes);
     return end;
   }
-  std::size_t table_bytes() const {
-    return sizeof(Range) * (request.is_same_for_all ? 1u : static_cast<std::size_t>(size));
-  }
 
   // ---- sending
   void announce() {
     const bool same = request.is_same_for_all;
     OutboxPost& post = group.prepare_post(op);
-    if (table_bytes() + sent_bytes() > Outbox::eager_bytes) {
+    if (sent_bytes() > Outbox::eager_exchange_bytes(size, same)) {
       post.source = group.memory().arena().locate(request.source, source_end());
       protocol = post.source.is_shared() ? Protocol::zero_copy : Protocol::staged;
     }
@@ -71,7 +68,7 @@ struct SharedMemoryExchange {
     post.routing.is_same_for_all = same;
     post.routing.first_stage = group.first_stage() & 0xffffu;
     // The table holds the range of each receiver: in the payload, in the source, or in all slices together.
-    std::size_t at = table_bytes();
+    std::size_t at = Outbox::table_bytes(size, same);
     for (int p = 0; p < (same ? 1 : size); ++p) {
       Range range = to(p);
       if (protocol == Protocol::eager) {

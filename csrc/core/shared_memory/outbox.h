@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/engine/call.h"
+#include "core/engine/operation.h"
 #include "core/shared_memory/control.h"
 
 namespace paceline {
@@ -80,6 +81,15 @@ class Outbox {
   }
   // Of those, reductions up to this size travel in the post itself, larger ones in the ring.
   static constexpr std::size_t inline_bytes = 1 << 10;
+  // An exchange begins with a table of the receivers' ranges; the same range for all stands there once.
+  static constexpr std::size_t table_bytes(int num_ranks, bool is_same_for_all) {
+    return sizeof(Range) * (is_same_for_all ? 1u : static_cast<std::size_t>(num_ranks));
+  }
+  // Exchanges up to this size travel with their posts, after the table.
+  static constexpr std::size_t eager_exchange_bytes(int num_ranks, bool is_same_for_all) {
+    const std::size_t table = table_bytes(num_ranks, is_same_for_all);
+    return table < eager_bytes ? eager_bytes - table : 0;
+  }
   // Writing to a line that a peer has read costs several times as much as reading what it wrote. So the rings
   // of stages are larger than a core's cache: most lines have left it when they are used again. In addition,
   // the ranks of a reduction exchange their places in the rings whenever these wrap (combine.cpp,

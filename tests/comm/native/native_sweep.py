@@ -89,7 +89,8 @@ class Case:
         """Up to here the fabric's own protocols take one step; csrc/core/network/direct.cpp and mixed.cpp."""
         p, reduces = self.num_ranks, self.operation in contract.REDUCING
         if self.fabric == "shm":
-            limit = _core.eager_reduce_bytes(p) if reduces else _core.EAGER_BYTES
+            is_same_for_all = self.operation in ("broadcast", "all_gather")
+            limit = _core.eager_reduce_bytes(p) if reduces else _core.eager_exchange_bytes(p, is_same_for_all)
         elif self.fabric == "mixed":
             limit = 64 << 10
         else:

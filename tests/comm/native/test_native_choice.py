@@ -26,6 +26,10 @@ def shared_memory_body(comm):
     assert (near.algorithm, near.runner_up) == ("zero-copy", "staged")
     assert str(near).startswith("all_reduce of 1048576 bytes: zero-copy: the buffers lie in shared memory")
     assert comm.explain("barrier", 0).algorithm == "eager"
+    for operation, limit in (("broadcast", (32 << 10) - 16), ("all_to_all", (32 << 10) - 32)):
+        # 16 bytes of the post say where a receiver's range is.
+        near = [comm.explain(operation, n).algorithm for n in (limit, limit + 1)]
+        assert near == ["eager", "staged"], operation
     for wrong in (lambda: comm.explain("allreduce", 4), lambda: comm.explain("reduce", 4, buffers="gpu")):
         with pytest.raises(ConfigError, match=r"all_reduce|'private' or 'allocated' expected"):
             wrong()

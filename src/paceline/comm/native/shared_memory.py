@@ -82,9 +82,11 @@ def _join(meeting: Meeting, timeout_s: float, ledger: Ledger) -> SharedMemoryCom
 
 
 def _protocol(operation: str, num_bytes: int, size: int, buffers: str) -> tuple[str, str, str | None]:
-    """Name, reason and runner-up; csrc/core/shared_memory/combine.cpp and exchange.cpp decide alike."""
-    reduces = operation in ("all_reduce", "reduce", "reduce_scatter")
-    limit = _core.eager_reduce_bytes(size) if reduces else _core.EAGER_BYTES
+    """Name, reason and runner-up; the limits are those by which the core decides."""
+    if operation in ("all_reduce", "reduce", "reduce_scatter"):
+        limit = _core.eager_reduce_bytes(size)
+    else:
+        limit = _core.eager_exchange_bytes(size, operation in ("broadcast", "all_gather"))
     if operation == "barrier" or num_bytes <= limit:
         return "eager", f"up to {limit} bytes the data travels with the announcement, in one step", "staged"
     if buffers == "allocated":
