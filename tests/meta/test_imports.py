@@ -30,6 +30,7 @@ PYTHON: dict[str, list[set[str]]] = {
     ],
     "paceline.comm": [
         {"__init__", "current", "fabric_operations", "ledger", "reference", "rendezvous"},
+        {"reference_operations"},
         {"messages"},
         {"survivors"},
         {"communicator"},

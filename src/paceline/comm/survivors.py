@@ -12,21 +12,18 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 
-from paceline.comm import reference
 from paceline.comm.messages.mailbox import Mailbox
 from paceline.comm.messages.reply import Deferred
+from paceline.comm.reference_operations import Apply, ReferenceCall, ReferenceOperations, argument
 from paceline.errors import CommError, Mismatch
-from paceline.types import DEFAULT_OPTIONS, CallOptions, Message, Rank, ReduceOp, Reply
+from paceline.types import Message, Rank, Reply
 
 CHANNEL = "survivors"
-Apply = Callable[[dict[Rank, Any]], None]
 
 
 class SurvivorWork:
@@ -73,7 +70,7 @@ class _Operation:
     error: CommError | None = None
 
 
-class Survivors:
+class Survivors(ReferenceOperations):
     """The collectives of one communicator, in the form that a fabric implements (`start_…`).
 
     Args:
@@ -83,7 +80,7 @@ class Survivors:
     """
 
     def __init__(self, mailbox: Mailbox, rank: Rank, size: int) -> None:
-        self._mailbox, self._rank, self._size = mailbox, rank, size
+        self._mailbox, self._rank, self.size = mailbox, rank, size
         self._next = itertools.count()
         self._gone: set[Rank] = set()
         self._lock = threading.Lock()
@@ -97,116 +94,24 @@ class Survivors:
         else:
             mailbox.serve(CHANNEL, self._learn)
 
-    def start_all_reduce(
-        self, tensor: torch.Tensor, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
-    ) -> SurvivorWork:
-        return self._submit(partial(reference.all_reduce, op), ["all_reduce", op.value], tensor, tensor)
-
-    def start_reduce(
-        self, tensor: torch.Tensor, root: Rank, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
-    ) -> SurvivorWork:
-        return self._submit(partial(reference.reduce, op, root), ["reduce", op.value, root], tensor, tensor)
-
-    def start_broadcast(
-        self, tensor: torch.Tensor, root: Rank, options: CallOptions = DEFAULT_OPTIONS
-    ) -> SurvivorWork:
-        return self._submit(partial(reference.broadcast, root), ["broadcast", root], tensor, tensor)
-
-    def start_all_gather(
-        self, output: torch.Tensor, source: torch.Tensor, options: CallOptions = DEFAULT_OPTIONS
-    ) -> SurvivorWork:
-        return self.start_all_gather_v(output, source, [source.numel()] * self._size)
-
-    def start_all_gather_v(
-        self,
-        output: torch.Tensor,
-        source: torch.Tensor,
-        counts: Sequence[int],
-        options: CallOptions = DEFAULT_OPTIONS,
-    ) -> SurvivorWork:
-        apply = partial(reference.gather, list(counts))
-        return self._submit(apply, ["all_gather", *counts], source, output)
-
-    def start_gather(
-        self,
-        output: torch.Tensor | None,
-        source: torch.Tensor,
-        root: Rank,
-        options: CallOptions = DEFAULT_OPTIONS,
-    ) -> SurvivorWork:
-        apply = partial(reference.gather, [source.numel()] * self._size)
-        return self._submit(apply, ["gather", root, source.numel()], source, output)
-
-    def start_reduce_scatter(
-        self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
-    ) -> SurvivorWork:
-        return self.start_reduce_scatter_v(output, source, [output.numel()] * self._size, op)
-
-    def start_reduce_scatter_v(
-        self,
-        output: torch.Tensor,
-        source: torch.Tensor,
-        counts: Sequence[int],
-        op: ReduceOp,
-        options: CallOptions = DEFAULT_OPTIONS,
-    ) -> SurvivorWork:
-        apply = partial(reference.reduce_scatter, op, list(counts))
-        return self._submit(apply, ["reduce_scatter", op.value, *counts], source, output)
-
-    def start_scatter(
-        self,
-        output: torch.Tensor,
-        source: torch.Tensor | None,
-        root: Rank,
-        options: CallOptions = DEFAULT_OPTIONS,
-    ) -> SurvivorWork:
-        return self._submit(
-            partial(reference.scatter, root), ["scatter", root, output.numel()], source, output
-        )
-
-    def start_all_to_all(
-        self, output: torch.Tensor, source: torch.Tensor, options: CallOptions = DEFAULT_OPTIONS
-    ) -> SurvivorWork:
-        counts = [source.numel() // self._size] * self._size
-        return self.start_all_to_all_v(output, source, counts, counts)
-
-    def start_all_to_all_v(
-        self,
-        output: torch.Tensor,
-        source: torch.Tensor,
-        output_counts: Sequence[int],
-        source_counts: Sequence[int],
-        options: CallOptions = DEFAULT_OPTIONS,
-    ) -> SurvivorWork:
-        counts = torch.tensor([list(output_counts), list(source_counts)])
-        return self._submit(reference.all_to_all, ["all_to_all"], source, output, counts)
-
-    def start_barrier(self, options: CallOptions = DEFAULT_OPTIONS) -> SurvivorWork:
-        return self._submit(lambda arguments: None, ["barrier"], None, None)
-
-    def _submit(
-        self,
-        apply: Apply,
-        signature: list[Any],
-        source: torch.Tensor | None,
-        target: torch.Tensor | None,
-        counts: torch.Tensor | None = None,
-    ) -> SurvivorWork:
-        """Send `source` and, where it is another tensor, the `target` that the result is laid over."""
+    def perform(self, call: ReferenceCall) -> SurvivorWork:
+        """Send the source and, where it is another tensor, the target that the result is laid over."""
         index = next(self._next)
         if self._rank == 0:
             with self._lock:
-                self._apply[index] = apply
-        kind = next((str(t.dtype) for t in (source, target) if t is not None), "")
-        is_in_place = source is target
-        tensors = [t for t in (source, None if is_in_place else target, counts) if t is not None]
+                self._apply[index] = call.apply
+        is_in_place = call.source is call.target
+        target = None if is_in_place else call.target
+        counts = None if call.counts is None else torch.tensor(call.counts)
         header: dict[str, int | str | bool] = {
             "index": index,
-            "signature": json.dumps([*signature, kind]),
-            "has_source": source is not None,
-            "has_target": target is not None and not is_in_place,
+            "signature": json.dumps([call.name, *call.signature]),
+            "is_in_place": is_in_place,
+            "has_source": call.source is not None,
+            "has_target": target is not None,
         }
-        return SurvivorWork(self._mailbox.call(0, CHANNEL, Message(header, tensors)), target)
+        message = Message(header, [t for t in (call.source, target, counts) if t is not None])
+        return SurvivorWork(self._mailbox.call(0, CHANNEL, message), call.target)
 
     # On rank 0's message service.
 
@@ -217,13 +122,10 @@ class Survivors:
         tensors = list(message.tensors)
         source = tensors.pop(0) if message.header["has_source"] else None
         target = tensors.pop(0) if message.header["has_target"] else None
-        in_place = '"all_reduce"', '"reduce"', '"broadcast"', '"barrier"'
-        if operation.signature.startswith(tuple("[" + name for name in in_place)):
-            operation.arguments[src] = source
-        elif tensors:
-            operation.arguments[src] = (target, source, *tensors[0].tolist())
-        else:
-            operation.arguments[src] = (target, source)
+        counts = tensors[0].tolist() if tensors else None
+        operation.arguments[src] = argument(
+            source, target, counts, is_in_place=bool(message.header["is_in_place"])
+        )
         operation.replies[src] = reply
         if operation.error is not None:
             reply.fail(operation.error)
@@ -236,15 +138,16 @@ class Survivors:
 
     def _finish_if_complete(self, index: int) -> None:
         operation = self._pending[index]
-        if operation.error is not None or set(range(self._size)) - self._gone - set(operation.replies):
+        if operation.error is not None or set(range(self.size)) - self._gone - set(operation.replies):
             return  # it failed, or a rank is still to come
         with self._lock:
             apply = self._apply.pop(index)
         arguments = {r: operation.arguments[r] for r in sorted(operation.arguments)}
         try:
             apply(arguments)
-        except CommError as error:
-            self._fail(index, error)
+        except Exception as error:  # of any kind: no rank may wait for this collective any more
+            known = error if isinstance(error, CommError) else CommError(f"collective #{index}: {error}")
+            self._fail(index, known)
             return
         del self._pending[index]
         for rank, reply in operation.replies.items():
@@ -258,7 +161,7 @@ class Survivors:
             reply.fail(error)
 
     def _on_lost(self, rank: Rank) -> None:
-        for peer in range(1, self._size):
+        for peer in range(1, self.size):
             if peer != rank and peer not in self._gone:
                 try:
                     self._mailbox.post(peer, CHANNEL, Message({"lost": rank}))

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 
 import torch
 
 from paceline import collectives
-from paceline.comm import reference
 from paceline.comm.communicator import FabricCommunicator
 from paceline.comm.messages import framing
+from paceline.comm.reference_operations import ReferenceCall, ReferenceOperations, argument
 from paceline.comm.simulated.cluster import SimulatedReply
-from paceline.comm.simulated.group import Apply, CollectiveCall, SimulatedGroup, SimulatedWork
-from paceline.types import DEFAULT_OPTIONS, CallOptions, Handler, Message, Rank, ReduceOp
+from paceline.comm.simulated.group import CollectiveCall, SimulatedGroup, SimulatedWork
+from paceline.types import DEFAULT_OPTIONS, CallOptions, Handler, Message, Rank
 
 
-class SimulatedCommunicator(FabricCommunicator):
+class SimulatedCommunicator(ReferenceOperations, FabricCommunicator):
     """One virtual worker's view of a group of virtual workers."""
 
     fabric = "simulated"
@@ -32,96 +31,15 @@ class SimulatedCommunicator(FabricCommunicator):
 
     # Collectives
 
-    def start_all_reduce(
-        self, tensor: torch.Tensor, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
-    ) -> SimulatedWork:
-        apply = partial(reference.all_reduce, op)
-        return self._submit("all_reduce", (*_kind(tensor), op.value), tensor, tensor, apply)
-
-    def start_reduce(
-        self, tensor: torch.Tensor, root: Rank, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
-    ) -> SimulatedWork:
-        apply = partial(reference.reduce, op, root)
-        return self._submit("reduce", (*_kind(tensor), root, op.value), tensor, tensor, apply)
-
-    def start_broadcast(
-        self, tensor: torch.Tensor, root: Rank, options: CallOptions = DEFAULT_OPTIONS
-    ) -> SimulatedWork:
-        apply = partial(reference.broadcast, root)
-        return self._submit("broadcast", (*_kind(tensor), root), tensor, tensor, apply)
-
-    def start_all_gather(
-        self, output: torch.Tensor, source: torch.Tensor, options: CallOptions = DEFAULT_OPTIONS
-    ) -> SimulatedWork:
-        return self.start_all_gather_v(output, source, [source.numel()] * self.size)
-
-    def start_all_gather_v(
-        self,
-        output: torch.Tensor,
-        source: torch.Tensor,
-        counts: Sequence[int],
-        options: CallOptions = DEFAULT_OPTIONS,
-    ) -> SimulatedWork:
-        apply = partial(reference.gather, list(counts))
-        signature = (str(source.dtype), *counts)
-        return self._submit("all_gather", signature, output, (output, source), apply)
-
-    def start_gather(
-        self,
-        output: torch.Tensor | None,
-        source: torch.Tensor,
-        root: Rank,
-        options: CallOptions = DEFAULT_OPTIONS,
-    ) -> SimulatedWork:
-        apply = partial(reference.gather, [source.numel()] * self.size)
-        return self._submit("gather", (*_kind(source), root), source, (output, source), apply, self.size)
-
-    def start_reduce_scatter(
-        self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS
-    ) -> SimulatedWork:
-        return self.start_reduce_scatter_v(output, source, [output.numel()] * self.size, op)
-
-    def start_reduce_scatter_v(
-        self,
-        output: torch.Tensor,
-        source: torch.Tensor,
-        counts: Sequence[int],
-        op: ReduceOp,
-        options: CallOptions = DEFAULT_OPTIONS,
-    ) -> SimulatedWork:
-        apply = partial(reference.reduce_scatter, op, list(counts))
-        signature = (str(source.dtype), *counts, op.value)
-        return self._submit("reduce_scatter", signature, source, (output, source), apply)
-
-    def start_scatter(
-        self,
-        output: torch.Tensor,
-        source: torch.Tensor | None,
-        root: Rank,
-        options: CallOptions = DEFAULT_OPTIONS,
-    ) -> SimulatedWork:
-        apply = partial(reference.scatter, root)
-        return self._submit("scatter", (*_kind(output), root), output, (output, source), apply, self.size)
-
-    def start_all_to_all(
-        self, output: torch.Tensor, source: torch.Tensor, options: CallOptions = DEFAULT_OPTIONS
-    ) -> SimulatedWork:
-        counts = [source.numel() // self.size] * self.size
-        return self.start_all_to_all_v(output, source, counts, counts)
-
-    def start_all_to_all_v(
-        self,
-        output: torch.Tensor,
-        source: torch.Tensor,
-        output_counts: Sequence[int],
-        source_counts: Sequence[int],
-        options: CallOptions = DEFAULT_OPTIONS,
-    ) -> SimulatedWork:
-        argument = (output, source, list(output_counts), list(source_counts))
-        return self._submit("all_to_all", (str(source.dtype),), source, argument, reference.all_to_all)
-
-    def start_barrier(self, options: CallOptions = DEFAULT_OPTIONS) -> SimulatedWork:
-        return self._submit("barrier", (), torch.empty(0), None, lambda arguments: None)
+    def perform(self, call: ReferenceCall) -> SimulatedWork:
+        own = argument(call.source, call.target, call.counts, is_in_place=call.source is call.target)
+        signature = (*call.signature, self._algorithm)
+        return self._group.submit(
+            self.rank,
+            CollectiveCall(
+                call.name, signature, call.num_bytes, own, call.apply, self.ledger, self._algorithm
+            ),
+        )
 
     def start_send(
         self, tensor: torch.Tensor, dst: Rank, tag: int, options: CallOptions = DEFAULT_OPTIONS
@@ -217,30 +135,6 @@ class SimulatedCommunicator(FabricCommunicator):
     def release(self) -> None:
         pass
 
-    def _submit(
-        self,
-        name: str,
-        signature: tuple[object, ...],
-        buffer: torch.Tensor,
-        argument: object,
-        apply: Apply,
-        times: int = 1,
-    ) -> SimulatedWork:
-        call = CollectiveCall(
-            name,
-            (*signature, self._algorithm),
-            buffer.nbytes * times,
-            argument,
-            apply,
-            self.ledger,
-            self._algorithm,
-        )
-        return self._group.submit(self.rank, call)
-
     def _count_wire(self, peer: Rank, num_bytes: int) -> None:
         if peer != self.rank and self.ledger.wire_bytes is not None:
             self.ledger.wire_bytes += num_bytes + self._cluster.network.header_bytes
-
-
-def _kind(tensor: torch.Tensor) -> tuple[int, str]:
-    return tensor.numel(), str(tensor.dtype)

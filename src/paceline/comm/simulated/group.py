@@ -11,21 +11,16 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 
 from paceline.comm.ledger import Ledger
+from paceline.comm.reference_operations import Apply, Arguments
 from paceline.comm.simulated.clock import Signal
 from paceline.comm.simulated.cluster import SimulatedCluster, wait
 from paceline.comm.simulated.faults import FOREVER
 from paceline.errors import CommError, Mismatch, PeerLost, Timeout
 from paceline.types import Rank
-
-Arguments = dict[Rank, Any]
-"""What each rank gave: tensors and counts whose meaning only the operation's own function knows."""
-Apply = Callable[[Arguments], None]
-"""Does what a collective does to the tensors of all ranks."""
 
 
 @dataclass(slots=True)
