@@ -22,6 +22,13 @@ def num_programs(numel: int, tile: int = TILE) -> tuple[int]:
     return (triton.cdiv(numel, tile),)
 
 
+def launch_by_blocks(kernel: Any, numel: int, block: int, *arguments: object, **options: Any) -> None:
+    """Launch `kernel` on whole blocks of `block` elements; it takes `arguments`, BLOCK and ROWS."""
+    rows = max(1, TILE // block)
+    if numel:
+        kernel[num_programs(numel, rows * block)](*arguments, block, rows, **{**EXACT, **options})
+
+
 @triton.jit
 def added(x, residual):
     """x + residual. A NaN in x stays as it is: processors disagree about the bits of a sum with NaN."""
@@ -47,6 +54,31 @@ def bfloat_of(value):
     bits = value.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).to(tl.int32)
+
+
+@triton.jit
+def decode_scaled(
+    body,
+    out,
+    numel,
+    blocks,
+    CODE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Codes of type CODE, after one float scale per block: store or add code · scale."""
+    base = tl.program_id(0).to(tl.int64) * (ROWS * BLOCK)
+    row = tl.arange(0, ROWS)
+    index = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = index < numel - base
+    scales = body.to(tl.pointer_type(tl.float32)) + base // BLOCK
+    scale = tl.load(scales + row, mask=row * BLOCK < numel - base, other=0.0)
+    codes = (body + 4 * blocks).to(tl.pointer_type(CODE)) + base
+    value = tl.load(codes + index, mask=inside, other=0).to(tl.float32) * scale[:, None]
+    if ACCUMULATE:
+        value = tl.load(out + base + index, mask=inside, other=0.0) + value
+    tl.store(out + base + index, value, mask=inside)
 
 
 @triton.jit

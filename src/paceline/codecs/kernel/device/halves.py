@@ -14,6 +14,8 @@ from paceline.codecs.kernel.device.arithmetic import (
     TILE,
     added,
     bfloat_of,
+    decode_scaled,
+    launch_by_blocks,
     magnitude_of,
     num_programs,
     remainder,
@@ -28,11 +30,9 @@ def encode_fp16(
     """Write the body; see `device.encode` for the arguments and what is returned."""
     block = arguments["parameter"]
     blocks = payload.num_blocks(x.numel(), block)
-    if blocks:
-        rows = max(1, TILE // block)
-        _encode_fp16[num_programs(x.numel(), rows * block)](
-            x, residual, body, x.numel(), blocks, residual is not None, block, rows, **EXACT
-        )
+    launch_by_blocks(
+        _encode_fp16, x.numel(), block, x, residual, body, x.numel(), blocks, residual is not None
+    )
     return PayloadHeader("fp16", x.numel(), parameter=block), 4 * blocks + 2 * x.numel(), 0
 
 
@@ -41,11 +41,9 @@ def decode_fp16(header: PayloadHeader, body: torch.Tensor, out: torch.Tensor, ac
     block = payload.check_block(header)
     blocks = payload.num_blocks(header.numel, block)
     payload.check_body_bytes(header, body.numel(), 4 * blocks + 2 * header.numel)
-    if blocks:
-        rows = max(1, TILE // block)
-        _decode_fp16[num_programs(header.numel, rows * block)](
-            body, out, header.numel, blocks, accumulate, block, rows, **EXACT
-        )
+    launch_by_blocks(
+        decode_scaled, header.numel, block, body, out, header.numel, blocks, tl.float16, accumulate
+    )
 
 
 def encode_bf16(
@@ -94,21 +92,6 @@ def _encode_fp16(
     if HAS_RESIDUAL:
         sent = code.to(tl.float16, bitcast=True).to(tl.float32) * down[:, None]
         tl.store(residual + base + index, remainder(value, sent, old), mask=inside)
-
-
-@triton.jit
-def _decode_fp16(body, out, numel, blocks, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    base = tl.program_id(0).to(tl.int64) * (ROWS * BLOCK)
-    row = tl.arange(0, ROWS)
-    index = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = index < numel - base
-    scales = body.to(tl.pointer_type(tl.float32)) + base // BLOCK
-    scale = tl.load(scales + row, mask=row * BLOCK < numel - base, other=0.0)
-    codes = (body + 4 * blocks).to(tl.pointer_type(tl.float16)) + base
-    value = tl.load(codes + index, mask=inside, other=0.0).to(tl.float32) * scale[:, None]
-    if ACCUMULATE:
-        value = tl.load(out + base + index, mask=inside, other=0.0) + value
-    tl.store(out + base + index, value, mask=inside)
 
 
 @triton.jit

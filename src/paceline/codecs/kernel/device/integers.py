@@ -10,12 +10,11 @@ import triton.language as tl
 
 from paceline.codecs.kernel import payload
 from paceline.codecs.kernel.device.arithmetic import (
-    EXACT,
-    TILE,
     added,
+    decode_scaled,
+    launch_by_blocks,
     magnitude_of,
     mixed,
-    num_programs,
     remainder,
 )
 from paceline.codecs.kernel.payload import PayloadHeader
@@ -37,7 +36,7 @@ def encode_int4(
 
 def decode_int8(header: PayloadHeader, body: torch.Tensor, out: torch.Tensor, accumulate: bool) -> None:
     """Store or add what the body holds; see `device.decode`."""
-    _decode(_decode_int8, header, body, out, accumulate)
+    _decode(decode_scaled, header, body, out, tl.int8, accumulate)
 
 
 def decode_int4(header: PayloadHeader, body: torch.Tensor, out: torch.Tensor, accumulate: bool) -> None:
@@ -59,36 +58,31 @@ def _encode(
 ) -> tuple[PayloadHeader, int, int]:
     block, key = arguments["parameter"], arguments.get("key", 0)
     blocks = payload.num_blocks(x.numel(), block)
-    if blocks:
-        rows = max(1, TILE // block)
-        signed = [half - (1 << 32) if half >> 31 else half for half in (key & 0xFFFFFFFF, key >> 32)]
-        kernel[num_programs(x.numel(), rows * block)](
-            x,
-            residual,
-            body,
-            x.numel(),
-            blocks,
-            *signed,
-            residual is not None,
-            bool(arguments.get("stochastic")),
-            block,
-            rows,
-            **EXACT,
-        )
+    signed = [half - (1 << 32) if half >> 31 else half for half in (key & 0xFFFFFFFF, key >> 32)]
+    has_residual, is_stochastic = residual is not None, bool(arguments.get("stochastic"))
+    launch_by_blocks(
+        kernel,
+        x.numel(),
+        block,
+        x,
+        residual,
+        body,
+        x.numel(),
+        blocks,
+        *signed,
+        has_residual,
+        is_stochastic,
+    )
     return PayloadHeader(codec, x.numel(), parameter=block), 4 * blocks + _code_bytes(codec, x.numel()), 0
 
 
 def _decode(
-    kernel: Any, header: PayloadHeader, body: torch.Tensor, out: torch.Tensor, accumulate: bool
+    kernel: Any, header: PayloadHeader, body: torch.Tensor, out: torch.Tensor, *choices: object
 ) -> None:
     block = payload.check_block(header)
     blocks = payload.num_blocks(header.numel, block)
     payload.check_body_bytes(header, body.numel(), 4 * blocks + _code_bytes(header.codec, header.numel))
-    if blocks:
-        rows = max(1, TILE // block)
-        kernel[num_programs(header.numel, rows * block)](
-            body, out, header.numel, blocks, accumulate, block, rows, **EXACT
-        )
+    launch_by_blocks(kernel, header.numel, block, body, out, header.numel, blocks, *choices)
 
 
 @triton.jit
@@ -195,21 +189,6 @@ def _encode_int4(
         tl.store(residual + base + low, rest, mask=low < left)
         rest = remainder(value_high, code_high.to(tl.float32) * scales, old_high)
         tl.store(residual + base + high, rest, mask=high < left)
-
-
-@triton.jit
-def _decode_int8(body, out, numel, blocks, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    base = tl.program_id(0).to(tl.int64) * (ROWS * BLOCK)
-    row = tl.arange(0, ROWS)
-    index = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = index < numel - base
-    scales = body.to(tl.pointer_type(tl.float32)) + base // BLOCK
-    scale = tl.load(scales + row, mask=row * BLOCK < numel - base, other=0.0)
-    codes = (body + 4 * blocks).to(tl.pointer_type(tl.int8)) + base
-    value = tl.load(codes + index, mask=inside, other=0).to(tl.float32) * scale[:, None]
-    if ACCUMULATE:
-        value = tl.load(out + base + index, mask=inside, other=0.0) + value
-    tl.store(out + base + index, value, mask=inside)
 
 
 @triton.jit

@@ -10,12 +10,10 @@ import triton.language as tl
 
 from paceline.codecs.kernel import payload
 from paceline.codecs.kernel.device.arithmetic import (
-    EXACT,
-    TILE,
     added,
     bfloat_of,
+    launch_by_blocks,
     magnitude_of,
-    num_programs,
     remainder,
 )
 from paceline.codecs.kernel.payload import PayloadHeader
@@ -27,12 +25,11 @@ def encode_onebit(
     """Write the body; see `device.encode`."""
     block = arguments["parameter"]
     blocks = payload.num_blocks(x.numel(), block)
-    if blocks:
-        rows = max(1, TILE // block)
-        options = {**EXACT, "num_warps": 2 if residual is None else 4}  # measured
-        _encode[num_programs(x.numel(), rows * block)](
-            x, residual, body, x.numel(), blocks, residual is not None, block, rows, **options
-        )
+    num_warps = 2 if residual is None else 4  # measured
+    has_residual = residual is not None
+    launch_by_blocks(
+        _encode, x.numel(), block, x, residual, body, x.numel(), blocks, has_residual, num_warps=num_warps
+    )
     return PayloadHeader("onebit", x.numel(), parameter=block), 2 * blocks + (x.numel() + 7) // 8, 0
 
 
@@ -41,11 +38,7 @@ def decode_onebit(header: PayloadHeader, body: torch.Tensor, out: torch.Tensor, 
     block = payload.check_block(header)
     blocks = payload.num_blocks(header.numel, block)
     payload.check_body_bytes(header, body.numel(), 2 * blocks + (header.numel + 7) // 8)
-    if blocks:
-        rows = max(1, TILE // block)
-        _decode[num_programs(header.numel, rows * block)](
-            body, out, header.numel, blocks, accumulate, block, rows, **EXACT
-        )
+    launch_by_blocks(_decode, header.numel, block, body, out, header.numel, blocks, accumulate)
 
 
 @triton.jit
