@@ -18,7 +18,7 @@ _ENGINES = ", ".join(registry.names("paceline.launchers.engines"))
 _LOG_FORMATS = ", ".join(registry.names("paceline.train.logs.formats"))
 
 FABRIC_HELP = "What carries the workers' tensors. Default: native; torch for models on a GPU."
-THREADS_HELP = "Threads per worker. Default: this host's cores / workers, at least 1."
+THREADS_HELP = "Threads per worker (OMP_NUM_THREADS). Default: this host's cores / workers, at least 1."
 
 Script = Annotated[
     str, typer.Argument(help="A Python file, or the name of a module with -m.", metavar="SCRIPT")
@@ -74,7 +74,7 @@ Threads = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Threads per worker (OMP_NUM_THREADS). Default: this host's cores / workers, at least 1.",
+        help=THREADS_HELP,
         show_default=False,
         rich_help_panel=LAUNCH,
     ),
