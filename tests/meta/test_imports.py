@@ -29,7 +29,7 @@ PYTHON: dict[str, list[set[str]]] = {
         {"__main__"},
     ],
     "paceline.comm": [
-        {"__init__", "current", "fabric_operations", "ledger", "reference", "rendezvous"},
+        {"__init__", "byte_string", "current", "fabric_operations", "ledger", "reference", "rendezvous"},
         {"reference_operations"},
         {"messages"},
         {"survivors"},

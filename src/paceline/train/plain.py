@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from paceline.comm import byte_string
 from paceline.types import Communicator
 
 
@@ -27,10 +28,5 @@ def unpack(data: torch.Tensor) -> Any:
 
 def broadcast(value: object, comm: Communicator) -> Any:
     """Rank 0's `value` on every rank; what the others pass is not looked at."""
-    data = pack(value if comm.rank == 0 else None)
-    length = torch.tensor([data.numel()])
-    comm.broadcast(length).wait()
-    if comm.rank > 0:
-        data = torch.empty(int(length), dtype=torch.uint8)
-    comm.broadcast(data).wait()
+    data = byte_string.broadcast(pack(value if comm.rank == 0 else None), comm)
     return value if comm.rank == 0 else unpack(data)

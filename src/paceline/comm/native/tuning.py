@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from paceline import collectives
+from paceline.comm import byte_string
 from paceline.comm.native import uneven
 from paceline.comm.native.choice import DIRECT, OPERATIONS, Choice, ChoiceTable
 from paceline.comm.native.network import NetworkCommunicator
@@ -213,15 +214,8 @@ def _race(comm: NetworkCommunicator, operation: str, num_bytes: int, algorithm: 
 
 
 def _from_rank_0(comm: NetworkCommunicator, text: str) -> str:
-    data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
-    length = torch.tensor([len(text.encode())])
-    comm.broadcast(length).wait()
-    if int(length) == 0:
-        return ""
-    if comm.rank > 0:
-        data = torch.empty(int(length), dtype=torch.uint8)
-    comm.broadcast(data).wait()
-    return data.numpy().tobytes().decode()
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    return byte_string.broadcast(data, comm).numpy().tobytes().decode()
 
 
 def _read(path: Path) -> str:
