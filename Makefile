@@ -71,5 +71,9 @@ quick: install
 gpu:
 	python3 benchmarks/gpu/run.py $(GPU_OPTIONS)
 
+# The page that `paceline errors` prints, also where the other pages are.
+docs:
+	cp src/paceline/errors.md docs/errors.md
+
 clean:
 	rm -rf build dist $(VENV) runs

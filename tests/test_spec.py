@@ -120,3 +120,9 @@ def test_whole_numbers_have_a_least_value() -> None:
 def test_what_is_not_a_whole_number_is_named(value: object) -> None:
     with pytest.raises(ConfigError, match=r"period=.*: a whole number >= 1 expected"):
         spec.whole_number("period", value, least=1)
+
+
+@pytest.mark.parametrize("text", ["1", "1/2", "none", "true", "'a'"])
+def test_a_sum_is_made_of_names(text: str) -> None:
+    with pytest.raises(ConfigError, match="a name such as all_reduce expected"):
+        spec.parse_sum(text)

@@ -12,6 +12,7 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 
+from paceline import plugins
 from paceline.errors import ConfigError
 
 VARIABLE = "PACELINE_JOB"
@@ -39,8 +40,14 @@ class JobOptions:
     terminal; 0: it has none."""
     min_workers: int = 0
     """Strategies that survive losses continue while this many workers live; 0: any loss ends the job."""
+    job_id: str = ""
+    """Made by the launcher; the same in all attempts of a job, and in no other job."""
+    plugins: tuple[str, ...] = dataclasses.field(default_factory=plugins.files)
+    """Files of plug-ins that workers load when they join; default: those that this process has loaded."""
     secret: str = ""
-    """Hex; authenticates the workers' own connections. Empty: made by rank 0 and shared through the store."""
+    """The key of the job, in hexadecimal; "": the workers use that of their account."""
+    store: str = ""
+    """Where the launcher's store listens: "unix:PATH" or "tcp:HOST:PORT"; "": the workers find one."""
 
     def to_environment(self) -> dict[str, str]:
         """The variable to add to a worker's environment."""
@@ -64,11 +71,17 @@ class JobOptions:
         if not text:
             return cls()
         try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError) as error:
+            fields = json.loads(text)
+            return cls(**{**fields, "plugins": tuple(fields.get("plugins", ()))})
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(
                 f"{VARIABLE} is written by `paceline run` and cannot be read here: {error}; unset it"
             ) from error
+
+
+def new_job_id() -> str:
+    """A name that no other job has: 16 hex digits."""
+    return secrets.token_hex(8)
 
 
 def new_secret() -> str:

@@ -25,6 +25,7 @@ _TOKEN = re.compile(
     |(?P<name>[A-Za-z_][\w]*)|(?P<text>"[^"]*"|'[^']*')|(?P<mark>[()=,+/]))""",
     re.VERBOSE,
 )
+_BLANKS = re.compile(r"\s*")
 _CONSTANTS = {"true": True, "false": False, "none": None}
 _MAX_LENGTH = 4096
 _MAX_DEPTH = 16
@@ -63,7 +64,7 @@ def parse_sum(text: str) -> tuple[Spec, ...]:
     parser.expect_end()
     if isinstance(value, Spec):
         return (value,)
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and all(isinstance(term, Spec) for term in value):
         return value
     raise ConfigError(f"{text!r}: a name such as all_reduce expected, got {value!r}")
 
@@ -87,17 +88,29 @@ def split_list(text: str) -> list[str]:
 
 def call(factory: Callable[..., Any], spec: Spec, *, kind: str) -> Any:
     """`factory(**spec.arguments)`, or a ConfigError that lists what it takes."""
-    try:
-        inspect.signature(factory).bind(**spec.arguments)
-    except TypeError as error:
-        raise ConfigError(f"{kind} {spec}: {error}. It takes: {signature(factory)}") from None
-    _check_kinds(factory, spec, kind)
+    signature = inspect.signature(factory)
+    check(signature, spec, kind=kind)
     try:
         return factory(**spec.arguments)
     except ConfigError:
         raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{kind} {spec}: {error}. It takes: {signature(factory)}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"{kind} {spec}: {error}. It takes: {shown(signature)}") from error
+
+
+def check(signature: inspect.Signature, spec: Spec, *, kind: str) -> None:
+    """ConfigError for arguments that `signature` does not take, and for words where it takes numbers.
+
+    Args:
+        signature: Of what the spec's name stands for; annotations may be text.
+        spec: The spec. Whether its numbers make sense, only what it names knows.
+        kind: What the name is, for errors: "strategy", "codec".
+    """
+    try:
+        signature.bind(**spec.arguments)
+    except TypeError as error:
+        raise ConfigError(f"{kind} {spec}: {error}. It takes: {shown(signature)}") from None
+    _check_kinds(signature, spec, kind)
 
 
 def whole_number(name: str, value: object, *, least: int) -> int:
@@ -107,9 +120,9 @@ def whole_number(name: str, value: object, *, least: int) -> int:
     return value
 
 
-def _check_kinds(factory: Callable[..., Any], spec: Spec, kind: str) -> None:
+def _check_kinds(signature: inspect.Signature, spec: Spec, kind: str) -> None:
     """Words where numbers or true and false belong: `tau=nan`, `entropy=maybe`. The rest is the plug-in's."""
-    parameters = inspect.signature(factory).parameters
+    parameters = signature.parameters
     for name, value in spec.arguments.items():
         if name not in parameters or value is None:
             continue
@@ -121,19 +134,26 @@ def _check_kinds(factory: Callable[..., Any], spec: Spec, kind: str) -> None:
         else:
             continue
         raise ConfigError(
-            f"{kind} {spec}: {name}: {expected} expected, got {_show(value)}. It takes: {signature(factory)}"
+            f"{kind} {spec}: {name}: {expected} expected, got {_show(value)}. It takes: {shown(signature)}"
         )
 
 
-def signature(factory: Callable[..., Any]) -> str:
-    """Return `period=16, average_optimizer=false`: the arguments that a spec may give."""
-    parameters = inspect.signature(factory).parameters.values()
-    shown = [
-        p.name if p.default is p.empty else f"{p.name}={_show(p.default)}"
-        for p in parameters
-        if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "self"
+def shown(signature: inspect.Signature) -> str:
+    """Return `period=16, codec=none, rate=(chosen)`: the arguments that a spec may give.
+
+    A number that is not given is chosen for the run.
+    """
+    arguments = [
+        p.name if p.default is p.empty else f"{p.name}={'(chosen)' if _is_chosen(p) else _show(p.default)}"
+        for p in signature.parameters.values()
+        if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    return ", ".join(shown) or "no arguments"
+    return ", ".join(arguments) or "no arguments"
+
+
+def _is_chosen(parameter: inspect.Parameter) -> bool:
+    kinds = str(parameter.annotation)
+    return parameter.default is None and ("int" in kinds or "float" in kinds)
 
 
 def _show(value: Any) -> str:
@@ -211,7 +231,8 @@ class _Parser:
         return Spec(name, arguments)
 
     def _peek(self, mark: str) -> bool:
-        return self._text[self._position :].lstrip().startswith(mark)
+        blanks = _BLANKS.match(self._text, self._position)
+        return self._text.startswith(mark, blanks.end() if blanks else self._position)
 
     def _take(self, expected: str) -> tuple[str, str]:
         match = _TOKEN.match(self._text, self._position)

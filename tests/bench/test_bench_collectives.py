@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from paceline.bench import collectives as bench
-from paceline.cli.benchmarks.collectives import parse_size
-from paceline.cli.main import app
+from paceline.cli.arguments.schedule import size
+from paceline.cli.main import make_app
 from paceline.errors import ConfigError, WorkerFailed
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("processes")]
@@ -22,16 +22,16 @@ KEYS = {"operation", "num_bytes", "ranks", "library", "fabric", "buffers", "algo
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("4", 4), ("4B", 4), ("32KB", 32768), ("1 MB", 1 << 20), ("0.5MiB", 1 << 19), ("2g", 2 << 30)],
+    [("4", 4), ("4B", 4), ("32KiB", 32768), ("1 MB", 10**6), ("0.5MiB", 1 << 19), ("2gi", 2 << 30)],
 )
 def test_sizes(text: str, expected: int) -> None:
-    assert parse_size(text) == expected
+    assert size(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "MB", "four", "1TBB"])
 def test_wrong_sizes(text: str) -> None:
-    with pytest.raises(ConfigError, match="size"):
-        parse_size(text)
+    with pytest.raises(ConfigError, match="not a number of bytes"):
+        size(text)
 
 
 def test_peers() -> None:
@@ -50,15 +50,22 @@ def test_wrong_names_and_numbers() -> None:
             bench.measure(**{**good, **wrong})
 
 
+@pytest.fixture(autouse=True)
+def own_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tells the processes of this test from those of tests that run beside it."""
+    monkeypatch.setenv("PACELINE_TEST_MARK", str(os.getpid()))
+
+
 def children() -> set[int]:
+    mark = f"PACELINE_TEST_MARK={os.getpid()}"
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                command = (entry / "cmdline").read_text()
+                command, environment = (entry / "cmdline").read_text(), (entry / "environ").read_text()
             except OSError:
                 continue
-            if "collective_worker.py" in command and str(os.getpid()) not in entry.name:
+            if "collective_worker.py" in command and mark in environment.split("\0"):
                 found.add(int(entry.name))
     return found
 
@@ -69,7 +76,7 @@ def test_every_operation_beside_gloo(tmp_path: Path) -> None:
     arguments = ["--operations", "all", "--sizes", "4,8KB", "--ranks", "2", "--peers", "gloo"]
     arguments += ["--fabrics", "native,tcp", "--blocks", "1", "--block-seconds", "0.001"]
     done = CliRunner().invoke(
-        app, ["bench", "collectives", *arguments, "--json", str(json_file), "--html", str(html)]
+        make_app(), ["bench", "collectives", *arguments, "--json", str(json_file), "--html", str(html)]
     )
     assert done.exit_code == 0, done.output
     rows = json.loads(json_file.read_text())["rows"]

@@ -13,20 +13,20 @@ import pytest
 from typer.testing import CliRunner
 
 from paceline import collectives
-from paceline.cli.main import app
+from paceline.cli.main import make_app
 from paceline.errors import ConfigError
 
 RUN = CliRunner()
 
 
 def run_json(*arguments: str) -> Any:
-    result = RUN.invoke(app, ["schedule", *arguments, "--json"])
+    result = RUN.invoke(make_app(), ["schedule", *arguments, "--json"])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
 
 def run_text(*arguments: str) -> str:
-    result = RUN.invoke(app, ["schedule", *arguments])
+    result = RUN.invoke(make_app(), ["schedule", *arguments])
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -151,7 +151,7 @@ def test_verify_fails_for_a_wrong_plug_in(tmp_path: Path, monkeypatch: pytest.Mo
     assert wrong != source
     (tmp_path / "wrong_ring.py").write_text(wrong)
     monkeypatch.setattr(collectives, "__path__", [*collectives.__path__, str(tmp_path)])
-    result = RUN.invoke(app, ["schedule", "verify", "wrong_ring", "--ranks", "3", "--json"])
+    result = RUN.invoke(make_app(), ["schedule", "verify", "wrong_ring", "--ranks", "3", "--json"])
     sys.modules.pop("paceline.collectives.wrong_ring", None)
     assert result.exit_code == 1
     got = json.loads(result.stdout)
@@ -212,7 +212,7 @@ def test_compare_prints_a_table_and_skips_what_cannot() -> None:
     ],
 )
 def test_mistakes_are_explained(arguments: list[str], says: str) -> None:
-    result = RUN.invoke(app, ["schedule", *arguments])
+    result = RUN.invoke(make_app(), ["schedule", *arguments])
     assert isinstance(result.exception, ConfigError), result.output
     assert says in str(result.exception)
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from codec_inputs import nearly_infinite
 
 from paceline import codecs, registry
 from paceline.codecs.kernel.ledger import entropy_bound_bits
@@ -215,3 +216,19 @@ def test_checksums_find_every_damaged_bit() -> None:
         damaged[bit // 8] ^= 1 << bit % 8
         with pytest.raises(ProtocolError):
             codecs.decode(damaged, torch.zeros(64))
+
+
+@pytest.mark.parametrize("use_reference", [True, False], ids=["reference", "kernel"])
+@pytest.mark.parametrize("block", [32, 512, 4096])
+def test_onebit_of_finite_values_is_finite(block: int, use_reference: bool) -> None:
+    codec = codecs.make(f"onebit(block={block})", use_reference=use_reference)
+    x, decoded = nearly_infinite(5000), torch.empty(5000)
+    codec.decode(codec.encode(x, {}), decoded)
+    assert decoded.isfinite().all()
+    whole = 5000 // block * block
+    means = x[:whole].double().abs().view(-1, block).mean(1)
+    assert torch.allclose(decoded[:whole].double().abs().view(-1, block)[:, 0], means, rtol=0.01)
+    x[3] = torch.inf
+    codec.decode(codec.encode(x, {}), decoded)
+    assert decoded[:block].isinf().all()
+    assert decoded[block:].isfinite().all()

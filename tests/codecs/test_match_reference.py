@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from codec_inputs import half_ties, halves, inputs, nearly_infinite, with_special_values
 
 from paceline import _core, codecs
 
@@ -41,17 +42,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[int]:
     _core.codec_limit_isa(2)
 
 
-def inputs(numel: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(numel, generator=generator)
-    scale = 10.0 ** torch.randint(-6, 2, (numel // 64 + 1,), generator=generator).repeat_interleave(64)
-    x = x * scale[:numel]
-    if seed % 3 == 0 and numel > 4:
-        x[torch.randint(0, numel, (numel // 4,), generator=generator)] = 0.0
-        x[1] = -0.0
-    return x
-
-
 def encode_both(spec: str, x: torch.Tensor, feedback: bool, steps: int = 3) -> None:
     text = f"error_feedback(codec={spec})" if feedback else spec
     native, reference = codecs.make(text), codecs.make(text, use_reference=True)
@@ -82,29 +72,12 @@ def test_same_bytes(spec: str, feedback: bool, isa: int) -> None:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_same_bytes_for_extreme_values(spec: str, isa: int) -> None:
-    special = torch.tensor(
-        [
-            torch.inf,
-            -torch.inf,
-            torch.nan,
-            3.4e38,
-            -3.4e38,
-            1e-38,
-            -1e-45,
-            1.4e-45,
-            0.0,
-            -0.0,
-            65504,
-            65520,
-            6e-8,
-        ]
-    )
     for numel in (40, 600, 1025):
-        x = inputs(numel, numel)
-        x[7:20] = special
+        x = with_special_values(numel)
         encode_both(spec, x, feedback=True)
         encode_both(spec, x, feedback=False)
         encode_both(spec, torch.zeros(numel), feedback=True)
+        encode_both(spec, nearly_infinite(numel), feedback=False, steps=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -122,9 +95,8 @@ def test_other_dtypes_are_encoded_as_float32(dtype: torch.dtype) -> None:
 
 
 def test_rounding_of_every_half_between_two_halves(isa: int) -> None:
-    halves = torch.arange(0, 0x7C00, dtype=torch.int16).view(torch.float16).to(torch.float32)
-    ties = (halves[1:] + halves[:-1]) / 2  # exact in float32
-    for x in (ties, -ties, torch.nextafter(ties, torch.tensor(9e9)), halves):
+    ties = half_ties()
+    for x in (ties, -ties, torch.nextafter(ties, torch.tensor(9e9)), halves()):
         encode_both(
             "fp16(block=64)",
             x[torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))],

@@ -210,3 +210,20 @@ def test_bad_input() -> None:
     on_ranks(2, body)
     with pytest.raises(ConfigError, match="rank=0: a whole number >= 1"):
         codecs.make_reducer("powersgd(rank=0)")
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_tensors_without_elements_change_nothing(spec: str) -> None:
+    """They have the offset of a neighbour, wherever they are in the layout."""
+    empty = [(0, (0,)), (3000, (60, 0)), (3072, (0, 3)), (4880, (999, 0)), (5000, (0,))]
+
+    def body(comm: Any, layout: list[tuple[int, tuple[int, ...]]]) -> torch.Tensor:
+        flat = gradients(comm.rank, 0)
+        codecs.make_reducer(spec).reduce(flat, layout, comm, {})
+        nothing = torch.zeros(0)
+        codecs.make_reducer(spec).reduce(nothing, [(0, (0,))], comm, {})
+        return flat
+
+    plain = on_ranks(3, lambda comm: body(comm, LAYOUT))
+    mixed = on_ranks(3, lambda comm: body(comm, sorted([*LAYOUT, *empty])))
+    assert torch.equal(plain[0], mixed[0])

@@ -10,7 +10,7 @@ import torch
 
 from paceline.comm import device_messages, torch_fabric
 from paceline.comm.messages.reply import Deferred
-from paceline.train import persistence
+from paceline.train.saving import persistence
 from paceline.types import Message
 
 GPU = torch.device("meta")

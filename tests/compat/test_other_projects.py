@@ -56,7 +56,9 @@ for cast in (torch.bfloat16, torch.float16):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    early = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     model, optimizer = amp.initialize(model, optimizer, opt_level="O1", cast_model_type=cast)
+    late = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
     ddp = DistributedDataParallel(model)
     torch.manual_seed(rank)
     for step in range(4):
@@ -75,6 +77,8 @@ for cast in (torch.bfloat16, torch.float16):
     other = weights.clone()
     dist.broadcast(other, 0)
     assert torch.equal(weights, other)
+    late.step()
+    early.step()
     amp.load_state_dict(amp.state_dict())
     del ddp
 dist.barrier()

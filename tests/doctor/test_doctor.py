@@ -77,7 +77,7 @@ def test_names_and_routes() -> None:
 
 
 def test_a_stranger_learns_nothing() -> None:
-    listener = link.LinkResponder(b"right")
+    listener = link.LinkResponder(b"right", "127.0.0.1")
     try:
         wrong = link.measure("127.0.0.1", listener.port, b"wrong")
         assert [f.status for f in wrong] == ["problem"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import listeners
 import pytest
 from netlab import Lab, why_not
 
@@ -88,3 +90,41 @@ def test_secret_file_on_every_host(tmp_path: Path) -> None:
     secrets = {line.split()[-1] for _, out, _ in results for line in out.splitlines()}
     assert len(secrets) == 1, results
     assert key.read_text() not in secrets, "workers get a key made of it, not the file's content"
+
+
+@pytest.mark.slow
+def test_a_stranger_on_a_third_host_reaches_nothing(tmp_path: Path) -> None:
+    """Every port of both hosts: idle connections, garbage, half handshakes, long frames, torch's client."""
+    script, stop = tmp_path / "script.py", tmp_path / "stop"
+    script.write_text(
+        "import pathlib, sys, torch, paceline\n"
+        "from paceline.types import Message\n"
+        "job = paceline.init(timeout_s=60)\n"
+        "job.comm.serve('echo', lambda source, message: message)\n"
+        "job.comm.barrier().wait()\n"
+        "over, count = torch.zeros(1), 0\n"
+        "while not over.item():\n"
+        "    over.fill_(float(pathlib.Path(sys.argv[1]).exists()))\n"
+        "    job.comm.all_reduce(over).wait()\n"
+        "    assert job.comm.call(1 - job.rank, 'echo', Message({'n': count})).wait().header['n'] == count\n"
+        "    count += 1\n"
+        "    if count == 100: pathlib.Path(f'{sys.argv[1]}-{job.rank}').touch()\n"
+        "job.comm.barrier().wait()\n"
+        "print('went on to the end', flush=True)\n"
+    )
+    tool = str(Path(listeners.__file__))
+    with Lab(hosts=3) as lab:
+        jobs = [start(lab, host, "-n", "1", str(script), str(stop)) for host in (0, 1)]
+        deadline = time.monotonic() + 90
+        while not all((tmp_path / f"stop-{r}").exists() for r in (0, 1)):
+            assert time.monotonic() < deadline and all(job.poll() is None for job in jobs)
+            time.sleep(0.1)
+        for host in (0, 1):
+            ports = lab.run(host, [sys.executable, tool, "list"]).split()
+            assert 2 <= len(ports) <= 4, ports  # the rendezvous on one host, collectives and messages on both
+            told = lab.run(2, [sys.executable, tool, "attack", lab.address(host), *ports], timeout_s=120)
+            assert told.split() == ["reached", "0"]
+        stop.touch()
+        results = finish(*jobs)
+    assert [code for code, *_ in results] == [0, 0], results
+    assert all("went on to the end" in out for _, out, _ in results)

@@ -53,6 +53,18 @@ def test_results_in_order_of_rank() -> None:
     assert paceline.launch(total, num_workers=3, args=(10,)) == [(0, 33.0), (1, 33.0), (2, 33.0)]
 
 
+def leave(rank: int, how: str) -> int:
+    if rank == 0:
+        sys.exit(0) if how == "sys.exit" else os._exit(0)
+    return 10 * rank
+
+
+def test_a_worker_that_leaves_keeps_its_place_in_the_results() -> None:
+    assert paceline.launch(leave, num_workers=3, args=("sys.exit",)) == [None, 10, 20]
+    with pytest.raises(paceline.WorkerFailed, match="rank 0 ended with exit code 0 and left no result"):
+        paceline.launch(leave, num_workers=3, args=("os._exit",))
+
+
 def test_rank_is_passed_to_a_function_that_takes_one_more() -> None:
     assert paceline.launch(multiply, num_workers=2, args=(7,)) == [0, 7]
 
@@ -113,6 +125,40 @@ def test_script_without_main_guard_is_told_so(tmp_path: Path) -> None:
     )
     assert done.returncode != 0
     assert "if __name__ == '__main__'" in done.stderr
+
+
+WITHOUT_A_FILE = "import paceline\ndef f():\n    return 1\nprint(paceline.launch(f, num_workers=2))\n"
+
+
+@pytest.mark.parametrize("how", ["-c", "standard input"])
+def test_functions_that_no_file_has_are_refused(how: str) -> None:
+    given = ["-c", WITHOUT_A_FILE] if how == "-c" else ["-"]
+    done = subprocess.run(
+        [sys.executable, *given],
+        input=WITHOUT_A_FILE,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "ConfigError: launch(f): it is defined where new processes cannot import it" in last, done.stderr
+    assert done.stdout == "", "no worker was started"
+
+
+def test_a_main_script_without_a_file_may_launch_what_a_module_has(tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("def f(x):\n    return 2 * x\n")
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input="import beside, paceline\nprint(paceline.launch(beside.f, num_workers=2, args=(3,)))\n",
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "[6, 6]\n", done.stderr
 
 
 def test_functions_of_the_main_script(tmp_path: Path) -> None:

@@ -14,8 +14,11 @@ from import_graph import Graph
 # not see each other. ARCHITECTURE.md says what each part is.
 PYTHON: dict[str, list[set[str]]] = {
     "paceline": [
-        {"__init__", "errors", "types", "_core"},
-        {"registry", "spec", "options", "worker_function"},
+        {"__init__", "errors", "types", "_core", "local_work", "user_cache"},
+        {"user_input"},
+        {"registry", "spec", "worker_function"},
+        {"plugins", "declarations"},
+        {"options"},
         {"schedule"},
         {"collectives"},
         {"comm", "codecs"},
@@ -29,10 +32,11 @@ PYTHON: dict[str, list[set[str]]] = {
         {"__main__"},
     ],
     "paceline.comm": [
+        {"security"},
         {"__init__", "byte_string", "current", "fabric_operations", "ledger", "reference", "rendezvous"},
         {"reference_operations"},
         {"messages"},
-        {"survivors"},
+        {"survivors", "loss_exchange", "roll_call"},
         {"communicator"},
         {"device_messages", "native", "simulated"},
         {"torch_fabric"},
@@ -48,7 +52,12 @@ PYTHON: dict[str, list[set[str]]] = {
     ],
     "paceline.codecs": [{"kernel"}, {"reducers"}, {"__init__"}, {"*"}],
     "paceline.strategies": [{"__init__", "base"}, {"outer", "peers", "server", "staleness"}, {"*"}],
-    "paceline.cli": [{"__init__", "arguments"}, {"schedule_reports", "schedule_verify"}, {"*"}, {"main"}],
+    "paceline.cli": [
+        {"__init__", "arguments", "entries"},
+        {"schedule_reports", "schedule_verify"},
+        {"*"},
+        {"main"},
+    ],
 }
 CORE: dict[str, list[set[str]]] = {
     "core": [
@@ -59,7 +68,19 @@ CORE: dict[str, list[set[str]]] = {
         {"hierarchical"},
     ],
 }
-TORCH_FREE = {"errors", "types", "registry", "spec", "options", "schedule", "collectives"}
+TORCH_FREE = {
+    "errors",
+    "types",
+    "user_input",
+    "user_cache",
+    "registry",
+    "spec",
+    "plugins",
+    "declarations",
+    "options",
+    "schedule",
+    "collectives",
+}
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +161,15 @@ def test_light_layers_do_not_import_torch(module: str) -> None:
     if module.split(".")[1] in TORCH_FREE:
         names = at_run_time(ast.parse(import_graph.module_files()[module].read_text()))
         assert not [n for n in names if n.split(".")[0] == "torch"], f"{module} must not import torch"
+
+
+def test_training_does_not_load_the_compiler() -> None:
+    code = (
+        "import sys, paceline.train.job\n"
+        "found = {'torch._dynamo', 'triton'} & set(sys.modules)\n"
+        "assert not found, f'a second of every worker: {found}'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("statement", ["import paceline", "import paceline.cli.main"])

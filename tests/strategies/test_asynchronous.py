@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from workbench import FlatModel, quadratic, train
+from workbench import continued_and_resumed, train
 
-from paceline.comm import current
-from paceline.comm.simulated.simulate import simulate
 from paceline.errors import ConfigError, PeerLost
 from paceline.strategies.base.strategy import make
 from paceline.strategies.server.protocol import Presence, ShardExchange
@@ -83,32 +81,7 @@ def test_traffic_claim_equals_the_ledger(strategy: str) -> None:
 @pytest.mark.parametrize("strategy", ASYNCHRONOUS + PERIODIC + THRESHOLD)
 def test_save_and_continue_equals_save_exit_resume(strategy: str) -> None:
     """In simulation with constant compute times, so that both halves meet the same order."""
-
-    def halves(is_restarted: bool) -> Any:
-        comm = current.provided()
-        model, method = FlatModel(torch.linspace(-1, 1, 10, dtype=torch.float64)), make(strategy)
-        method.attach(model, comm)
-        for step in range(24):
-            if step == 12:
-                comm.drain()
-                saved = (method.state_dict(), model.parameters[0].clone())
-                comm.barrier().wait()
-                if is_restarted:
-                    model, method = FlatModel(saved[1].clone()), make(strategy)
-                    method.attach(model, comm)
-                    comm.barrier().wait()
-                    method.load_state_dict(saved[0])
-                comm.barrier().wait()
-            comm.charge_compute()
-            method.before_update()
-            model.parameters[0].add_(quadratic(comm.rank, step, model.parameters[0]))
-            method.after_update()
-        method.synchronize()
-        return model.parameters[0].clone()
-
-    speeds = [1.0, 1.1, 0.9, 1.05]
-    through = simulate(halves, args=(False,), num_workers=4, speeds=speeds)
-    resumed = simulate(halves, args=(True,), num_workers=4, speeds=speeds)
+    through, resumed = continued_and_resumed(strategy, torch.linspace(-1, 1, 10, dtype=torch.float64))
     assert torch.equal(through[0], resumed[0])
 
 

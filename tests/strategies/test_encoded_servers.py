@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from workbench import FlatModel, quadratic, train
+from workbench import continued_and_resumed, train
 
-from paceline.comm import current
-from paceline.comm.simulated.simulate import simulate
 from paceline.errors import ConfigError
 from paceline.strategies.base.strategy import make
 
@@ -72,31 +70,7 @@ def test_others_go_on_when_a_worker_is_killed(strategy: str, seed: int) -> None:
 
 @pytest.mark.parametrize("strategy", ENCODED)
 def test_save_and_continue_equals_save_exit_resume(strategy: str) -> None:
-    def halves(is_restarted: bool) -> Any:
-        comm = current.provided()
-        model, method = FlatModel(torch.linspace(-1, 1, 100)), make(strategy)
-        method.attach(model, comm)
-        for step in range(24):
-            if step == 12:
-                comm.drain()
-                saved = (method.state_dict(), model.parameters[0].clone())
-                comm.barrier().wait()
-                if is_restarted:
-                    model, method = FlatModel(saved[1].clone()), make(strategy)
-                    method.attach(model, comm)
-                    comm.barrier().wait()
-                    method.load_state_dict(saved[0])
-                comm.barrier().wait()
-            comm.charge_compute()
-            method.before_update()
-            model.parameters[0].add_(quadratic(comm.rank, step, model.parameters[0]))
-            method.after_update()
-        method.synchronize()
-        return model.parameters[0].clone()
-
-    speeds = [1.0, 1.1, 0.9, 1.05]
-    through = simulate(halves, args=(False,), num_workers=4, speeds=speeds)
-    resumed = simulate(halves, args=(True,), num_workers=4, speeds=speeds)
+    through, resumed = continued_and_resumed(strategy, torch.linspace(-1, 1, 100))
     assert torch.equal(through[0], resumed[0])
 
 

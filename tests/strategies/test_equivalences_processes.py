@@ -54,8 +54,9 @@ def run_all() -> dict[str, tuple[list[float], list[float], float]]:
     """Every strategy in turn: final weights, the outer optimizer's start point if any, mean staleness."""
     job = paceline.init()
     comm, found = job.comm, {}
-    for text in STRATEGIES:
+    for number, text in enumerate(STRATEGIES):
         model, method = Flat(), make(text)
+        method.scope = str(number)
         method.attach(model, comm)
         comm.barrier().wait()
         for step in range(STEPS):

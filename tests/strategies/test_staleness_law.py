@@ -7,6 +7,7 @@ import torch
 from workbench import train
 
 from paceline.errors import ConfigError
+from paceline.strategies.base import staleness_policy
 from paceline.strategies.base.strategy import make
 from paceline.strategies.server.shard import Shard
 from paceline.strategies.server.tally import Tally
@@ -165,3 +166,20 @@ def test_strategy_strings_nest_and_compose() -> None:
     run = train("parameter_server(shards=4, staleness=softsync(c=4)+inverse)", num_workers=6, steps=10)
     assert type(made).__name__ == "ParameterServer"
     assert all(torch.equal(r[0], run[0][0]) for r in run)
+
+
+@pytest.mark.parametrize("average_inverse", ["false", "true"])
+def test_fasgd_does_not_depend_on_padding(average_inverse: str) -> None:
+    """Zeros between tensors, whose number depends on how the model is cut, change nothing."""
+    generator = torch.Generator().manual_seed(3)
+    short, padded = (staleness_policy.make(f"fasgd(average_inverse={average_inverse})") for _ in range(2))
+    for _ in range(5):
+        update = torch.randn(40, generator=generator)
+        with_zeros = torch.cat([update, torch.zeros(24)])
+        short.transform(0, update)
+        padded.transform(0, with_zeros)
+        assert torch.equal(with_zeros[:40], update)
+        assert not with_zeros[40:].any()
+    unchanged = torch.zeros(8)
+    staleness_policy.make("fasgd").transform(0, unchanged)
+    assert not unchanged.any()

@@ -75,7 +75,9 @@ def _serve(rank: int, size: int, native_hosts: str, store_path: str, pipe: Any) 
     hosts = ("here",) * size
     store = PrefixStore("native", dist.distributed_c10d._get_default_store())
     addresses = ("127.0.0.1" if len(set(native_hosts)) > 1 else "",) * size
-    meeting = Meeting(rank, size, rank, size, "test", tuple(native_hosts), addresses, store, b"secret")
+    meeting = Meeting(
+        rank, size, rank, size, "test", tuple(native_hosts), addresses, store, b"the secret of the tests"
+    )
     worlds: list[FabricCommunicator] = [
         TorchCommunicator(hosts),
         shared_memory.connect(meeting, timeout_s=60),

@@ -23,7 +23,7 @@ def meeting(rank: int, size: int, path: str, *, network: bool | str = False) -> 
     store = FileStore(path, size)
     hosts = tuple(network if isinstance(network, str) else (f"h{r}" if network else "h" for r in range(size)))
     addresses = ("127.0.0.1" if network else "",) * size
-    return Meeting(rank, size, rank, size, "test", hosts, addresses, store, b"secret")
+    return Meeting(rank, size, rank, size, "test", hosts, addresses, store, b"the secret of the tests")
 
 
 def _main(

@@ -74,3 +74,40 @@ def train(
 
     options.setdefault("network", NETWORK)
     return simulate(worker, num_workers=num_workers, **options)
+
+
+def continued_and_resumed(strategy: str, start: torch.Tensor) -> tuple[SimulatedRun, SimulatedRun]:
+    """24 steps of four workers from `start`, without a pause and with a restart from a save in the middle.
+
+    In simulation with constant compute times, so that both meet the same order of messages. Every result is
+    the final weights.
+    """
+
+    def halves(is_restarted: bool) -> torch.Tensor:
+        comm = current.provided()
+        model, method = FlatModel(start.clone()), make(strategy)
+        method.attach(model, comm)
+        for step in range(24):
+            if step == 12:
+                comm.drain()
+                saved = (method.state_dict(), model.parameters[0].clone())
+                comm.barrier().wait()
+                if is_restarted:
+                    model, method = FlatModel(saved[1].clone()), make(strategy)
+                    method.scope = "resumed"
+                    method.attach(model, comm)
+                    comm.barrier().wait()
+                    method.load_state_dict(saved[0])
+                comm.barrier().wait()
+            comm.charge_compute()
+            method.before_update()
+            model.parameters[0].add_(quadratic(comm.rank, step, model.parameters[0]))
+            method.after_update()
+        method.synchronize()
+        return model.parameters[0].clone()
+
+    speeds = [1.0, 1.1, 0.9, 1.05]
+    through, resumed = (
+        simulate(halves, args=(is_restarted,), num_workers=4, speeds=speeds) for is_restarted in (False, True)
+    )
+    return through, resumed

@@ -87,7 +87,7 @@ def batchnorm_replica(job: Job, strategy: str) -> str:
     layers = [nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(0.3), nn.Linear(9, 2)]
     model = nn.Sequential(*layers)
     optimizer: Any = torch.optim.Adam(model.parameters(), lr=0.01)
-    loader: Any = DataLoader(data(61, torch.float32), 5, shuffle=True)
+    loader: Any = DataLoader(data(62, torch.float32), 5, shuffle=True)
     model, optimizer, loader = job.prepare(model, optimizer, loader, strategy=strategy)
     for _ in job.epochs(2):
         for x, y in loader:
@@ -99,7 +99,8 @@ def batchnorm_replica(job: Job, strategy: str) -> str:
 
 def sends(job: Job, strategy: str, steps: int) -> dict[str, Any]:
     model = nn.Linear(64, 16)
-    loader: Any = DataLoader(TensorDataset(torch.randn(steps * 2 * job.size, 64)), 2)
+    x = torch.randn(steps * 2 * job.size, 64, generator=torch.Generator().manual_seed(1))
+    loader: Any = DataLoader(TensorDataset(x), 2)
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model, optimizer, loader = job.prepare(model, optimizer, loader, strategy=strategy)
     for _ in job.epochs(1):
@@ -259,8 +260,8 @@ def error_of(job: Job, what: str) -> str:
             optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
             model(torch.ones(1, 3)).sum().backward()
             optimizer.step()
-        elif what == "few samples":
-            job.prepare(model, optimizer, DataLoader(TensorDataset(torch.ones(2, 3)), 4))
+        elif what == "no samples":
+            job.prepare(model, optimizer, DataLoader(TensorDataset(torch.ones(0, 3)), 4))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "no error"

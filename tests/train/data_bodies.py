@@ -21,6 +21,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
+from paceline.train.data.loader import known_length
 from paceline.train.data.shard import shard
 from paceline.train.job import Job
 
@@ -90,7 +91,7 @@ def epochs_of(job: Job, kind: str, count: int, *, epochs: int = 2, workers: int 
         facts.clear()
         seen = [batch.tolist() for batch in loader]
         result.append([(s, *f) for s, f in zip(seen, facts, strict=True)])
-    return {"epochs": result, "len": len(loader) if hasattr(loader, "__len__") else None}
+    return {"epochs": result, "len": known_length(loader)}
 
 
 def resumed(job: Job, kind: str, *, stop: int) -> tuple[Any, Any]:

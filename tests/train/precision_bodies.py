@@ -20,6 +20,7 @@ def overflow(job: Job, strategy: str, *, clip: bool) -> dict[str, Any]:
     model, optimizer = job.prepare(model, optimizer, strategy=strategy, precision="fp16")
     torch.manual_seed(job.rank)
     history, norms, dtypes = [], [], set()
+    started = job.stats()["operations"].get("all_reduce", {}).get("calls", 0)
     for step in range(9):
         x, y = torch.randn(8, 6), torch.randint(2, (8,))
         output = model(x)
@@ -35,10 +36,12 @@ def overflow(job: Job, strategy: str, *, clip: bool) -> dict[str, Any]:
         optimizer.zero_grad()
         history.append(before == bodies.flat(model))
     job.synchronize()
+    calls = job.stats()["operations"]["all_reduce"]["calls"]
     precision = job.registered["precision"]
     return {
         "unchanged": history,
         "norms": norms,
+        "all_reduces": calls - started,
         "digest": bodies.digest(model),
         "minibatches": job.stats()["minibatches"],
         "state": precision.state_dict(),

@@ -47,7 +47,7 @@ def test_a_backward_that_raised_leaves_the_phase_in_which_it_began(before: Phase
 
 
 def test_a_window_weighs_all_its_micro_batches_and_begins_again_after_an_update() -> None:
-    window = AccumulationWindow()
+    window = AccumulationWindow(1)
     window.add(2, 8, is_last=False)
     window.backwards += 1
     window.add(1, 4, is_last=True)

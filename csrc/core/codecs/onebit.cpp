@@ -78,6 +78,17 @@ Scanner scanner() {
   return scan_baseline;
 }
 
+constexpr std::uint32_t infinity_bits = 0x7f800000u;
+
+// Mean |value| of a block whose sum overflowed: of values divided by the longest block, a power of two.
+float mean_of_large(const float* values, std::size_t length, std::size_t padded, Scanner scan) {
+  constexpr float most = static_cast<float>(max_block);
+  float smaller_values[max_block];
+  std::uint8_t signs[max_block / 8];
+  for (std::size_t i = 0; i < padded; ++i) smaller_values[i] = values[i] / most;
+  return scan(smaller_values, padded, signs) / static_cast<float>(length) * most;
+}
+
 template <bool HasResidual>
 PACELINE_INLINE void encode_body(const float* x, float* residual, std::size_t numel, std::size_t block,
                                  Scanner scan, U16* scales, std::uint8_t* bytes) {
@@ -92,8 +103,12 @@ PACELINE_INLINE void encode_body(const float* x, float* residual, std::size_t nu
       std::uint32_t largest;
       source = load_block<HasResidual>(x + start, remainder, length, padded, values, largest);
     }
-    const float mean = scan(source, padded, signs) / static_cast<float>(length);
-    const std::uint16_t scale_bits = bfloat_of(mean);
+    const float total = scan(source, padded, signs);
+    const float mean = bits_of(total) == infinity_bits ? mean_of_large(source, length, padded, scan)
+                                                         : total / static_cast<float>(length);
+    std::uint16_t scale_bits = bfloat_of(mean);
+    // A finite mean stays finite where rounding to nearest would not.
+    if (scale_bits == 0x7f80u && bits_of(mean) < infinity_bits) scale_bits = 0x7f7fu;
     scales[start / block] = scale_bits;
     std::memcpy(bytes + start / 8, signs, (length + 7) / 8);
     if (HasResidual) {

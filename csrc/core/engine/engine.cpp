@@ -276,6 +276,7 @@ void Engine::help() {
         pause = short_nap;
       } else {
         progress();  // connections are made even while nothing is to be sent
+        if (!closing_.empty()) sweep();
       }
       is_dozing_.store(nap > long_nap);
     } else if (nap > long_nap) {
@@ -326,6 +327,7 @@ void Engine::close(std::unique_ptr<Group> group) {
   std::erase(groups_, group.get());
   closing_.push_back(std::move(group));
   sweep();
+  if (!closing_.empty()) start();  // the helper lets it go when the last peer has left
 }
 
 void Engine::sweep() {

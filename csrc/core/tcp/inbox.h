@@ -12,6 +12,44 @@
 
 namespace paceline {
 
+// Which bytes of a message are covered: a prefix, and islands behind gaps, merged where they touch.
+class ByteRanges {
+ public:
+  // Adds [begin, begin + num_bytes); false, and nothing is added, if a part of it is there already.
+  bool add(std::size_t begin, std::size_t num_bytes) {
+    if (num_bytes == 0) return true;
+    if (begin < prefix_bytes_) return false;
+    const std::size_t end = begin + num_bytes;
+    const auto next = islands_.lower_bound(begin);
+    if (next != islands_.end() && next->first < end) return false;
+    const auto before = next == islands_.begin() ? islands_.end() : std::prev(next);
+    if (before != islands_.end() && before->second > begin) return false;
+    if (begin == prefix_bytes_) {
+      prefix_bytes_ = end;
+      if (next != islands_.end() && next->first == end) {
+        prefix_bytes_ = next->second;
+        islands_.erase(next);
+      }
+      return true;
+    }
+    auto place = before != islands_.end() && before->second == begin ? before : islands_.end();
+    if (place == islands_.end()) place = islands_.emplace_hint(next, begin, end);
+    else place->second = end;
+    if (next != islands_.end() && next->first == end) {
+      place->second = next->second;
+      islands_.erase(next);
+    }
+    return true;
+  }
+
+  // Covered without a gap from the beginning.
+  std::size_t prefix_bytes() const { return prefix_bytes_; }
+
+ private:
+  std::size_t prefix_bytes_ = 0;                // in the common case all there is
+  std::map<std::size_t, std::size_t> islands_;  // begin → end
+};
+
 // A message of which something has arrived, if only its announcement.
 struct Incoming {
   int peer;
@@ -23,26 +61,18 @@ struct Incoming {
   Transfer* receive = nullptr;  // once matched
   bool is_discarded = false;
   std::unique_ptr<std::byte[]> stash{};          // holds slices until it is matched
-  std::map<std::size_t, std::size_t> islands{};  // begin → end of what arrived behind a gap
-  std::size_t prefix_bytes = 0;                  // arrived without a gap
+  ByteRanges arrived{};
+  // What the slices that have begun cover, on all links. Two that cover the same byte would make the message
+  // complete while one of them still writes into it.
+  ByteRanges promised{};
 
   bool is_complete() const { return arrived_bytes == total_bytes; }
   std::byte* memory() const { return receive ? receive->data : stash.get(); }
 
   void note_arrival(std::size_t offset, std::size_t num_bytes) {
     arrived_bytes += num_bytes;
-    if (offset == prefix_bytes) {
-      prefix_bytes += num_bytes;
-      for (auto it = islands.begin(); it != islands.end() && it->first <= prefix_bytes;
-           it = islands.erase(it))
-        prefix_bytes = std::max(prefix_bytes, it->second);
-    } else {
-      const auto before = islands.upper_bound(offset);
-      if (before != islands.begin() && std::prev(before)->second == offset)
-        std::prev(before)->second += num_bytes;
-      else islands[offset] = offset + num_bytes;
-    }
-    if (receive) receive->moved_bytes = prefix_bytes;
+    arrived.add(offset, num_bytes);
+    if (receive) receive->moved_bytes = arrived.prefix_bytes();
   }
 };
 

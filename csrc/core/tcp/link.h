@@ -75,6 +75,7 @@ class Link {
   int peer = -1;
   Incoming* incoming = nullptr;  // message of the frame being read; the owner's
   bool wants_write = false;      // as registered with epoll; the owner's
+  std::string source;            // where an accepted link comes from; the owner's
 
  private:
   static constexpr std::size_t staging_bytes = 64 << 10;

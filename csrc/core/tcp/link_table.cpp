@@ -18,7 +18,7 @@ namespace {
 
 constexpr int backlog = 1024;
 // Strangers may connect at will: a bounded number, for a short time, and no byte beyond a claim is read.
-constexpr std::size_t max_guests = 128;
+constexpr std::size_t max_strangers = 128;  // besides the ranks of the job
 constexpr Nanoseconds guest_time = 10 * second_ns;
 constexpr std::size_t max_links_per_peer = 64;
 constexpr Nanoseconds retry_pause = 50 * millisecond_ns;
@@ -198,22 +198,51 @@ void LinkTable::expect(int rank) {
 }
 
 void LinkTable::accept_guests() {
+  const std::size_t max_guests = max_strangers + peers_.size();
   for (const Fd& listener : listeners_) {
     for (int i = 0; i < 64; ++i) {
-      Fd socket(::accept4(listener.get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
-      if (!socket) break;
-      if (guests_.size() >= max_guests) {  // the oldest goes
-        auto oldest = std::move(guests_.front());
-        guests_.erase(guests_.begin());
-        bury(std::move(oldest));
+      if (!budget_.may_accept(now_ns())) return set_accepting(false);
+      Endpoint source;
+      source.size = sizeof source.storage;
+      Fd socket(::accept4(listener.get(), reinterpret_cast<sockaddr*>(&source.storage), &source.size,
+                          SOCK_NONBLOCK | SOCK_CLOEXEC));
+      if (!socket) {
+        if (errno != EMFILE && errno != ENFILE && errno != ENOBUFS && errno != ENOMEM) break;
+        if (!guests_.empty()) refuse_oldest("this process cannot accept more connections");
+        return set_accepting(false);  // without a pause, a stranger that waits would make this rank spin
       }
+      budget_.spend();
+      if (guests_.size() >= max_guests) refuse_oldest("too many connections without a handshake");
       guests_.push_back(std::make_unique<Link>(std::move(socket), Handshake::acceptor(key_, options_.rank),
                                                false, now_ns() + guest_time));
+      guests_.back()->source = source.host();
       watch_events(*guests_.back(), false, true);
       greet(*guests_.back());
     }
   }
   arm_timer();
+}
+
+void LinkTable::refuse_oldest(const std::string& why) {
+  auto oldest = std::move(guests_.front());
+  guests_.erase(guests_.begin());
+  refuse(std::move(oldest), why);
+}
+
+void LinkTable::refuse(std::unique_ptr<Link> guest, const std::string& why) {
+  budget_.report(options_.rank, guest->source, why, now_ns());
+  bury(std::move(guest));
+}
+
+// Whether new connections are accepted, or left to the kernel until the next tick.
+void LinkTable::set_accepting(bool is_accepting) {
+  if (is_accepting_ == is_accepting) return;
+  is_accepting_ = is_accepting;
+  for (const Fd& listener : listeners_) {
+    if (is_accepting) register_reader(poller_, listener);
+    else ::epoll_ctl(poller_.get(), EPOLL_CTL_DEL, listener.get(), nullptr);
+  }
+  if (!is_accepting) arm_timer();
 }
 
 void LinkTable::greet(Link& link) {
@@ -227,9 +256,10 @@ void LinkTable::greet(Link& link) {
         attempt.last_error = owned->why();
         attempt.retry_at = now_ns() + retry_pause;
       }
+      return bury(std::move(owned));
     }
-    bury(std::move(owned));
-    return;
+    const std::string why = owned->why();
+    return refuse(std::move(owned), why);
   }
   const bool wants_write = !link.handshake.outgoing().empty();
   if (wants_write != link.wants_write) watch_events(link, wants_write);
@@ -313,11 +343,8 @@ void LinkTable::on_timer() {
   (void)!::read(timer_.get(), &expirations, sizeof expirations);
   is_timer_armed_ = false;
   const Nanoseconds now = now_ns();
-  std::erase_if(guests_, [&](auto& guest) {
-    if (guest->deadline > now) return false;
-    bury(std::move(guest));
-    return true;
-  });
+  set_accepting(true);
+  while (!guests_.empty() && guests_.front()->deadline <= now) refuse_oldest("no handshake within 10 s");
   for (int rank = 0; rank < options_.size; ++rank) {
     PeerLinks& peer = at(rank);
     if (peer.failure) continue;
@@ -359,10 +386,10 @@ void LinkTable::check_attempts(int rank, Nanoseconds now) {
 
 void LinkTable::arm_timer() {
   if (is_timer_armed_) return;
-  const bool has_work = !guests_.empty() || std::ranges::any_of(peers_, [](const PeerLinks& p) {
+  const bool has_peer_to_check = std::ranges::any_of(peers_, [](const PeerLinks& p) {
     return !p.failure && (!p.attempts.empty() || p.expected_since != 0 || p.ending_since != 0);
   });
-  if (!has_work) return;
+  if (guests_.empty() && is_accepting_ && !has_peer_to_check) return;
   itimerspec when{};
   when.it_value.tv_nsec = tick;
   ::timerfd_settime(timer_.get(), 0, &when, nullptr);

@@ -7,6 +7,7 @@
 
 #include "core/base/failure.h"
 #include "core/tcp/link.h"
+#include "core/tcp/stranger_budget.h"
 #include "core/tcp/tcp_options.h"
 
 namespace paceline {
@@ -89,6 +90,9 @@ class LinkTable {
   int num_links_wanted(int peer) const;
   void dial_one(int peer, Attempt& attempt);
   void accept_guests();
+  void refuse_oldest(const std::string& why);
+  void refuse(std::unique_ptr<Link> guest, const std::string& why);
+  void set_accepting(bool is_accepting);
   void greet(Link& link);
   void admit(std::unique_ptr<Link> link);
   void read(Link& link);
@@ -108,7 +112,8 @@ class LinkTable {
   std::vector<Endpoint> rails_;
   std::vector<Fd> listeners_;
   Fd poller_, timer_;
-  bool is_timer_armed_ = false;
+  bool is_timer_armed_ = false, is_accepting_ = true;
+  StrangerBudget budget_;
   std::vector<PeerLinks> peers_;
   std::vector<std::unique_ptr<Link>> guests_;     // accepted, not yet proven
   std::vector<std::unique_ptr<Link>> graveyard_;  // events of this round may still name them

@@ -55,8 +55,8 @@ const char* MessageReceiver::begin_slice(Link& link, const LinkFrameHeader& head
     Incoming& message = *known->second;
     if (message.total_bytes != header.total_bytes || message.tag != header.tag)
       return "slices of one message disagree";
-    if (header.num_bytes > message.total_bytes - message.arrived_bytes) return "slice sent twice";
     if (message.is_announced && !message.receive && !message.is_discarded) return "message not accepted";
+    if (!message.promised.add(header.offset, header.num_bytes)) return "slice sent twice";
     link.incoming = &message;
     return nullptr;
   }
@@ -65,6 +65,7 @@ const char* MessageReceiver::begin_slice(Link& link, const LinkFrameHeader& head
     return "more sent unasked than there is credit for";
   peer.unasked_received += header.total_bytes;
   Incoming& message = add_message(link.peer, header, false);
+  message.promised.add(header.offset, header.num_bytes);
   link.incoming = &message;
   match_in_order(link.peer);
   if (!message.receive && !message.is_discarded)
@@ -95,7 +96,7 @@ void MessageReceiver::bind(Incoming& message, Transfer& receive) {
     if (message.stash && message.total_bytes > 0)
       std::memcpy(receive.data, message.stash.get(), message.total_bytes);
     message.receive = &receive;
-    receive.moved_bytes = message.prefix_bytes;
+    receive.moved_bytes = message.arrived.prefix_bytes();
   } else {
     message.is_discarded = true;
     receive.fail({FailureKind::mismatch, message.peer,

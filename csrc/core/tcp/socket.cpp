@@ -89,14 +89,17 @@ Endpoint Endpoint::parse(const std::string& text) {
   return endpoint;
 }
 
-std::string Endpoint::text() const {
+std::string Endpoint::host() const {
   char host[INET6_ADDRSTRLEN] = "?";
   if (family() == AF_INET)
     ::inet_ntop(AF_INET, &reinterpret_cast<const sockaddr_in&>(storage).sin_addr, host, sizeof host);
   else if (family() == AF_INET6)
     ::inet_ntop(AF_INET6, &reinterpret_cast<const sockaddr_in6&>(storage).sin6_addr, host, sizeof host);
-  const std::string bare = host;
-  return (family() == AF_INET6 ? "[" + bare + "]" : bare) + ":" + std::to_string(port());
+  return host;
+}
+
+std::string Endpoint::text() const {
+  return (family() == AF_INET6 ? "[" + host() + "]" : host()) + ":" + std::to_string(port());
 }
 
 std::uint16_t Endpoint::port() const {

@@ -37,6 +37,7 @@ struct Endpoint {
   // up.
   static Endpoint parse(const std::string& text);
   std::string text() const;  // with the port
+  std::string host() const;  // without
   std::uint16_t port() const;
   void set_port(std::uint16_t port);
   int family() const { return storage.ss_family; }

@@ -216,13 +216,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--library", choices=LIBRARIES, required=True)
     parser.add_argument("--fabric", default="")
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--socket", required=True)
     options = parser.parse_args()
     token = os.environ["PACELINE_BENCH_TOKEN"]
     library = LIBRARIES[options.library](options.fabric)
     library.barrier()
-    with socket.create_connection(("127.0.0.1", options.port), timeout=60) as connection:
-        connection.settimeout(None)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(options.socket)
         with connection.makefile("rw") as channel:
             hello = {"token": token, "rank": library.rank, "name": library.name}
             channel.write(json.dumps(hello) + "\n")

@@ -17,6 +17,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -102,7 +103,7 @@ def parse_peers(text: str) -> list[Peer]:
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, python = item.partition("=")
         if python:
-            if not os.access(python, os.X_OK) or not _has_mpi(python):
+            if not os.path.isfile(python) or not os.access(python, os.X_OK) or not _has_mpi(python):
                 raise ConfigError(
                     f"--peers {item}: {python} must be a Python with mpi4py and mpiexec beside it"
                 )
@@ -138,7 +139,11 @@ class Team:
     def __init__(self, peer: Peer, fabric: str, ranks: int) -> None:
         self.fabric, self.ranks = fabric, ranks
         self._token = secrets.token_hex(16)
-        self._server = socket.create_server(("127.0.0.1", 0), backlog=ranks)
+        # In a folder that other accounts cannot enter.
+        self._folder = tempfile.TemporaryDirectory(prefix="paceline-bench-")
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.bind(f"{self._folder.name}/socket")
+        self._server.listen(ranks)
         self._channels: list[Any] = []
         self._processes = self._start(peer)
         try:
@@ -150,7 +155,7 @@ class Team:
 
     def _start(self, peer: Peer) -> list[subprocess.Popen[bytes]]:
         command = [peer.python, "-P", str(_WORKER), "--library", peer.library, "--fabric", self.fabric]
-        command += ["--port", str(self._server.getsockname()[1])]
+        command += ["--socket", str(self._server.getsockname())]
         environment = {**os.environ, "PACELINE_BENCH_TOKEN": self._token, "OMP_NUM_THREADS": "1"}
         for inherited in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PACELINE_JOB"):
             environment.pop(inherited, None)
@@ -223,6 +228,7 @@ class Team:
             except OSError:
                 pass
         self._server.close()
+        self._folder.cleanup()
         for process in self._processes:
             try:
                 process.wait(timeout=5)

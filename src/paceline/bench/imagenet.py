@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paceline import plugins
 from paceline.errors import ConfigError, PacelineError
 
 
@@ -61,7 +62,8 @@ def command(way: Way, folder: Path, workers: int, arguments: Sequence[str]) -> l
     if way.starter == "torchrun":
         launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
         return [*launcher, script, *rest]
-    paceline = [python, "-m", "paceline.cli.main", "run", "-n", str(workers), *way.options]
+    own = [word for file in plugins.files() for word in ("--plugin", file)]
+    paceline = [python, "-m", "paceline.cli.main", "run", "-n", str(workers), *own, *way.options]
     return [*paceline, *(["--as-horovod"] if way.starter == "horovod" else []), script, *rest]
 
 

@@ -8,15 +8,31 @@ import sys
 import typer
 
 from paceline import __version__, registry
-from paceline.errors import PacelineError
+from paceline.errors import PacelineError, reference
 
-app = typer.Typer(
-    name="paceline",
-    help="Train one PyTorch model on many workers, by any data-parallel method.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+_VERBS = "paceline.cli.verbs"
+_HELP = "Train one PyTorch model on many workers, by any data-parallel method."
+
+
+def make_app(only: str = "") -> typer.Typer:
+    """Make the command line.
+
+    Args:
+        only: The one command that will be called, whose file alone is imported; "" or an unknown name: all.
+    """
+    app = typer.Typer(
+        name="paceline",
+        help=_HELP,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(help=_HELP)(_root)
+    names = registry.names(_VERBS)
+    for name in [only] if only in names else names:
+        registry.load(_VERBS, name, kind="command").register(app)
+    _join_lines(app)
+    return app
 
 
 def _print_version(wanted: bool) -> None:
@@ -25,13 +41,12 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     version: bool = typer.Option(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
     ),
 ) -> None:
-    """Train one PyTorch model on many workers, by any data-parallel method."""
+    pass
 
 
 def _join_lines(group: typer.Typer) -> None:
@@ -45,17 +60,13 @@ def _join_lines(group: typer.Typer) -> None:
             _join_lines(child.typer_instance)
 
 
-for _verb in registry.discover("paceline.cli.verbs").values():
-    _verb.register(app)
-_join_lines(app)
-
-
 def main() -> None:
     """Run the command; a PacelineError becomes one clear line and exit code 2."""
     try:
-        app()
+        make_app(next(iter(sys.argv[1:]), ""))()
     except PacelineError as error:
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        message = typer.style(f"error: {error}", fg=typer.colors.RED)
+        typer.echo(f"{message} {reference(type(error))}", err=True)
         sys.exit(2)
 
 

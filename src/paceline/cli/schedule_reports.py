@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from paceline.cli import entries
 from paceline.cli.arguments import schedule as arguments
 from paceline.errors import ConfigError
 
@@ -68,11 +69,9 @@ def print_list(operation: str | None, *, as_json: bool) -> None:
         return
     for row in rows:
         also = f"  (also: {', '.join(row['aliases'])})" if row["aliases"] else ""
-        typer.secho(f"{row['name']}{also}", bold=True)
-        for key in ("summary", "operations", "ranks", "cost", "source", "options"):
-            value = ", ".join(row[key]) if isinstance(row[key], list) else row[key]
-            if value:
-                typer.echo(f"    {key + ':':<12}{value}")
+        keys = ("summary", "operations", "ranks", "cost", "source", "options")
+        facts = {k: ", ".join(row[k]) if isinstance(row[k], list) else row[k] for k in keys}
+        entries.show(f"{row['name']}{also}", facts)
 
 
 def network(text: str, num_ranks: int | None) -> Topology:

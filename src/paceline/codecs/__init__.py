@@ -66,13 +66,14 @@ def make_reducer(codec: str | spec.Spec | Codec | Reducer, *, checksum: bool = F
     Raises:
         ConfigError: An unknown name or argument.
     """
+    from paceline.codecs.kernel.codec import Codec
     from paceline.codecs.reducers.all_payloads import AllPayloads
     from paceline.codecs.reducers.reducer import Reducer
     from paceline.codecs.reducers.two_stage import TwoStage
 
     if isinstance(codec, Reducer):
         return codec
-    if isinstance(codec, str | spec.Spec):
+    if not isinstance(codec, Codec):
         made = _instance(_parsed(codec))
         if isinstance(made, Reducer):
             return made

@@ -22,6 +22,10 @@ from paceline.spec import Spec
 class ErrorFeedback(Codec):
     """Keep what a codec did not send, and add it to the next tensor.
 
+    What is sent late meets a momentum that has gone on without it. At a learning rate near the edge of
+    stability this overshoots, and a coarse codec is then worse with feedback than without: give `onebit`
+    `block=32`, or lower the learning rate.
+
     Args:
         codec: The codec to wrap, required. Around `threshold`, which keeps a residual of its own, error
             feedback changes nothing. `powersgd` keeps one too and cannot be wrapped.

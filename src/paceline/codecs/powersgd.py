@@ -10,15 +10,19 @@ Bytes: 4r(a + b) per matrix, in both all-reduces together.   [tested]
 
 from __future__ import annotations
 
+import copy
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import torch
 
+from paceline import local_work
 from paceline.codecs.kernel import ledger
 from paceline.codecs.reducers.reducer import Layout, Reducer
 from paceline.errors import ConfigError
+from paceline.local_work import WorkKind
 from paceline.spec import whole_number
 from paceline.types import Communicator, ReduceOp, Work
 
@@ -70,6 +74,7 @@ class PowerSgd(Reducer):
         left = [m @ q for m, q in zip(matrices, state["q"], strict=True)]
         packed = torch.cat([t.reshape(-1) for t in [*left, *uncompressed]])
         spent = time.perf_counter() - started
+        self._charge(0, flat, layout, comm, state)
         yield comm.all_reduce(packed, op=ReduceOp.SUM)
 
         started = time.perf_counter()
@@ -82,6 +87,7 @@ class PowerSgd(Reducer):
         if right:
             packed = torch.cat([q.reshape(-1) for q in right])
             spent += time.perf_counter() - started
+            self._charge(1, flat, layout, comm, state)
             yield comm.all_reduce(packed, op=ReduceOp.SUM)
             started = time.perf_counter()
             state["q"], _ = _unpacked(packed, right, [])
@@ -92,6 +98,28 @@ class PowerSgd(Reducer):
             matrix.copy_(approximation)
         _drop_infinite_factors(state)
         _count(state, flat.numel(), num_sent, spent + time.perf_counter() - started)
+        self._charge(2 if right else 1, flat, layout, comm, state)
+
+    def _charge(
+        self, part: int, flat: torch.Tensor, layout: Layout, comm: Communicator, state: dict[str, Any]
+    ) -> None:
+        """Charge what lies before exchange number `part`; after both exchanges, it is decoding."""
+        if not local_work.is_heard():
+            return
+        alone: Any = _Alone(comm.size)
+
+        def rehearsal() -> Callable[[], object]:
+            stages = self.stages(flat.clone(), layout, alone, copy.deepcopy(state))
+            for _ in range(part):
+                next(stages)
+            return functools.partial(next, stages, None)
+
+        matrices, _ = self._views(flat, layout)
+        shapes = "+".join(f"{m.shape[0]}x{m.shape[1]}" for m in matrices)
+        kind = WorkKind.ENCODE if part < (2 if matrices else 1) else WorkKind.DECODE
+        local_work.charge(
+            kind, f"powersgd(rank={self._rank}) part {part} of {shapes}", flat.numel(), rehearsal
+        )
 
     def _views(self, flat: torch.Tensor, layout: Layout) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Matrices to compress, and the 1-D tensors between them, as views of `flat`."""
@@ -125,6 +153,16 @@ class PowerSgd(Reducer):
         memory = [state.get("residual", torch.empty(0)), *state.get("q", [])]
         counted = {"extra_memory_bytes": sum(4 * t.numel() for t in memory)}
         return ledger.total([state.get("ledger", {}), counted])
+
+
+class _Alone:
+    """What a rehearsal sums over: this rank, whose sums are there at once."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def all_reduce(self, tensor: torch.Tensor, **_: object) -> None:
+        pass
 
 
 def _unpacked(

@@ -22,7 +22,6 @@ Wherever a user names an algorithm it is written like `ring_chunked(segments=4)`
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +38,7 @@ from paceline.schedule.program import Program, replicate
 
 COPIES = ("channels", "instances")
 """Options that every algorithm has: how many copies of the program run side by side."""
+_MOST = 4096  # of any option: more segments or copies would only cost memory
 
 
 def names() -> list[str]:
@@ -64,13 +64,13 @@ def find(name: str) -> ModuleType:
         known = _known(tuple(__path__))
     if name not in known:
         raise ConfigError(registry.unknown("algorithm", name, known))
-    return importlib.import_module(f"{__name__}.{known[name]}")
+    return registry.load(__name__, known[name], kind="algorithm")
 
 
 @lru_cache(maxsize=8)
 def _known(path: tuple[str, ...]) -> dict[str, str]:
     """Name or alias → name, of the plug-ins in the folders `path`."""
-    return {n: n for n in names()} | aliases()
+    return aliases() | {n: n for n in names()}
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
@@ -170,5 +170,7 @@ def check_options(name: str, given: Mapping[str, Any]) -> None:
         is_whole = isinstance(value, Integral) and not isinstance(value, bool)
         if not is_whole and (kind == "int" or (kind == "int | None" and value is not None)):
             raise ConfigError(f"{name}: {option}: a whole number expected, got {value}")
+        if is_whole and abs(value) > _MOST:
+            raise ConfigError(f"{name}: {option}: at most {_MOST} expected, got {value}")
         if option in COPIES and value < 1:
             raise ConfigError(f"{name}: at least one {option[:-1]} expected, got {value}")

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import torch
 
+from paceline.comm import loss_exchange
 from paceline.comm.fabric_operations import FabricOperations
 from paceline.comm.ledger import Ledger
 from paceline.comm.messages import mailbox
@@ -58,6 +59,7 @@ class FabricCommunicator(FabricOperations):
         self.min_size = size
         """With how many living ranks the job is worth going on; see `tolerate_loss`."""
         self._open_mailbox: Mailbox | None = None
+        self._served: set[str] = set()
         self._survivors: Survivors | None = None
         self._counters = self.ledger.counters
 
@@ -237,6 +239,7 @@ class FabricCommunicator(FabricOperations):
         self._check("send", tensor, root=dst)
         self._counters.send.calls += 1
         self._counters.send.payload_bytes += tensor.nbytes
+        self.ledger.own_bytes += tensor.nbytes if dst == self.rank else 0
         return self.start_send(tensor, dst, tag)
 
     def recv(self, tensor: torch.Tensor, src: Rank | None = None, *, tag: int = 0) -> Work:
@@ -246,7 +249,10 @@ class FabricCommunicator(FabricOperations):
         return self.start_recv(tensor, src, tag)
 
     def serve(self, channel: str, handler: Handler) -> None:
-        """Answer messages on `channel` with `handler`, which must not wait."""
+        """Answer messages on `channel` with `handler`, which must not wait. A channel is served once."""
+        if channel in self._served:
+            raise ConfigError(f"{self.who()}: serve({channel!r}): this channel has a handler already")
+        self._served.add(channel)
         self.register_handler(channel, handler)
 
     def call(self, peer: Rank, channel: str, message: Message) -> Reply:
@@ -254,7 +260,7 @@ class FabricCommunicator(FabricOperations):
         self._check_peer("call", peer)
         reply = self.send_call(peer, channel, message)
         self._counters.call.calls += 1
-        self._counters.call.payload_bytes += sum(t.nbytes for t in message.tensors)
+        self._counters.call.payload_bytes += self._message_bytes(peer, message)
         return reply
 
     def post(self, peer: Rank, channel: str, message: Message) -> None:
@@ -262,7 +268,7 @@ class FabricCommunicator(FabricOperations):
         self._check_peer("post", peer)
         self.send_post(peer, channel, message)
         self._counters.post.calls += 1
-        self._counters.post.payload_bytes += sum(t.nbytes for t in message.tensors)
+        self._counters.post.payload_bytes += self._message_bytes(peer, message)
 
     def deferred(self) -> Reply:
         """A promise that a handler returns now and sets later, e.g. when a third rank has come."""
@@ -282,8 +288,16 @@ class FabricCommunicator(FabricOperations):
     def tolerate_loss(self) -> None:
         """From now on collectives go on among the living, if `min_size` allows losses. All ranks call it."""
         if self.min_size < self.size and self._survivors is None:
+            self.mailbox().gives_up_stuck_ranks = True
             self._survivors = Survivors(self.mailbox(), self.rank, self.size)
+            if self.rank == 0 and self.meeting is not None and self.meeting.lost_ranks is not None:
+                loss_exchange.start(self.mailbox(), self.meeting.lost_ranks)
             self.barrier().wait()  # rank 0 has a connection to every rank, and so sees it die
+
+    def note_progress(self) -> None:
+        """A minibatch has begun: peers that wait for this rank's messages need not give it up."""
+        if self._open_mailbox is not None:
+            self._open_mailbox.progress += 1
 
     def charge_compute(self, share: float = 1.0) -> None:
         """In virtual time: let `share` of one minibatch's compute time pass."""
@@ -313,7 +327,8 @@ class FabricCommunicator(FabricOperations):
         """Release what the fabric holds; idempotent. Without a goodbye, peers take this rank for lost."""
         if self.unusable != "it was closed":
             if self._open_mailbox is not None:
-                self._open_mailbox.close(goodbye=goodbye)
+                # After a failure a peer may be out of reach: what is queued for it is not waited for.
+                self._open_mailbox.close(10.0 if goodbye else 1.0, goodbye=goodbye)
             self.unusable = "it was closed"
             self.release()
 
@@ -347,7 +362,16 @@ class FabricCommunicator(FabricOperations):
                     f"{self.who()}: messages need a communicator of the whole job, not a part of it"
                 )
             self._open_mailbox = mailbox.open(self.meeting, self.ledger)
+            self._open_mailbox.on_lost(self._lose)
         return self._open_mailbox
+
+    def _lose(self, peer: Rank) -> None:
+        """On the message service. Without permission to go on, every call that waits fails, of any peer."""
+        if self._survivors is not None or self.unusable is not None:
+            return
+        why = self.mailbox().why_lost(peer)
+        self.unusable = f"rank {peer} is lost ({why}), and the job may not go on without it"
+        self.mailbox().give_up(f"{self.who()}: {self.unusable}; see --min-workers")
 
     def register_handler(self, channel: str, handler: Handler) -> None:
         """`serve`, for a fabric to override."""
@@ -379,6 +403,13 @@ class FabricCommunicator(FabricOperations):
         if self._survivors is not None:
             return self._survivors
         return self.lane(options.priority) if options.priority else self
+
+    def _message_bytes(self, peer: Rank, message: Message) -> int:
+        """Payload of a message; what a rank sends to itself is noted, as it leaves through no link."""
+        num_bytes = sum(t.nbytes for t in message.tensors)
+        if peer == self.rank:
+            self.ledger.own_bytes += num_bytes
+        return num_bytes
 
     # Checks.
 

@@ -12,6 +12,10 @@ Payload bytes of an operation are the bytes that *this rank hands to it*, whatev
 
 So bytes are counted once in the job, where they come from. Wire bytes are what really left this rank through
 its links, headers included; None where the fabric cannot see them (torch).
+
+Payloads of different operations do not compare: an all_reduce of S bytes sends nearly 2S, and a rank's
+messages to itself send nothing. `scheduled_bytes` do: what the schedule with the fewest bytes sends,
+on any fabric.
 """
 
 from __future__ import annotations
@@ -37,6 +41,23 @@ OPERATIONS = (
     "post",
     "answer",
 )
+
+
+def scheduled_share(operation: str, size: int) -> float:
+    """Bytes sent to other ranks per payload byte, by the schedule of an operation that sends the fewest.
+
+    What a root alone hands in (broadcast, scatter) is counted there, so this is right for the sum over ranks.
+
+    Args:
+        operation: One of `OPERATIONS`.
+        size: Number of ranks, P: 2(P − 1)/P for all_reduce, P − 1 for all_gather and broadcast, (P − 1)/P for
+            the other collectives, 1 for messages.
+    """
+    if operation in ("send", "call", "post", "answer"):
+        return 1.0
+    if operation in ("broadcast", "all_gather", "all_gather_v"):
+        return size - 1.0
+    return (2.0 if operation == "all_reduce" else 1.0) * (size - 1) / size
 
 
 class Counts(Protocol):
@@ -107,6 +128,8 @@ class Ledger:
         self.wait_s = 0.0
         """Seconds that callers spent inside `Work.wait` (and `Reply.wait`), on the fabric's clock."""
         self.wire_bytes: int | None = None
+        self.own_bytes = 0
+        """Payload bytes of messages of this rank to itself, answers included."""
 
     @property
     def operations(self) -> dict[str, Counts]:
@@ -117,6 +140,15 @@ class Ledger:
     def payload_bytes(self) -> int:
         """Sum over all operations."""
         return sum(counts.payload_bytes for counts in self.operations.values())
+
+    def scheduled_bytes(self, size: int) -> float:
+        """Bytes that this rank had to send to others, by the schedules that send the fewest.
+
+        Args:
+            size: Number of ranks of the communicator.
+        """
+        counts = self.operations
+        return sum(scheduled_share(n, size) * c.payload_bytes for n, c in counts.items()) - self.own_bytes
 
     def snapshot(self) -> dict[str, Any]:
         """Plain values: `payload_bytes`, `wire_bytes`, `wait_s`, and `operations` that were called."""

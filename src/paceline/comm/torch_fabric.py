@@ -25,6 +25,7 @@ from paceline.comm import device_messages, reference
 from paceline.comm.communicator import FabricCommunicator
 from paceline.comm.rendezvous.interfaces import interface_of
 from paceline.comm.rendezvous.meeting import Meeting
+from paceline.comm.roll_call import RollCall
 from paceline.errors import CommError, ConfigError, PeerLost, Timeout
 from paceline.types import DEFAULT_OPTIONS, CallOptions, Handler, Message, Rank, ReduceOp, Reply, Work
 
@@ -112,9 +113,15 @@ class TorchCommunicator(FabricCommunicator):
         owns_group: bool = False,
         meeting: Meeting | None = None,
         name: str = "paceline",
+        roll_call: RollCall | None = None,
+        job_ranks: Sequence[Rank] | None = None,
     ) -> None:
         super().__init__(dist.get_rank(group), dist.get_world_size(group), hosts)
         self.meeting = meeting
+        self._job_ranks = range(self.size) if job_ranks is None else job_ranks
+        self._roll_call = roll_call
+        if meeting is not None and self.size > 1:
+            self._roll_call = RollCall(self.mailbox(), hosts)
         self.group = group
         self.device = device or torch.device("cpu")
         is_gloo = self.device.type != "cpu" and _backend_name(self.group, self.device) == "gloo"
@@ -295,8 +302,15 @@ class TorchCommunicator(FabricCommunicator):
         )
         ranks_of_groups = c10d._world.pg_group_ranks  # noqa: SLF001  as above
         ranks_of_groups[group] = {member: r for r, member in enumerate(members)}
-        hosts = [self.hosts[r] for r in ranks]
-        return TorchCommunicator(hosts, group=group, device=self.device, owns_group=True, name=name)
+        return TorchCommunicator(
+            [self.hosts[r] for r in ranks],
+            group=group,
+            device=self.device,
+            owns_group=True,
+            name=name,
+            roll_call=self._roll_call,
+            job_ranks=[self._job_ranks[r] for r in ranks],
+        )
 
     def release(self) -> None:
         if self._owns_group and dist.is_initialized():
@@ -318,41 +332,55 @@ class TorchCommunicator(FabricCommunicator):
         finish: Callable[[], None] | None = None,
         **keywords: Any,
     ) -> Work:
+        call = 0 if self._roll_call is None else self._roll_call.begin(self._name)
         try:
             work = function(*arguments, group=self.group, async_op=True, **keywords)
         except RuntimeError as error:
-            raise self.translate(name, error) from error
-        return _TorchWork(self, work, finish, name)
+            raise self.translate(name, error, call) from error
+        return _TorchWork(self, work, finish, name, call)
 
-    def translate(self, name: str, error: BaseException) -> CommError:
-        """c10d's RuntimeError as ours; the communicator is unusable from now on."""
+    def translate(self, name: str, error: BaseException, call: int = 0) -> CommError:
+        """c10d's RuntimeError as ours; the communicator is unusable from now on.
+
+        Args:
+            name: Of the operation.
+            error: What c10d raised.
+            call: The operation's number among all ranks' calls; 0: unknown, as for send and recv.
+        """
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         number = self.ledger.operations[name].calls if name in self.ledger.operations else 0
         head = f"{self.who()}: {name} #{number} over {dist.get_backend(self.group)}"
         self.unusable = f"{name} #{number} failed: {text}"
+        culprit = "" if self._roll_call is None else self._roll_call.blame(self._name, call, self._job_ranks)
         if "imed out" in text or "imeout" in text:
-            return Timeout(
-                f"{head}: a rank did not arrive in time ({text}). Is every rank alive and calling it?"
-            )
+            who = culprit or "a rank did not arrive in time"
+            return Timeout(f"{head}: {who} ({text}). Is every rank alive and calling it?")
         if any(
             sign in text for sign in ("onnection closed", "onnection reset", "roken pipe", "onnection ref")
         ):
-            return PeerLost(f"{head}: a peer is gone ({text}). Look at the rank that failed first.")
-        return CommError(f"{head}: {text}")
+            who = culprit or "a peer is gone"
+            return PeerLost(f"{head}: {who} ({text}). Look at the rank that failed first.")
+        return CommError(f"{head}: {text}" + (f"; {culprit}" if culprit else ""))
 
 
 class _TorchWork:
     """A c10d Work, what remains to be done on arrival, and the time spent waiting for it."""
 
-    __slots__ = ("_comm", "_error", "_finish", "_name", "_work")
+    __slots__ = ("_call", "_comm", "_error", "_finish", "_name", "_work")
 
     def __init__(
-        self, comm: TorchCommunicator, work: Any, finish: Callable[[], object] | None, name: str
+        self,
+        comm: TorchCommunicator,
+        work: Any,
+        finish: Callable[[], object] | None,
+        name: str,
+        call: int = 0,
     ) -> None:
         self._comm = comm
         self._work = work
         self._finish = finish
         self._name = name
+        self._call = call
         self._error: BaseException | None = None
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -367,7 +395,7 @@ class _TorchWork:
             else:
                 self._work.wait(datetime.timedelta(seconds=timeout_s))
         except RuntimeError as error:
-            self._error = self._comm.translate(self._name, error)
+            self._error = self._comm.translate(self._name, error, self._call)
             raise self._error from error
         finally:
             self._comm.ledger.wait_s += time.perf_counter() - start

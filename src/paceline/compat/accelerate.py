@@ -23,8 +23,8 @@ from torch import nn
 from paceline.compat import embedding
 from paceline.errors import ConfigError
 from paceline.strategies.base.strategy import TrainingStrategy, make
-from paceline.train import checkpoint
 from paceline.train.job import DEFAULT_STRATEGY, Job
+from paceline.train.saving import checkpoint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

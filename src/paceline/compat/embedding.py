@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 import paceline
 from paceline.errors import CheckpointError, ConfigError
 from paceline.train.evaluate import consensus
@@ -36,14 +34,8 @@ def consensus_model(job: Job) -> Iterator[None]:
     with job.clock.paused():
         for attachment in job.attachments:
             attachment.finish_minibatch()
-        buffers = [(b, b.detach().clone()) for a in job.attachments for b in a.replica.buffers()]
-        try:
-            with consensus(job.attachments, job.comm):
-                yield
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+        with consensus(job.attachments, job.comm):
+            yield
 
 
 def state_of_all_ranks(job: Job) -> dict[str, Any]:

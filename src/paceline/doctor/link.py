@@ -1,21 +1,25 @@
 """Measurements between two ranks: latency, bandwidth, difference of clocks.
 
-Each rank runs a `LinkResponder`; one rank measures, the other's responder answers. The measuring rank first
-proves that it knows the job's secret. The system chooses the ports, as for the fabrics, so that a firewall
+Each rank runs a `LinkResponder`; one rank measures, the other's responder answers. Both first prove that they
+know the job's secret. The system chooses the ports, as for the fabrics, so that a firewall
 between ranks shows up here.
 """
 
 from __future__ import annotations
 
-import hmac
+import contextlib
 import socket
 import statistics
 import struct
-import threading
 import time
 from typing import Any
 
+from paceline.comm.security.authentication import Acceptor, Initiator, authenticate
+from paceline.comm.security.keys import derive
+from paceline.comm.security.receive import receive_exactly
+from paceline.comm.security.threaded_listener import ThreadedListener
 from paceline.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
+from paceline.errors import ProtocolError
 
 _PINGS = 60
 _CHUNK_BYTES = 1 << 18
@@ -24,71 +28,62 @@ _STREAM_BYTES = 256 << 20
 _SKEW_S = 1.0
 _SLOW_BYTES_PER_S = 12.5e6
 _LONG_S = 0.005
+_PURPOSE = "doctor"
+_PATIENCE_S = 20.0
 _TIME = struct.Struct("!d")
 # Requests of one byte. A stream is followed by its size in bytes.
 _GET_TIME, _PING, _STREAM, _DONE = b"t", b"p", b"s", b"q"
 
 
 class LinkResponder:
-    """Answers measurements on a port of its own, in a thread, until closed.
+    """Answers measurements on a port of its own until closed.
 
     Args:
         secret: The job's secret.
-        address: The local address to listen on; "": all.
+        address: The local address to listen on.
     """
 
-    def __init__(self, secret: bytes, address: str = "") -> None:
-        self._key = _key(secret)
-        self._server = socket.create_server(
-            (address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET, backlog=64
+    def __init__(self, secret: bytes, address: str) -> None:
+        key = derive(secret, _PURPOSE)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._listener = ThreadedListener(
+            socket.create_server((address, 0), family=family, backlog=64),
+            "doctor",
+            guard=lambda: Acceptor(key, rank=0, size=1),
+            serve=_answer,
         )
-        self.port: int = self._server.getsockname()[1]
-        self._thread = threading.Thread(target=self._serve, name="paceline-doctor", daemon=True)
-        self._thread.start()
+        self.port = self._listener.port
 
     def close(self) -> None:
         """Stop answering and close the port."""
-        try:
-            self._server.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-        self._server.close()
-        self._thread.join(5)
+        self._listener.close()
 
-    def _serve(self) -> None:
-        while True:
-            try:
-                peer, _ = self._server.accept()
-            except OSError:
-                return
-            with peer:
-                peer.settimeout(20)
-                try:
-                    self._answer(peer)
-                except OSError:
-                    continue
 
-    def _answer(self, peer: socket.socket) -> None:
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if not hmac.compare_digest(_receive(peer, len(self._key)), self._key):
+def _answer(peer: socket.socket, _: Acceptor) -> None:
+    peer.settimeout(_PATIENCE_S)
+    with contextlib.suppress(OSError):
+        _answer_requests(peer)
+
+
+def _answer_requests(peer: socket.socket) -> None:
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    while True:
+        request = peer.recv(1)
+        if request == _GET_TIME:
+            peer.sendall(_TIME.pack(time.time()))
+        elif request == _PING:
+            peer.sendall(_DONE)
+        elif request == _STREAM:
+            (size,) = struct.unpack("!Q", receive_exactly(peer, 8))
+            left = size
+            while left:
+                data = peer.recv(min(left, _CHUNK_BYTES))
+                if not data:
+                    return
+                left -= len(data)
+            peer.sendall(_DONE)
+        else:
             return
-        while True:
-            request = peer.recv(1)
-            if request == _GET_TIME:
-                peer.sendall(_TIME.pack(time.time()))
-            elif request == _PING:
-                peer.sendall(_DONE)
-            elif request == _STREAM:
-                (size,) = struct.unpack("!Q", _receive(peer, 8))
-                left = size
-                while left:
-                    data = peer.recv(min(left, _CHUNK_BYTES))
-                    if not data:
-                        return
-                    left -= len(data)
-                peer.sendall(_DONE)
-            else:
-                return
 
 
 def measure(address: str, port: int, secret: bytes, *, timeout_s: float = 5.0) -> list[Finding]:
@@ -110,11 +105,12 @@ def measure(address: str, port: int, secret: bytes, *, timeout_s: float = 5.0) -
         ]
     with peer:
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        peer.settimeout(20)
         try:
-            peer.sendall(_key(secret))
+            guard = Initiator(derive(secret, _PURPOSE), rank=0, peer=0)
+            authenticate(peer, guard, timeout_s=_PATIENCE_S)
+            peer.settimeout(_PATIENCE_S)
             return [_clock(peer), _latency(peer), _bandwidth(peer)]
-        except OSError as error:
+        except (OSError, ProtocolError) as error:
             text = f"the connection to {address} port {port} broke during the measurement: {error}"
             return [
                 Finding(
@@ -131,7 +127,7 @@ def _clock(peer: socket.socket) -> Finding:
     for _ in range(9):
         before = time.time()
         peer.sendall(_GET_TIME)
-        (there,) = _TIME.unpack(_receive(peer, _TIME.size))
+        (there,) = _TIME.unpack(receive_exactly(peer, _TIME.size))
         after = time.time()
         best = min(best, (after - before, there - (before + after) / 2))
     return judge_clock(best[1], best[0] / 2)
@@ -154,7 +150,7 @@ def _latency(peer: socket.socket) -> Finding:
     for _ in range(_PINGS):
         began = time.perf_counter()
         peer.sendall(_PING)
-        _receive(peer, 1)
+        receive_exactly(peer, 1)
         times.append(time.perf_counter() - began)
     one_way_s = statistics.median(times[_PINGS // 6 :]) / 2
     worst_s = max(times[_PINGS // 6 :]) / 2
@@ -178,7 +174,7 @@ def _bandwidth(peer: socket.socket) -> Finding:
         peer.sendall(_STREAM + struct.pack("!Q", size))
         for _ in range(size // _CHUNK_BYTES):
             peer.sendall(payload)
-        _receive(peer, 1)
+        receive_exactly(peer, 1)
         took_s = time.perf_counter() - began
         rate = size / took_s
         if took_s > _STREAM_S / 4:
@@ -195,20 +191,6 @@ def _bandwidth(peer: socket.socket) -> Finding:
 
 def _microseconds(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"
-
-
-def _key(secret: bytes) -> bytes:
-    return hmac.digest(secret, b"paceline doctor", "sha256")
-
-
-def _receive(peer: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        piece = peer.recv(count - len(data))
-        if not piece:
-            raise ConnectionError("the other host closed the connection")
-        data += piece
-    return data
 
 
 def figures(findings: list[Finding]) -> dict[str, Any]:

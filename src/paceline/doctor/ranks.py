@@ -66,7 +66,9 @@ def _together(meeting: Meeting, mine: list[Finding], timeout_s: float) -> list[d
     leaders = _leaders(meeting)
     pairs = _pairs(leaders)
     limit = datetime.timedelta(seconds=timeout_s + _PER_LINK_S * (len(pairs) + 1))
-    responder = link.LinkResponder(meeting.secret) if rank in leaders else None
+    responder = (
+        link.LinkResponder(meeting.secret, meeting.address or "127.0.0.1") if rank in leaders else None
+    )
     try:
         if responder is not None:
             store.set(f"doctor/port/{rank}", str(responder.port))

@@ -7,6 +7,7 @@ import socket
 
 from paceline.comm.rendezvous.interfaces import local_address_towards
 from paceline.errors import ConfigError
+from paceline.user_input import digits, shortened
 
 DEFAULT_PORT = 29400
 
@@ -19,9 +20,10 @@ def parse_endpoint(text: str) -> tuple[str, int]:
         port = after[1:] if after.startswith(":") else port
     elif text.count(":") == 1:
         host, port = text.split(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(f"rendezvous {text!r}: HOST:PORT with a port from 1 to 65535 expected")
-    return host, int(port)
+    number = digits(port)
+    if not host or number is None or not 0 < number < 65536:
+        raise ConfigError(f"rendezvous {shortened(text)}: HOST:PORT with a port from 1 to 65535 expected")
+    return host, number
 
 
 def resolve(host: str) -> str:

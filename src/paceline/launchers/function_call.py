@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import pickletools
 import sys
 import tempfile
 import threading
@@ -20,13 +21,15 @@ from typing import Any
 
 from paceline.comm.rendezvous import pmi
 from paceline.comm.rendezvous.environment import who_am_i
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, WorkerFailed
+from paceline.types import named
 from paceline.worker_function import name_of, takes_rank
 
 importing_main = threading.Event()
 """Set in a worker while it imports the script that called `launch`."""
 
 _FOLDER = "PACELINE_CALL"  # the environment variable that tells a worker where the call's folder is
+_MAIN_PATH = "init_main_from_path"
 _BOOTSTRAP = (
     "import sys; from paceline.launchers.function_call import entry_point; entry_point(sys.argv.pop())"
 )
@@ -42,8 +45,8 @@ class FunctionCall:
             With cloudpickle's, functions of the main script travel by value.
 
     Raises:
-        ConfigError: The function or its arguments cannot be pickled, or do not fit each other; or a worker
-            calls this while it imports the user's script.
+        ConfigError: The function or its arguments cannot be pickled, do not fit each other, or are defined
+            where workers cannot import them; or a worker calls this while it imports the user's script.
     """
 
     def __init__(
@@ -61,7 +64,8 @@ class FunctionCall:
         # directory, which the job may set.
         preparation = spawn.get_preparation_data("worker")
         preparation = {k: v for k, v in preparation.items() if k not in ("authkey", "dir")}
-        if dumps is not None:  # functions of the main script travel by value: workers do not import it
+        has_main = "init_main_from_name" in preparation or Path(preparation.get(_MAIN_PATH, "")).is_file()
+        if dumps is not None or not has_main:  # by value, workers do not need it; without a file, have none
             preparation = {k: v for k, v in preparation.items() if not k.startswith("init_main_from")}
         try:
             payload = (dumps or pickle.dumps)((fn, tuple(args), passes_rank))
@@ -71,6 +75,12 @@ class FunctionCall:
                 f"launch({name_of(fn)}): the function and its arguments travel to new processes and cannot"
                 f" be pickled ({error}); define the function at the top level of a module or script"
             ) from error
+        if dumps is None and not has_main and _names_main(payload):
+            raise ConfigError(
+                f"launch({name_of(fn)}): it is defined where new processes cannot import it: in python -c, on"
+                " standard input, at a prompt or in a notebook. Write it into a file beside and import it"
+                " from there"
+            )
         self._folder = tempfile.TemporaryDirectory(prefix="paceline-call-")
         (Path(self._folder.name) / "call").write_bytes(self.content)
 
@@ -98,9 +108,17 @@ class FunctionCall:
         return pickle.loads((Path(self._folder.name) / f"result.{rank}").read_bytes())
 
     def results(self, *, lost: Set[int] = frozenset()) -> list[Any]:
-        """What the function returned on each rank that left a result, in rank order; None for `lost` ones."""
-        found = {int(p.suffix[1:]) for p in Path(self._folder.name).glob("result.[0-9]*")}
-        return [None if rank in lost else self.result(rank) for rank in sorted(found | lost)]
+        """What the function returned on each rank, in rank order; None for `lost` ones.
+
+        Raises WorkerFailed for a rank that ended without an error and without a result.
+        """
+        found = {int(p.suffix[1:]) for p in Path(self._folder.name).glob("result.[0-9]*")} | lost
+        if missing := set(range(max(found, default=-1) + 1)) - found:
+            raise WorkerFailed(
+                f"{named(sorted(missing))} ended with exit code 0 and left no result: does the function call"
+                " os._exit(), or replace the process?"
+            )
+        return [None if rank in lost else self.result(rank) for rank in sorted(found)]
 
     def exception(self, rank: int) -> BaseException | None:
         """What the function raised on `rank`; None if it could not be pickled."""
@@ -131,6 +149,10 @@ def entry_point(folder: str) -> None:
     fn, args, passes_rank = pickle.loads(payload)
     try:
         value = fn(rank, *args) if passes_rank else fn(*args)
+    except SystemExit as end:
+        if end.code:
+            raise
+        value = None  # it left early without an error: its place in the results stays its own
     except Exception as error:
         error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
         traceback.print_exception(error)
@@ -149,6 +171,11 @@ def entry_point(folder: str) -> None:
             f"the function's result, of type {type(value).__name__}, cannot be pickled"
         ) from error
     _write(Path(folder) / f"result.{rank}", content)
+
+
+def _names_main(payload: bytes) -> bool:
+    """Whether something in a pickle is to be found in the module `__main__`."""
+    return any(argument == "__main__" for _, argument, _ in pickletools.genops(payload))
 
 
 def keep_progress(content: bytes) -> None:

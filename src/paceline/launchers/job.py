@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from paceline.comm.security.keys import read_secret
 from paceline.errors import ConfigError
 from paceline.launchers.endpoint import parse_endpoint
-from paceline.launchers.function_call import FunctionCall
 from paceline.options import JobOptions
+from paceline.user_input import digits
+
+if TYPE_CHECKING:
+    from paceline.launchers.function_call import FunctionCall
 
 GRACE_S = 5.0
 GRACE_WITH_CHECKPOINT_S = 30.0
@@ -65,8 +69,8 @@ class JobSpec:
             `Runner.options`.
         nodes: Hosts; default 1.
         rendezvous: HOST:PORT where the hosts meet when each runs a launcher; HOST must be one of them.
-        secret_file: A file with the job's secret, the same on every host; None: the secret is made for the
-            job and shared at the rendezvous.
+        secret_file: A file with the job's secret, the same on every host; None: on one host, the secret is
+            made for the job; on several, it is the account's key, `~/.config/paceline/key`.
         threads: Intra-op threads per worker; None: the cpus of `resources`, else OMP_NUM_THREADS if set, else
             this host's cores / workers.
         max_restarts: How many times all workers are restarted after a failure; None: the engine's own policy
@@ -109,6 +113,8 @@ class JobSpec:
     def __post_init__(self) -> None:
         _at_least("workers (-n)", self.num_workers, 1)
         _at_least("nodes (--nodes)", self.nodes, 1)
+        if not self.name.strip():
+            raise ConfigError(f"name of the job (--name): at least one character expected, got {self.name!r}")
         if self.max_restarts is not None:
             _at_least("restarts (--max-restarts)", self.max_restarts, 0)
         if self.num_workers > MAX_WORKERS:
@@ -130,14 +136,13 @@ class JobSpec:
             read_secret(self.secret_file)
 
     def _check_bounds(self) -> None:
-        least, most = self.min_workers, self.max_workers
+        least, most, total = self.min_workers, self.max_workers, self.total_workers
         if least is not None:
             _at_least("--min-workers", least, 1)
-        if (least or 1) > self.total_workers or (most is not None and most < self.total_workers):
-            raise ConfigError(
-                f"elastic bounds: --min-workers <= workers <= --max-workers expected,"
-                f" got {least} <= {self.total_workers} <= {most}"
-            )
+        if least is not None and least > total:
+            raise ConfigError(f"--min-workers {least}: at most the {total} workers of -n × --nodes expected")
+        if most is not None and most < total:
+            raise ConfigError(f"--max-workers {most}: at least the {total} workers of -n × --nodes expected")
 
     @property
     def total_workers(self) -> int:
@@ -163,8 +168,8 @@ class JobSpec:
         if self.resources is not None and self.resources.cpus >= 1:
             return int(self.resources.cpus)
         given = environment.get("OMP_NUM_THREADS", "")
-        if given.isdigit() and int(given) > 0:
-            return int(given)
+        if threads := digits(given):
+            return threads
         return max(1, len(os.sched_getaffinity(0)) // self.num_workers)
 
     @property
@@ -176,20 +181,3 @@ class JobSpec:
 def _at_least(what: str, value: float, least: int) -> None:
     if not value >= least:
         raise ConfigError(f"{what}: at least {least} expected, got {value}")
-
-
-def read_secret(path: Path) -> str:
-    """The secret in `path`: at least 16 characters, in a file that only its owner can read."""
-    try:
-        mode = path.stat().st_mode
-        text = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--secret-file {path}: cannot be read: {error}") from None
-    if stat.S_ISREG(mode) and mode & 0o077:
-        raise ConfigError(f"--secret-file {path}: others can read it; run `chmod 600 {path}`")
-    if len(text) < 16:
-        raise ConfigError(
-            f"--secret-file {path}: at least 16 characters expected, got {len(text)}; "
-            f"make one with `openssl rand -hex 32 > {path}`"
-        )
-    return text

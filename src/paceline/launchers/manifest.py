@@ -16,6 +16,7 @@ from typing import Any
 
 from paceline.errors import ConfigError
 from paceline.launchers.job import JobSpec
+from paceline.options import new_secret
 
 KINDS = ("trainjob", "pytorchjob")
 Json = dict[str, Any] | list[Any]
@@ -140,7 +141,7 @@ def _pytorch_spec(job: JobSpec, image: str) -> dict[str, Any]:
             "rdzvBackend": "c10d",
             "minReplicas": _hosts(job, job.min_workers or job.num_workers, "--min-workers"),
             "maxReplicas": _hosts(job, job.max_workers or job.total_workers, "--max-workers"),
-            "maxRestarts": job.max_restarts or 3,
+            "maxRestarts": 3 if job.max_restarts is None else job.max_restarts,
         }
         return spec | {"pytorchReplicaSpecs": {"Worker": replicas(job.nodes)}}
     workers = {"Worker": replicas(job.nodes - 1)} if job.nodes > 1 else {}
@@ -165,7 +166,7 @@ def _command(job: JobSpec) -> list[str]:
 
 
 def _env(job: JobSpec) -> list[dict[str, str]]:
-    options = dataclasses.replace(job.options, secret="", bar_columns=0)
+    options = dataclasses.replace(job.options, secret=new_secret(), bar_columns=0)
     variables = {
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": str(job.remote_worker_threads),

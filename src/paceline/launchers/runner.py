@@ -94,6 +94,9 @@ class Runner(ABC):
         where = f" on each of {job.nodes} hosts" if job.nodes > 1 else ""
         return f"# engine {self.name}: {job.num_workers} workers{where}, each:\n{shlex.join(job.command)}\n"
 
+    def load(self) -> None:  # noqa: B027  most engines need nothing
+        """Import what takes long and is not needed to refuse a job; `run` calls this itself."""
+
     @property
     def dumps(self) -> Callable[[Any], bytes] | None:
         """Pickles functions that workers cannot import; None: plain pickle."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import plotly.graph_objects as go
 
 from paceline.bench.rows import Comparison, Point, Trial
+from paceline.report import line_breaks
 
 # Okabe & Ito's colours: told apart by everyone.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#4D4D4D")
@@ -48,7 +49,7 @@ def over_bytes(comparison: Comparison) -> str:
                 y=100 * trial.best_accuracy,
                 line={"color": colour(i), "dash": "dot", "width": 2},
                 annotation={
-                    "text": f"{trial.strategy}: best, sends nothing",
+                    "text": _wrapped(f"{trial.strategy}: best, sends nothing"),
                     "font": {"color": colour(i), "size": 13},
                 },
                 annotation_position="bottom left",
@@ -66,7 +67,7 @@ def staleness(comparison: Comparison) -> str:
                 go.Scatter(
                     x=list(range(len(counts))),
                     y=[100 * c / sum(counts) for c in counts],
-                    name=f"{trial.strategy}: mean {trial.staleness['staleness_mean']:.3g}",
+                    name=_wrapped(f"{trial.strategy}: mean {trial.staleness['staleness_mean']:.3g}"),
                     mode="lines",
                     line={"color": colour(i), "width": 2, "shape": "hvh"},
                     fill="tozeroy",
@@ -97,6 +98,11 @@ def _lines(
     return figure
 
 
+def _wrapped(strategy: str) -> str:
+    """As many lines as a long string needs: legends do not break lines themselves."""
+    return "<br>".join(line_breaks.lines(strategy))
+
+
 def _dress(figure: go.Figure) -> None:
     """Size, fonts and legend, the same for all pictures."""
     figure.update_layout(
@@ -113,13 +119,13 @@ def _line(index: int, trial: Trial, points: Sequence[Point], x: Callable[[Point]
     return go.Scatter(
         x=[x(p) for p in points],
         y=[100 * p.accuracy for p in points],
-        name=trial.strategy,
+        name=_wrapped(trial.strategy),
         mode="lines+markers",
         line={"color": colour(index), "width": 2.5},
         marker={"symbol": _SYMBOLS[index % len(_SYMBOLS)], "size": 8},
         customdata=[[p.epoch, p.seconds, p.bytes_sent / 1e6] for p in points],
         hovertemplate="<b>%{y:.2f} %</b> after %{customdata[0]:.2f} epochs, %{customdata[1]:.2f} s, "
-        "%{customdata[2]:.3g} MB<extra>" + trial.strategy + "</extra>",
+        "%{customdata[2]:.3g} MB<extra>" + _wrapped(trial.strategy) + "</extra>",
     )
 
 

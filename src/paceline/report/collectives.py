@@ -16,8 +16,8 @@ _WIDTH = 120
 
 
 def size_text(num_bytes: int) -> str:
-    """4 B, 32 KB, 1 MB: powers of 1024."""
-    for unit, factor in (("GB", 1 << 30), ("MB", 1 << 20), ("KB", 1 << 10)):
+    """4 B, 32 KiB, 1 MiB."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if num_bytes >= factor:
             return f"{num_bytes / factor:g} {unit}"
     return f"{num_bytes} B"

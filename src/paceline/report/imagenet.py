@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from paceline.report import line_breaks
+
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1060px;margin:2em auto;padding:0
 1em;color:#1c2733}
 table{border-collapse:collapse;width:100%;font-size:14px}th,td{padding:.4em .6em;text-align:right}
@@ -45,7 +47,7 @@ def _chart(rows: Sequence[Mapping[str, Any]]) -> str:
 
     bars = go.Bar(
         x=[r["samples_per_s"] for r in rows],
-        y=[r["way"] for r in rows],
+        y=["<br>".join(line_breaks.lines(r["way"])) for r in rows],
         orientation="h",
         text=[f"{r['samples_per_s']:.0f}" for r in rows],
         marker={"color": ["#0072B2" if r["way"].startswith("Paceline") else "#9aa7b4" for r in rows]},
@@ -69,5 +71,5 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
             if v.__class__ in (int, float)
         }
         cells = "".join(f"<td>{form.format(scaled[key])}</td>" for _, key, form in _COLUMNS)
-        body += f"<tr><td>{escape(r['way'])}{' *' if r['note'] else ''}</td>{cells}</tr>"
+        body += f"<tr><td>{line_breaks.html(r['way'])}{' *' if r['note'] else ''}</td>{cells}</tr>"
     return f"<table><thead><tr><th>way</th>{head}</tr></thead><tbody>{body}</tbody></table>"

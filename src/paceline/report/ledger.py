@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from html import escape
-
-from rich import box
 from rich.table import Table
 
 from paceline.bench.rows import Comparison, Trial
-from paceline.report import charts
+from paceline.report import strategy_rows
 from paceline.report.verdict import amount, duration
 
 _HEADS = (
@@ -23,38 +20,25 @@ _HEADS = (
 )
 _HINT = """What the codecs of these strategies made, all workers together. A payload counts once, however many
 workers it is sent to. Payload: values, signs and scales; index: which elements they belong to. The bound is
-the entropy of independent hits, which no code can beat on average. Encode time is that of this machine;
-extra memory holds residuals and factors."""
+the entropy of independent hits, which no code can beat on average. Encode time is what this machine really
+spent, also where seconds of training are virtual; extra memory holds residuals and factors."""
 
 
 def section(comparison: Comparison) -> str:
     """A heading and a table in HTML; nothing if no strategy has a codec."""
-    rows = []
-    for i, trial in enumerate(comparison.trials):
-        if trial.codec:
-            name = f'<span class="dot" style="background:{charts.colour(i)}"></span>{escape(trial.strategy)}'
-            rows.append(f"<tr><td>{name}</td>{''.join(f'<td>{c}</td>' for c in _cells(trial))}</tr>")
-    if not rows:
-        return ""
-    head = "".join(f"<th>{h}</th>".replace("\n", "<br>") for h in ("strategy", *_HEADS))
-    return (
-        f'<h2>Bytes by cause</h2><p class="hint">{_HINT}</p><div class="scroll"><table><thead><tr>{head}</tr>'
-        f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
+    return strategy_rows.section(
+        comparison, _rows(comparison), title="Bytes by cause", hint=_HINT, heads=_HEADS
     )
 
 
 def table(comparison: Comparison) -> Table | None:
     """The same for the terminal."""
-    if not any(trial.codec for trial in comparison.trials):
-        return None
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title="bytes by cause, all workers together")
-    made.add_column("strategy", min_width=16, max_width=48, overflow="fold")
-    for head in _HEADS:
-        made.add_column(head, justify="right", no_wrap=True)
-    for trial in comparison.trials:
-        if trial.codec:
-            made.add_row(trial.strategy, *_cells(trial))
-    return made
+    title = "bytes by cause, all workers together"
+    return strategy_rows.table(comparison, _rows(comparison), title=title, heads=_HEADS)
+
+
+def _rows(comparison: Comparison) -> dict[int, list[str]]:
+    return {i: _cells(trial) for i, trial in enumerate(comparison.trials) if trial.codec}
 
 
 def _cells(trial: Trial) -> list[str]:

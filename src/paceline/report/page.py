@@ -6,13 +6,17 @@ from html import escape
 from pathlib import Path
 
 from paceline.bench.rows import Comparison
-from paceline.report import charts, ledger
+from paceline.report import charts, ledger, line_breaks, strategy_rows, work
 from paceline.report.verdict import (
+    SPEED_TIE,
     Criterion,
     amount,
+    best_name,
     criteria,
     duration,
-    noise_points,
+    noise,
+    notes,
+    passes,
     pays,
     percent,
     verdict,
@@ -44,15 +48,16 @@ def render(comparison: Comparison) -> str:
 <main>
 {_head(comparison)}
 <h2>Who won</h2>
-<p class="hint">Four questions, because no strategy is best in every way. Ties within 0.05 points of
-accuracy, or 2 % of speed, are shared.</p>
+<p class="hint">Four questions, because no strategy is best in every way. What may be chance is a tie:
+{100 * noise(comparison):.1f} points of accuracy on {comparison.test_samples:,} test samples, or
+{100 * SPEED_TIE:g} % of speed.</p>
 <div class="cards">{"".join(_card(c) for c in found)}</div>
 <h2>All figures</h2>
-<p class="hint">One row per strategy, in the order they ran; the best of each criterion is green. With
-{comparison.test_samples:,} test samples, differences below about {noise_points(comparison):.1f} points
-of accuracy may be chance.</p>
+<p class="hint">One row per strategy, in the order they ran; the best of each criterion, and those who tie
+with it, are green.</p>
 {_table(comparison, found)}
 {_pictures(comparison)}
+{work.section(comparison)}
 {ledger.section(comparison)}
 {_conditions(comparison)}
 </main>
@@ -65,14 +70,15 @@ def _head(comparison: Comparison) -> str:
     most = max(t.workers for t in comparison.trials)
     return f"""<h1>Training strategies compared: {escape(comparison.task)}</h1>
 <p class="lead">The same model was trained {len(comparison.trials)} times from the same initial weights,
-each time by a different strategy: by one worker, or by {most} workers that share the work and exchange what
-they learned. Every dot below is an evaluation on {comparison.test_samples:,} test samples that were never
+each time by a different strategy, on up to {most} workers that share the work and exchange what they
+learned. Every dot below is an evaluation on {comparison.test_samples:,} test samples that were never
 trained on.</p>
-<p class="verdict{" no" if pays(comparison) is False else ""}">{escape(verdict(comparison))}</p>"""
+<p class="verdict{" no" if pays(comparison) is False else ""}">{escape(verdict(comparison))}</p>
+{"".join(f'<p class="note">{escape(note)}</p>' for note in notes(comparison))}"""
 
 
 def _card(criterion: Criterion) -> str:
-    winners = "<br>".join(f"<code>{escape(w)}</code>" for w in criterion.winners)
+    winners = "<br>".join(f"<code>{line_breaks.html(w)}</code>" for w in criterion.winners)
     return f"""<div class="card"><h3>{escape(criterion.name)}</h3>
 <div class="winner">{winners}</div><div class="value">{escape(criterion.value)}</div>
 <p>{escape(criterion.question)} {escape(criterion.explanation)}</p></div>"""
@@ -84,10 +90,11 @@ def _table(comparison: Comparison, found: list[Criterion]) -> str:
         "workers",
         "throughput<br>samples/s",
         "time per<br>epoch",
-        "best<br>accuracy",
+        best_name(comparison).replace(" on ", "<br>on "),
         f"accuracy<br>after {duration(comparison.seconds_budget)}",
-        f"accuracy after<br>{comparison.epochs_budget:g} epochs",
-        "sent per<br>sample",
+        f"accuracy after<br>{passes(comparison.epochs_budget)}",
+        "wire bytes<br>per sample",
+        "payload<br>per sample",
         "waited for<br>others",
     )
     rows = []
@@ -105,10 +112,11 @@ def _table(comparison: Comparison, found: list[Criterion]) -> str:
                 strict=True,
             )
         )
-        name = f'<span class="dot" style="background:{charts.colour(i)}"></span>{escape(trial.strategy)}'
+        name = strategy_rows.name(comparison, i)
         rows.append(
             f"<tr><td>{name}</td><td>{trial.workers}</td>{speed}<td>{duration(trial.seconds_per_epoch)}</td>"
             f"{best}{at_seconds}{at_epochs}<td>{amount(trial.bytes_sent_per_sample)}</td>"
+            f"<td>{amount(trial.payload_bytes_per_sample)}</td>"
             f"<td>{duration(trial.wait_s)}</td></tr>"
         )
     head = "".join(f"<th>{h}</th>" for h in heads)
@@ -157,18 +165,30 @@ def _conditions(comparison: Comparison) -> str:
         "Training set": f"{comparison.train_samples:,} samples, {comparison.epochs:g} epochs, reshuffled",
         "Global batch": f"{comparison.batch_size} samples per step over all workers, whatever their number",
         "Model": f"{parameters:,} parameters; learning rate: {rate}",
-        "Threads": f"{comparison.threads} per worker",
+        "Threads": f"{comparison.threads} per worker; as many in all for fewer workers",
         "Seed": f"{comparison.seed}: the same initial weights for every strategy",
         "Fabric": comparison.fabric or "as the workers chose",
-        "Clock": "training only; evaluations are off the clock and their traffic is not counted",
-        "Accuracy at a budget": "the last evaluation within it; the default time budget is the fastest "
-        "strategy's training time, so everyone has finished or is cut off there",
+        "Clock": "training only; evaluations, and waiting for them, are off the clock, and their traffic is "
+        "not counted",
+        "Accuracy at a budget": "on the straight line between the evaluations before and after it; the "
+        "default time budget is the fastest strategy's training time, so everyone has finished or is cut off "
+        "there",
+        "Best accuracy": "of the evaluation that was best on "
+        + (
+            f"{comparison.validation_samples:,} validation samples, which were not trained on"
+            if comparison.validation_samples
+            else "the test set itself; --validation 0.1 holds out training samples to choose by"
+        ),
+        "Bytes": "wire bytes are what a worker has to send to others for each sample of its own, by the "
+        "schedule of each operation that sends the fewest (2(P−1)/P of an all_reduce's tensor; nothing for "
+        "messages to itself); payload is what it hands to its communicator",
         "Machine": hardware or "unknown",
     }
     if comparison.simulated is not None:
         told = {k: v for k, v in comparison.simulated.items() if v and k != "trace"}
         facts["Simulated cluster"] = ", ".join(f"{k}: {v}" for k, v in told.items())
         facts["Clock"] = "virtual seconds of the simulated cluster; " + facts["Clock"]
+        facts["Work beside training"] = work.charging(comparison)
     methods = {t.strategy: t.advice for t in comparison.trials if t.advice}
     return (
         "<h2>The strategies</h2>"
@@ -180,4 +200,8 @@ def _conditions(comparison: Comparison) -> str:
 
 
 def _definitions(facts: dict[str, str]) -> str:
-    return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>"
+    return (
+        "<dl>"
+        + "".join(f"<dt>{line_breaks.html(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
+        + "</dl>"
+    )

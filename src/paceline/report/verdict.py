@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from paceline.bench.rows import Comparison, Trial
 
-_ACCURACY_TIE = 0.0005
-_SPEED_TIE = 0.02
+SPEED_TIE = 0.05
+"""Speeds that differ by less than this share are the same: a repeated run differs by as much."""
+_LEAST_GAP = 0.05
+"""Nobody is said not to have learned who is less than this behind the best accuracy."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Criterion:
     question: str
     explanation: str
     winners: tuple[str, ...]
-    """More than one if they tie: within 0.05 points of accuracy, or 2 % of speed."""
+    """More than one if they tie (see `noise` and SPEED_TIE); none if nobody has a figure."""
     value: str
     """The winner's, with its unit."""
 
@@ -33,16 +35,21 @@ def criteria(comparison: Comparison) -> list[Criterion]:
             comparison,
             "Throughput",
             "Which strategy trains on the most samples per second?",
-            "Says how well the work is spread, not whether the model learns from it.",
+            "Says how well the work is spread. Those who learned far less than the best are left out.",
             lambda t: t.samples_per_s,
             lambda v: f"{v:,.0f} samples/s",
             relative=True,
         ),
         _criterion(
             comparison,
-            "Best accuracy",
+            best_name(comparison),
             "Which strategy reached the best accuracy at any time?",
-            "Says what averaging less often costs in the end, if anything.",
+            "Says what averaging less often costs in the end, if anything. "
+            + (
+                "Each strategy's model was chosen on the validation set."
+                if comparison.validation_samples
+                else "Chosen on the test set itself, so a little better than on new data."
+            ),
             lambda t: t.best_accuracy,
             percent,
         ),
@@ -56,8 +63,8 @@ def criteria(comparison: Comparison) -> list[Criterion]:
         ),
         _criterion(
             comparison,
-            f"Accuracy after {epochs:g} {'epoch' if epochs == 1 else 'epochs'}",
-            f"Which strategy learned most from the same data, {epochs:g} passes over it?",
+            f"Accuracy after {passes(epochs)}",
+            f"Which strategy learned most from the same data, in {passes(epochs)}?",
             "The one that matters if data or energy are scarce rather than time.",
             lambda t: t.accuracy_at_epochs(epochs),
             percent,
@@ -75,62 +82,149 @@ def _criterion(
     *,
     relative: bool = False,
 ) -> Criterion:
-    best = max(measure(t) for t in comparison.trials)
-    slack = best * _SPEED_TIE if relative else _ACCURACY_TIE
-    winners = tuple(t.strategy for t in comparison.trials if measure(t) >= best - slack)
+    able = learned(comparison) if relative else comparison.trials
+    measured = [(t.strategy, measure(t)) for t in able if not math.isnan(measure(t))]
+    if not measured:
+        return Criterion(name, question, explanation, (), "no figure")
+    best = max(value for _, value in measured)
+    least = best / (1 + SPEED_TIE) if relative else best - noise(comparison)
+    winners = tuple(strategy for strategy, value in measured if value >= least)
     return Criterion(name, question, explanation, winners, show(best))
 
 
+def best_name(comparison: Comparison) -> str:
+    """How reports call `Trial.best_accuracy`: what it was chosen by is a part of its meaning."""
+    return "Test accuracy, best on validation" if comparison.validation_samples else "Best on the test set"
+
+
+def learned(comparison: Comparison) -> list[Trial]:
+    """The trials whose best accuracy is near the best of all: only they can be recommended for speed."""
+    accuracies = [t.best_accuracy for t in comparison.trials if not math.isnan(t.best_accuracy)]
+    least = max(accuracies, default=0.0) - max(noise(comparison), _LEAST_GAP)
+    return [t for t in comparison.trials if not t.has_diverged and t.best_accuracy >= least]
+
+
 def pays(comparison: Comparison) -> bool | None:
-    """Whether a distributed strategy beats one worker in speed; None if there is nothing to compare."""
-    single = [t.samples_per_s for t in comparison.trials if t.workers == 1]
-    others = [t.samples_per_s for t in comparison.trials if t.workers > 1]
-    return max(others) >= max(single) * (1 + _SPEED_TIE) if single and others else None
+    """Whether a distributed strategy that learns beats one worker in speed; None without both kinds."""
+    if not _single(comparison) or not any(t.workers > 1 for t in comparison.trials):
+        return None
+    others = [t for t in learned(comparison) if t.workers > 1]
+    return bool(others) and _speed_ratio(comparison, others) > 1 + SPEED_TIE
 
 
 def verdict(comparison: Comparison) -> str:
     """Whether to distribute this model on this machine, judged against the single worker."""
-    singles = [t for t in comparison.trials if t.workers == 1]
-    others = [t for t in comparison.trials if t.workers > 1]
-    if not singles or not others:
+    single, all_others = _single(comparison), [t for t in comparison.trials if t.workers > 1]
+    if single is None or not all_others:
         return (
             "To learn whether to distribute at all, add the strategy single to the list (and one other): "
             "every method has to beat one worker."
         )
-    single = max(singles, key=lambda t: t.samples_per_s)
-    budget = comparison.seconds_budget
-    fastest = max(others, key=lambda t: t.samples_per_s)
-    best = max(others, key=lambda t: t.accuracy_at_seconds(budget))
-    ratio = fastest.samples_per_s / single.samples_per_s
-    gain = best.accuracy_at_seconds(budget) - single.accuracy_at_seconds(budget)
-    if not pays(comparison):
+    others = [t for t in learned(comparison) if t.workers > 1]
+    if not others:
+        nearest = max(all_others, key=lambda t: _or_zero(t.best_accuracy))
         return (
-            f"Do not distribute this model on this machine: one worker trains {1 / ratio:.1f} times as fast "
+            "Do not distribute by these strategies with these arguments: none came near the best accuracy of "
+            f"one worker, {percent(single.best_accuracy)}; {nearest.strategy} came nearest with "
+            f"{percent(nearest.best_accuracy)}."
+        )
+    ratio, fastest = _speed_ratio(comparison, others), _fastest(others)
+    if ratio < 1 / (1 + SPEED_TIE):
+        text = (
+            f"Do not distribute this model on this machine: one worker trains {1 / ratio:.2g} times as fast "
             f"as the fastest of the others ({fastest.strategy}). Its steps are too short for the time that "
             "the workers spend on exchanging it. Larger models and batches change that."
         )
-    if gain < -_ACCURACY_TIE:
+    elif ratio <= 1 + SPEED_TIE:
+        text = (
+            f"Distributing this model gains nothing here: one worker and {fastest.strategy}, the fastest of "
+            f"the others, train equally fast, within {100 * SPEED_TIE:g} %."
+        )
+    else:
+        text = _gain(comparison, single, others)
+    return text + _left_out(comparison, fastest)
+
+
+def _gain(comparison: Comparison, single: Trial, others: list[Trial]) -> str:
+    """What the accuracy at the time budget says, where workers together are faster than one."""
+    budget, slack = comparison.seconds_budget, noise(comparison)
+    ratio, fastest = _speed_ratio(comparison, others), _fastest(others)
+    at_budget = max(t.accuracy_at_seconds(budget) for t in others)
+    best = _fastest([t for t in others if t.accuracy_at_seconds(budget) >= at_budget - slack])
+    gain = best.accuracy_at_seconds(budget) - _or_zero(single.accuracy_at_seconds(budget))
+    if gain < -slack:
         return (
-            f"{fastest.strategy} trains {ratio:.1f} times as fast as one worker, but learns less in the same "
-            f"time: after {duration(budget)}, one worker is {-100 * gain:.2f} points of accuracy ahead. "
+            f"{fastest.strategy} trains {ratio:.2g} times as fast as one worker, but learns less in the same "
+            f"time: after {duration(budget)}, one worker is {-100 * gain:.1f} points of accuracy ahead. "
             "Distribute only if a longer run makes up for it."
         )
-    lead = f"is {100 * gain:.2f} points of accuracy ahead of" if gain > _ACCURACY_TIE else "is level with"
+    lead = f"is {100 * gain:.1f} points of accuracy ahead of" if gain > slack else "is level with"
     return (
-        f"Distributing pays here: {fastest.strategy} trains {ratio:.1f} times as fast as one worker, and "
+        f"Distributing pays here: {fastest.strategy} trains {ratio:.2g} times as fast as one worker, and "
         f"after {duration(budget)} {best.strategy} {lead} it."
     )
 
 
-def noise_points(comparison: Comparison) -> float:
-    """Differences below this many points of accuracy may be chance: two standard deviations."""
-    best = max(t.best_accuracy for t in comparison.trials)
-    return 200 * math.sqrt(2 * best * (1 - best) / comparison.test_samples)
+def _left_out(comparison: Comparison, fastest: Trial) -> str:
+    """Who would have been the fastest, had it learned; "" if nobody."""
+    able = {id(t) for t in learned(comparison)}
+    faster = [
+        f"{t.strategy} ({'diverged' if t.has_diverged else percent(t.best_accuracy)})"
+        for t in comparison.trials
+        if id(t) not in able and t.samples_per_s > fastest.samples_per_s * (1 + SPEED_TIE)
+    ]
+    return f" Faster, but left out because it learned too little: {', '.join(faster)}." if faster else ""
+
+
+def _single(comparison: Comparison) -> Trial | None:
+    alone = [t for t in comparison.trials if t.workers == 1]
+    return _fastest(alone) if alone else None
+
+
+def _fastest(trials: list[Trial]) -> Trial:
+    return max(trials, key=lambda t: t.samples_per_s)
+
+
+def _speed_ratio(comparison: Comparison, others: list[Trial]) -> float:
+    single = _single(comparison)
+    assert single is not None
+    return _fastest(others).samples_per_s / single.samples_per_s
+
+
+def _or_zero(accuracy: float) -> float:
+    return 0.0 if math.isnan(accuracy) else accuracy
+
+
+def noise(comparison: Comparison) -> float:
+    """Shares of accuracy that differ by less may do so by chance: two standard deviations, or one sample."""
+    best = max((_or_zero(t.best_accuracy) for t in comparison.trials), default=0.0)
+    deviation = math.sqrt(2 * best * (1 - best) / comparison.test_samples)
+    return max(2 * deviation, 1 / comparison.test_samples)
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What a reader must know beside the figures: arguments that do not suit the run, and failures."""
+    found = [f"{t.strategy}: {t.warning}" for t in comparison.trials if t.warning]
+    found += [
+        f"{t.strategy} diverged: its final model gives no finite numbers."
+        for t in comparison.trials
+        if t.has_diverged
+    ]
+    found += [
+        f"{t.strategy}: its codec took no virtual time; for real, encoding alone took each worker "
+        f"{duration(t.codec['encode_s'] / t.workers)} beside {duration(t.seconds)} of training."
+        for t in comparison.trials
+        if comparison.simulated is not None and not comparison.charges_work and t.codec.get("encode_s")
+    ]
+    return found + [
+        f"{strategy} failed and is not in the figures: {error}"
+        for strategy, error in comparison.failures.items()
+    ]
 
 
 def percent(share: float) -> str:
-    """Write 0.9712 as `97.12 %`."""
-    return f"{100 * share:.2f} %"
+    """Write 0.9712 as `97.12 %`, and NaN as such."""
+    return "NaN" if math.isnan(share) else f"{100 * share:.2f} %"
 
 
 def duration(seconds: float) -> str:
@@ -138,6 +232,11 @@ def duration(seconds: float) -> str:
     if seconds >= 600:
         return f"{seconds / 60:.1f} min"
     return f"{seconds:.3g} s"
+
+
+def passes(epochs: float) -> str:
+    """Write 1 as `1 epoch`, 1.5 as `1.5 epochs`."""
+    return f"{epochs:g} {'epoch' if epochs == 1 else 'epochs'}"
 
 
 def amount(num_bytes: float) -> str:

@@ -15,10 +15,8 @@ message) and `reduce_gbyte` (10⁹ bytes per second that one rank combines); eth
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,12 +24,15 @@ import numpy as np
 from paceline import spec as specs
 from paceline.errors import ConfigError
 from paceline.registry import unknown
-from paceline.schedule.topology import KINDS, FloatArray, Graph, Grid, Switched, Topology, expand
+from paceline.schedule import topology_file
+from paceline.schedule.topology import FloatArray, Graph, Grid, Switched, Topology
+from paceline.schedule.topology_file import from_json
 
 __all__ = ["NAMED", "Graph", "Grid", "Switched", "Topology", "from_json", "parse"]
 
 _REDUCE_GBYTE = 10.0
-_MAX_GRAPH_RANKS = 1024
+_MAX_GRAPH_RANKS = 512
+_MAX_RANKS = 1 << 17
 
 DEFAULT = "ethernet(gbit=10)"
 """The network that tools assume when the user names none."""
@@ -281,7 +282,7 @@ def parse(text: str, *, num_ranks: int | None = None) -> Topology:
     `num_ranks` fills in what the spec leaves open, and must agree with what it says. ConfigError otherwise.
     """
     if text.endswith(".json"):
-        made = _read(Path(text))
+        made = topology_file.read(text)
     else:
         wanted = specs.parse(text)
         if wanted.name not in NAMED:
@@ -291,30 +292,6 @@ def parse(text: str, *, num_ranks: int | None = None) -> Topology:
     if num_ranks is not None and made.num_ranks != num_ranks:
         raise ConfigError(f"topology {text} has {made.num_ranks} ranks, but {num_ranks} are wanted")
     return made
-
-
-def from_json(value: Mapping[str, Any]) -> Topology:
-    """Rebuild what `Topology.to_json` gave; ConfigError if it is something else."""
-    fields = dict(value)
-    try:
-        if fields.pop("paceline_topology") != 1:
-            raise ConfigError("topology JSON: version 1 expected")
-        kind = KINDS[fields.pop("kind")]
-        for key in ("link_latency_s", "link_seconds_per_byte"):
-            fields[key] = expand(fields[key])
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return kind(**plain)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"topology JSON: {type(error).__name__} {error}; write it with to_json()"
-        ) from error
-
-
-def _read(path: Path) -> Topology:
-    try:
-        return from_json(json.loads(path.read_text()))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"topology file {path}: {error}") from error
 
 
 def _sized(name: str, arguments: dict[str, Any], num_ranks: int | None) -> dict[str, Any]:
@@ -330,17 +307,23 @@ def _sized(name: str, arguments: dict[str, Any], num_ranks: int | None) -> dict[
         if "columns" not in arguments and "rows" not in arguments:
             arguments["rows"] = max(d for d in range(1, math.isqrt(num_ranks) + 1) if num_ranks % d == 0)
         if "rows" in arguments and "columns" not in arguments:
-            arguments["columns"] = max(num_ranks // max(int(arguments["rows"]), 1), 1)
+            rows = specs.whole_number("torus: rows", arguments["rows"], least=1)
+            arguments["columns"] = max(num_ranks // rows, 1)
         elif "columns" in arguments and "rows" not in arguments:
-            arguments["rows"] = max(num_ranks // max(int(arguments["columns"]), 1), 1)
+            columns = specs.whole_number("torus: columns", arguments["columns"], least=1)
+            arguments["rows"] = max(num_ranks // columns, 1)
     elif name not in ("cluster", "dgx1"):
         arguments.setdefault("ranks", num_ranks)
     return arguments
 
 
 def _positive(**values: int) -> None:
+    """Whole numbers from 1 up, whose product (ranks, with their rails) can be simulated."""
     for key, value in values.items():
         specs.whole_number(key, value, least=1)
+    if math.prod(values.values()) > _MAX_RANKS:
+        given = " × ".join(f"{key}={value}" for key, value in values.items())
+        raise ConfigError(f"topology: at most {_MAX_RANKS} ranks expected, got {given}")
 
 
 def _few(ranks: int, name: str) -> None:
@@ -365,6 +348,8 @@ def _per_byte_of_gbyte(gbyte: float) -> float:
 
 def _grid(name: str, sides: tuple[int, ...], gbit: float, latency_us: float, reduce_gbyte: float) -> Grid:
     links = 2 * len(sides) * math.prod(sides)
+    if links > topology_file.MAX_LINKS:
+        raise ConfigError(f"{name}: at most {topology_file.MAX_LINKS} links expected, got {links}")
     return Grid(
         name,
         tuple(f"host{r}" for r in range(math.prod(sides))),

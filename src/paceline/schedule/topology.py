@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias, final
@@ -269,9 +268,8 @@ class Graph(Topology):
     @cached_property
     def _direct(self) -> IntArray:
         table = np.full(self.num_nodes**2, NONE, dtype=np.intp)
-        table[np.asarray(self.link_src, dtype=np.intp) * self.num_nodes + self.link_dst] = np.arange(
-            self.num_links
-        )
+        src, dst = self.ends()
+        table[src * self.num_nodes + dst] = np.arange(self.num_links)
         return table
 
     def path(self, src: IntArray, dst: IntArray, channel: IntArray | int = 0) -> IntArray:
@@ -353,11 +351,3 @@ def _compact(values: FloatArray) -> list[list[float]]:
     starts = np.concatenate([[0], cuts])
     lengths = np.diff(np.append(starts, len(values)))
     return [[float(values[s]), int(n)] for s, n in zip(starts, lengths, strict=True)]
-
-
-def expand(runs: Sequence[Sequence[float]]) -> FloatArray:
-    """Inverse of the run-length form."""
-    if not runs:
-        return np.zeros(0)
-    values, lengths = zip(*runs, strict=True)
-    return np.repeat(np.asarray(values, dtype=np.float64), np.asarray(lengths, dtype=np.intp))

@@ -52,6 +52,7 @@ class AllReduce(TrainingStrategy):
         self._works: list[Work] = []
         self._staged: list[tuple[StagedWork, torch.Tensor, torch.Tensor]] = []
         self._states: dict[str, dict[str, Any]] = {}
+        self._broken: set[int] = set()  # parameters whose gradients are not finite on this rank
 
     def gradient_ready(self, bucket: Bucket) -> None:
         if self.comm.size == 1:
@@ -60,10 +61,13 @@ class AllReduce(TrainingStrategy):
             self._works.append(self.comm.all_reduce(bucket.gradient))
             return
         gradient = bucket.values
+        self._find_broken(bucket)
         if bucket.used_flags is not None:
+            bucket.used_flags[sorted(self._broken)] = float("inf")
             self._works.append(self.comm.all_reduce(bucket.used_flags))
         flat = gradient.to(torch.float32)  # itself, if it is float32
         state = self._states.setdefault(str(bucket.index), {})
+        state["tensor"] = bucket.index
         work = self._reducer.start(flat, self._layout(bucket), self.comm, state)
         self._staged.append((work, flat, gradient))
 
@@ -77,9 +81,31 @@ class AllReduce(TrainingStrategy):
             if flat.data_ptr() != gradient.data_ptr():
                 gradient.copy_(flat)
 
+        if staged:
+            self._break_everywhere()
+
+    def _find_broken(self, bucket: Bucket) -> None:
+        """Note gradients that are not finite, and encode 0: a residual would never be rid of them."""
+        if bool(bucket.values.sum().isfinite()):
+            return
+        for index in bucket.members:
+            if not bool(self.replica.gradient_views[index].isfinite().all()):
+                self._broken.add(index)
+        bucket.values.nan_to_num_(0.0, 0.0, 0.0)
+
+    def _break_everywhere(self) -> None:
+        """What was not finite on one rank is not finite on all: a GradScaler then skips the step on all."""
+        self._broken.clear()
+        flags = next(b.used_flags for b in self.replica.buckets if b.used_flags is not None)
+        if not bool(flags.isfinite().all()):
+            for view, flag in zip(self.replica.gradient_views, flags.tolist(), strict=True):
+                if flag == float("inf"):
+                    view.fill_(float("nan"))
+
     def _layout(self, bucket: Bucket) -> Layout:
         start = bucket.gradient.storage_offset()
         views = [self.replica.gradient_views[i] for i in bucket.members]
+        views = [torch.view_as_real(view) if view.is_complex() else view for view in views]
         return [(int(view.storage_offset() - start), view.shape) for view in views]
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,17 +11,21 @@ from __future__ import annotations
 from paceline.errors import ConfigError
 from paceline.spec import Spec
 from paceline.strategies.outer.strategy import OuterStrategy
-from paceline.types import Communicator, Replica
 
 
 class BMUF(OuterStrategy):
     """Parameter averaging every `period` minibatches, with block momentum η and block learning rate ς.
 
     Args:
-        period: Minibatches of a block, at least 1; default 16. A larger one sends less.
-        momentum: Block momentum η, from 0 to below 1; default 1 − 1/N with N workers, which makes up for
-            the averaging of N updates. Lower it when training becomes unstable; 0 is `local_sgd`.
-        rate: Block learning rate ς, above 0; default 1.
+        period: Minibatches of a block, at least 1; default 16; if a thirtieth of the run, or four
+            times the samples of a worker's minibatch, is less, then that (`job.epochs` knows both). A
+            larger one sends less.
+        momentum: Block momentum η, from 0 to below 1; default 0.5. The paper's 1 − 1/N makes up for the
+            averaging of N updates where each worker has a full batch of its own: raise it towards that
+            then, with rate 1. Where N workers share one batch, that multiplies the learning rate by N, and
+            training diverges. 0 is `local_sgd`.
+        rate: Block learning rate ς, above 0; default 1 − η, which makes blocks move as far as the workers'
+            mean. 1 is the paper's, for η = 1 − 1/N.
         nesterov: True (default): workers start a block from W_g + ηΔ (NBM). False: from W_g (CBM).
         reset_optimizer: Zero the local SGD momentum at the start of a block, as in the paper; default true.
             False keeps it: local momentum then carries on from before the outer step.
@@ -31,22 +35,22 @@ class BMUF(OuterStrategy):
         ConfigError: An argument outside of its range, or a codec that does not exist.
 
     Example:
-        `bmuf(period=16, momentum=0.9)`
+        `bmuf(period=16, momentum=0.875, rate=1)`
 
     Source: Chen & Huo, ICASSP 2016.
     """
 
     advice = (
-        "local_sgd that does not lose speed with many workers: block momentum makes up for the averaging."
+        "local_sgd with block momentum: makes up for averaging where each worker has a full batch of its own."
     )
     ends_with_global_model = True
 
     def __init__(
         self,
         *,
-        period: int = 16,
-        momentum: float | None = None,
-        rate: float = 1.0,
+        period: int | None = None,
+        momentum: float = 0.5,
+        rate: float | None = None,
         nesterov: bool = True,
         reset_optimizer: bool = True,
         codec: str | Spec | None = None,
@@ -54,19 +58,13 @@ class BMUF(OuterStrategy):
         super().__init__(
             period=period,
             rate=rate,
-            momentum=0.0 if momentum is None else momentum,
+            momentum=momentum,
             nesterov=nesterov,
             codec=codec,
         )
         if not isinstance(nesterov, bool):
             raise ConfigError(f"nesterov={nesterov!r}: true (NBM) or false (CBM) expected")
-        self._momentum_follows_size = momentum is None
         self._reset_optimizer = reset_optimizer
-
-    def attach(self, replica: Replica, comm: Communicator) -> None:
-        if self._momentum_follows_size:
-            self._momentum = 1.0 - 1.0 / comm.size
-        super().attach(replica, comm)
 
     def start_block(self) -> None:
         """Zero the local momentum: it belongs to the block that is over."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from paceline import local_work
 from paceline.codecs.kernel import ledger
 from paceline.codecs.kernel.payload import HEADER_BYTES
 from paceline.codecs.threshold import Threshold
@@ -34,11 +35,12 @@ class DecentralizedThreshold(TrainingStrategy):
     Args:
         tau: τ, in units of the weights; default adaptive (see `density`), and then the first value of τ. A
             smaller one sends more.
-        density: Share of elements to send per minibatch, in (0, 0.5]: τ adapts to it; default 0.001 if `tau`
-            is not given. More brings faster progress for more bytes; 0.01 suits small models.
+        density: Share of elements to send per minibatch, in (0, 0.5]: τ adapts to it. Default if `tau` is not
+            given: 1,000 elements, but 0.001 to 0.01 of the model. More brings faster progress for more bytes.
         entropy: Code the indexes with Golomb–Rice codes; default false. Fewer bytes for more CPU time.
-        rate: Factor on every update, above 0; default 1/N, so that N workers together make the step of
-            their mean. Raise it when training is slower than with one worker.
+        rate: Factor on every update, above 0; default 1/(2N), half the step of the workers' mean: updates
+            wait in residuals, and what is late overshoots at a learning rate that suits prompt ones. Raise it
+            up to 1/N when training is stable, but slower than with one worker.
         dense_steps: First minibatches that sum all updates in step, as long as gradients are still
             large; default 0.
         warm_steps: First minibatches in which only `warm_workers` workers count; default 0. Try it when
@@ -78,20 +80,27 @@ class DecentralizedThreshold(TrainingStrategy):
         self._warm_steps = whole_number(f"{self.name}: warm_steps", warm_steps, least=0)
         self._warm_workers = whole_number(f"{self.name}: warm_workers", warm_workers, least=1)
         self._codec = Threshold(tau=tau, density=density, entropy=entropy)
+        self.density = density
+        """Share of elements to send; None with a fixed τ, and by default until the model is known."""
+        self._is_adaptive, self._entropy = tau is None and density is None, entropy
         self._rate, self._relay = rate, relay
         self._steps = 0
         self._received = 0
 
     def attach(self, replica: Replica, comm: Communicator) -> None:
         super().attach(replica, comm)
-        self._scale = self._rate or 1 / comm.size
+        self._scale = self._rate or 0.5 / comm.size
+        if self._is_adaptive:
+            numel = sum(flat.numel() for flat in replica.parameters)
+            self.density = min(0.01, max(0.001, 1000 / numel))
+            self._codec = Threshold(density=self.density, entropy=self._entropy)
         self._base = [flat.clone() for flat in replica.parameters]
         """The model that ±τ updates are applied to."""
         self._updates = [torch.zeros_like(flat, dtype=torch.float32) for flat in self._base]
         self._states: list[dict[str, Any]] = [{"residual": update.clone()} for update in self._updates]
         if comm.size > 1:
             is_relayed = comm.size > _MAX_DIRECT_WORKERS if self._relay is None else self._relay
-            self._broadcast = PeerBroadcast(comm, "decentralized_threshold", is_relayed=is_relayed)
+            self._broadcast = PeerBroadcast(comm, self.channel, is_relayed=is_relayed)
 
     def after_update(self) -> None:
         """Send the elements that have reached ±τ; apply what peers sent."""
@@ -100,6 +109,7 @@ class DecentralizedThreshold(TrainingStrategy):
             return
         self._steps += 1
         self._measure_updates()
+        local_work.charge_passes(self._base, 3)  # difference, factor, copy
         if self._steps <= self._dense_steps:
             for work in [self.comm.all_reduce(update) for update in self._updates]:
                 work.wait()

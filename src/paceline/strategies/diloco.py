@@ -16,11 +16,15 @@ class DiLoCo(OuterStrategy):
     """Outer Nesterov SGD every `period` minibatches.
 
     Args:
-        period: Minibatches between two outer steps, at least 1; default 100. The paper uses 500 for language
-            models with AdamW inside; use fewer when loss is worse than that of synchronous training.
-        rate: Outer learning rate, above 0; default 0.7. 1 with momentum 0 is parameter averaging.
-        momentum: Outer momentum, from 0 to below 1; default 0.9. Lower it when the outer steps overshoot:
-            few outer steps in all, or a codec with large residuals such as `onebit`.
+        period: Minibatches between two outer steps, at least 1; default 100; if a thirtieth of the run, or
+            four times the samples of a worker's minibatch, is less, then that (`job.epochs` knows both). The
+            paper uses 500 for language models with AdamW inside; use fewer when loss is worse than that of
+            synchronous training.
+        rate: Outer learning rate, above 0; default 0.7, as in the paper, if the workers' optimizer is of
+            Adam's kind, else 1 − momentum. 1 with momentum 0 is parameter averaging.
+        momentum: Outer momentum, from 0 to below 1; default 0.9, as in the paper, if the workers' optimizer
+            is of Adam's kind, else 0.5: on top of SGD, 0.7 and 0.9 diverge. Lower it when the outer steps
+            overshoot, as with a codec with large residuals such as `onebit`.
         nesterov: Nesterov's momentum; default true, as in the paper. False is classical momentum.
         codec: Encodes the pseudo-gradients, e.g. `error_feedback(codec=int4)`; default none.
 
@@ -34,16 +38,18 @@ class DiLoCo(OuterStrategy):
     """
 
     advice = (
-        "For very slow links between sites: communicates every 100 to 500 minibatches, with AdamW inside."
+        "For very slow links between sites and long runs: every 100 to 500 minibatches, with AdamW inside."
     )
+    default_period = 100
+    follows_optimizer = True
     ends_with_global_model = False
 
     def __init__(
         self,
         *,
-        period: int = 100,
-        rate: float = 0.7,
-        momentum: float = 0.9,
+        period: int | None = None,
+        rate: float | None = None,
+        momentum: float | None = None,
         nesterov: bool = True,
         codec: str | Spec | None = None,
     ) -> None:

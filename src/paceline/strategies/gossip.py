@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from paceline import local_work
 from paceline.errors import ConfigError, PeerLost
 from paceline.spec import Spec
 from paceline.strategies.base.periodic import PeriodicStrategy
 from paceline.types import Communicator, Message, Rank, Replica
 
-_CHANNEL = "gossip"
 _FACTORS = {"add": (1.0, 1.0), "mix": (0.5, 0.5), "set": (0.0, 1.0), "read": (1.0, 0.0)}
 """What a message does to the shared model: operation → (factor of the model, factor of the message)."""
 
@@ -68,7 +68,7 @@ class Gossip(PeriodicStrategy):
         """The model that peers average with; only the message service changes it."""
         self._base = [flat.clone() for flat in replica.parameters]
         """The shared model when this worker last saw it: updates are counted from there."""
-        comm.serve(_CHANNEL, self._handle)
+        comm.serve(self.channel, self._handle)
         comm.on_lost(self._lost.add)
 
     def minibatch_done(self) -> None:
@@ -77,6 +77,7 @@ class Gossip(PeriodicStrategy):
         self._steps += 1
         if self.comm.size > 1:
             pairs = zip(self.replica.parameters, self._base, strict=True)
+            local_work.charge_passes(self._base, 1)
             self._take(self._call(self.comm.rank, "add", [flat - base for flat, base in pairs]))
 
     def exchange(self) -> None:
@@ -107,11 +108,12 @@ class Gossip(PeriodicStrategy):
         own_factor, given_factor = _FACTORS[str(message.header["op"])]
         for own, given in zip(self._shared, message.tensors, strict=True):
             own.mul_(own_factor).add_(given, alpha=given_factor)
+            local_work.charge_passes([own], 2)
         return Message({}, self._shared)
 
     def _call(self, peer: Rank, op: str, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Apply `op` to the shared model of `peer`, and return it."""
-        return list(self.comm.call(peer, _CHANNEL, Message({"op": op}, tensors)).wait().tensors)
+        return list(self.comm.call(peer, self.channel, Message({"op": op}, tensors)).wait().tensors)
 
     def _mix(self, peer: Rank) -> None:
         """Replace the peer's model by the mean of both, and take that mean."""
@@ -136,6 +138,7 @@ class Gossip(PeriodicStrategy):
 
     def _move(self, sent: list[torch.Tensor], mean: list[torch.Tensor]) -> None:
         """Add mean − sent to the own shared model, which peers may have changed meanwhile."""
+        local_work.charge_passes(self._base, 2)  # this difference, and the copy that was sent
         correction = [there - here for there, here in zip(mean, sent, strict=True)]
         self._take(self._call(self.comm.rank, "add", correction))
 
@@ -156,6 +159,7 @@ class Gossip(PeriodicStrategy):
         return order
 
     def _take(self, tensors: list[torch.Tensor]) -> None:
+        local_work.charge_passes(self._base, 2)
         torch._foreach_copy_(list(self.replica.parameters), tensors)
         torch._foreach_copy_(self._base, tensors)
 

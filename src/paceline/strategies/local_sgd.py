@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from paceline import local_work
 from paceline.spec import Spec
 from paceline.strategies.base.periodic import AveragingStrategy
 from paceline.strategies.outer import optimizer_state
@@ -22,8 +23,9 @@ class LocalSGD(AveragingStrategy):
     """Average the replicas every `period` minibatches.
 
     Args:
-        period: Minibatches between two averages, at least 1; default 16. A larger one sends less; replicas
-            then drift further apart, which costs accuracy. 8 to 16 is usual.
+        period: Minibatches between two averages, at least 1; default 16; if a thirtieth of the run, or four
+            times the samples of a worker's minibatch, is less, then that (`job.epochs` knows both). A
+            larger one sends less; replicas then drift further apart, which costs accuracy. 8 to 16 is usual.
         average_optimizer: Also average the optimizer's floating-point state (momentum, Adam's moments); step
             counters become the largest. Default false: every worker keeps its own. It costs as many bytes
             again per state tensor; try it when loss jumps after every average.
@@ -43,7 +45,7 @@ class LocalSGD(AveragingStrategy):
     advice = "Sends the model once per period: for slow networks. 8 to 16 is usual; far more costs accuracy."
 
     def __init__(
-        self, *, period: int = 16, average_optimizer: bool = False, codec: str | Spec | None = None
+        self, *, period: int | None = None, average_optimizer: bool = False, codec: str | Spec | None = None
     ) -> None:
         super().__init__(period=period, codec=codec)
         self.average_optimizer = average_optimizer
@@ -101,6 +103,9 @@ class LocalSGD(AveragingStrategy):
                 return bool(totals[1] == self.comm.size)
         flats = [tensor.contiguous() for tensor in tensors]
         encoded, plain = flats[: len(starts)], flats[len(starts) :]
+        # Dividing; with a codec also both differences and the copy of the new start.
+        local_work.charge_passes(flats, 1)
+        local_work.charge_passes(encoded, 3)
         if encoded:
             torch._foreach_sub_(encoded, starts)
         if weight != 1:

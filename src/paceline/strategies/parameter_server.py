@@ -37,8 +37,8 @@ class ParameterServer(PeriodicStrategy):
     Args:
         shards: Slices of the model, each with its own owner and clock, at least 1; default one per 256 KiB,
             at most one per worker. More of them spread the load over more ports, in smaller messages.
-        staleness: What is done with late updates: a policy, or several joined by `+`; default `constant`.
-            Choose `inverse` for more than a few workers.
+        staleness: What is done with late updates: a policy, or several joined by `+`; default
+            1/(s + 1). `constant` adds N full updates where others add their mean: it needs `rate` 1/N.
         rate: Factor on every update, above 0; default 1. Lower it when training diverges.
         push: Minibatches between two pushes, at least 1; default 1. Larger sends less.
         pull: Minibatches between two pulls, at least 1; default 1. Larger sends less, on older weights.
@@ -71,7 +71,7 @@ class ParameterServer(PeriodicStrategy):
         self,
         *,
         shards: int | None = None,
-        staleness: str | Spec | tuple[Spec, ...] = "constant",
+        staleness: str | Spec | tuple[Spec, ...] = "inverse(plus_one=true)",
         rate: float = 1.0,
         push: int = 1,
         pull: int = 1,
@@ -88,13 +88,12 @@ class ParameterServer(PeriodicStrategy):
         self.num_shards = None if shards is None else whole_number(f"{self.name}: shards", shards, least=1)
         self.push = whole_number(f"{self.name}: push", push, least=1)
         self.pull = whole_number(f"{self.name}: pull", pull, least=1)
-        self.prefetch = prefetch
+        self.prefetch, self.staleness = prefetch, staleness
         self.backup = None if backup is None else whole_number(f"{self.name}: backup", backup, least=0)
         if str(sends) not in ("updates", "gradients") or not rate > 0:
             raise ConfigError(f"sends={sends}, rate={rate}: updates or gradients, and rate > 0 expected")
         self.needs_gradients = str(sends) == "gradients"
         self._rate, self._lr, self._momentum = rate, lr, momentum
-        self.staleness = staleness
         staleness_policy.make(staleness)  # a wrong policy is refused here, before any work
         self._codec = None if codec is None else codecs.make(codec)
         self._recording = Recording(replay=replay, record=record)
@@ -113,7 +112,7 @@ class ParameterServer(PeriodicStrategy):
             comm,
             flats,
             slices,
-            num_shards=num_shards,
+            channel=self.channel,
             view=view,
             push_every=self.push,
             pull_every=self.pull,
@@ -123,6 +122,7 @@ class ParameterServer(PeriodicStrategy):
         )
         self.host = ShardHost(
             comm,
+            channel=self.channel,
             num_shards=num_shards,
             make_shard=self._make_shard,
             initial=lambda j: slices.of(flats, j),
@@ -135,7 +135,7 @@ class ParameterServer(PeriodicStrategy):
     def _make_shard(self, j: int, weights: Sequence[torch.Tensor]) -> Shard:
         optimizer = ShardOptimizer(self.needs_gradients, self._rate, self._lr, self._momentum)
         policy = staleness_policy.make(self.staleness)
-        return Shard(weights, policy, optimizer, self.comm.size, self.comm.deferred, self._codec)
+        return Shard(weights, policy, optimizer, self.comm.size, self.comm.deferred, self._codec, j)
 
     def before_update(self) -> None:
         """Keep the gradient: the pull overwrites the local step."""

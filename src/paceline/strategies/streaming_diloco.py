@@ -9,50 +9,42 @@ Cost: the model (or half of it in bfloat16) once per `period` minibatches, in `f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from paceline import codecs
+from paceline import codecs, local_work
 from paceline.codecs.kernel import ledger
 from paceline.errors import ConfigError
 from paceline.spec import Spec, whole_number
+from paceline.strategies.base.periodic import check_period, wanted_period
 from paceline.strategies.base.slices import Slices
 from paceline.strategies.base.strategy import TrainingStrategy
-from paceline.strategies.outer.optimizer import OuterSGD
+from paceline.strategies.outer import optimizer_state
+from paceline.strategies.outer.fragment import FragmentInFlight
+from paceline.strategies.outer.optimizer import OuterArguments, OuterSGD
 from paceline.types import Communicator, Replica, Work
 
+DEFAULT_PERIOD = 100
 _PAYLOADS = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass
-class _Transfer:
-    """A fragment on its way: the mean of the workers' progress in it."""
-
-    due: int
-    """The minibatch after which it is applied."""
-    progress: list[torch.Tensor]
-    works: list[Work]
-
-    def wait(self) -> None:
-        for work in self.works:
-            work.wait()
 
 
 class StreamingDiLoCo(TrainingStrategy):
     """DiLoCo without the pause: one fragment at a time travels while training goes on.
 
     Args:
-        period: Minibatches between two outer steps of a fragment, at least `fragments`; default 100.
+        period: Minibatches between two outer steps of a fragment, at least `fragments`; default 100; if a
+            thirtieth of the run, or four times the samples of a worker's minibatch, is less, then that.
         fragments: Number of parts into which the model is cut, at least 1; default 4. More of them spread
             the traffic more evenly, in smaller messages.
         delay: Minibatches between the request of a mean and its use, from 0 to below `period`; default 1.
             Raise it until the transfer of a fragment is hidden behind that many minibatches.
         mix: Share of the local value that is kept when a fragment is applied, from 0 to below 1; default 0
             takes the global value. Try 0.5 with a long delay: it keeps what was trained meanwhile.
-        rate: Outer learning rate, above 0; default 0.7.
-        momentum: Outer Nesterov momentum, from 0 to below 1; default 0.9.
+        rate: Outer learning rate, above 0; default 0.7 if the workers' optimizer is of Adam's kind, else
+            1 − momentum.
+        momentum: Outer Nesterov momentum, from 0 to below 1; default 0.9 if the workers' optimizer is of
+            Adam's kind, else 0.5: on top of SGD, 0.7 and 0.9 diverge.
         payload: `full` (default: the parameters' dtype), or `bfloat16` or `float16` for half the bytes.
         codec: Encodes the progress, e.g. `error_feedback(codec=int4)`; default none. Excludes `payload`.
 
@@ -71,15 +63,17 @@ class StreamingDiLoCo(TrainingStrategy):
     def __init__(
         self,
         *,
-        period: int = 100,
+        period: int | None = None,
         fragments: int = 4,
         delay: int = 1,
         mix: float = 0.0,
-        rate: float = 0.7,
-        momentum: float = 0.9,
+        rate: float | None = None,
+        momentum: float | None = None,
         payload: str | Spec = "full",
         codec: str | Spec | None = None,
     ) -> None:
+        self._is_period_given = period is not None
+        period = DEFAULT_PERIOD if period is None else period
         self.period = whole_number(f"{self.name}: period", period, least=1)
         self.fragments = whole_number(f"{self.name}: fragments", fragments, least=1)
         self.delay = whole_number(f"{self.name}: delay", delay, least=0)
@@ -88,25 +82,31 @@ class StreamingDiLoCo(TrainingStrategy):
         if not 0 <= mix < 1 or str(payload) not in _PAYLOADS:
             raise ConfigError(f"mix={mix} in [0, 1), payload={payload} of {', '.join(_PAYLOADS)} expected")
         self.mix = mix
-        self._rate, self._momentum = rate, momentum
+        self._arguments = OuterArguments(rate, momentum)
         self._payload = _PAYLOADS[str(payload)]
         if codec is not None and self._payload is not None:
             raise ConfigError(f"codec={codec} and payload={payload}: only one of them")
         self._reducer = None if codec is None else codecs.make_reducer(codec)
         self._codec_states: list[list[dict[str, Any]]] = []
         self._steps = 0
-        self._transfers: dict[int, _Transfer] = {}
+        self._transfers: dict[int, FragmentInFlight] = {}
 
     def attach(self, replica: Replica, comm: Communicator) -> None:
         """Cut the flat parameters into fragments, each with its own outer optimizer."""
         super().attach(replica, comm)
         self._slices = Slices(replica.parameters, self.fragments, what="fragment")
-        fragments = [self._local(f) for f in range(self.fragments)]
-        self._codec_states = [[{} for _ in fragment] for fragment in fragments]
-        self._outer = [
-            OuterSGD(fragment, rate=self._rate, momentum=self._momentum, nesterov=True)
-            for fragment in fragments
+        parts = [self._local(f) for f in range(self.fragments)]
+        self._codec_states = [
+            [{"tensor": i * len(parts) + f} for i in range(len(part))] for f, part in enumerate(parts)
         ]
+        rate, momentum = self._arguments.values(is_adaptive=False)
+        self._outer = [OuterSGD(part, rate=rate, momentum=momentum, nesterov=True) for part in parts]
+
+    def fit(self, num_steps: int, num_workers: int, batch_size: int = 0) -> str:
+        if not self._is_period_given:
+            shortest = max(self.fragments, self.delay + 1)
+            self.period = max(shortest, min(DEFAULT_PERIOD, wanted_period(num_steps, batch_size)))
+        return check_period(self.period, num_steps, num_workers, batch_size)
 
     def after_update(self) -> None:
         """Request the fragment whose turn it is; apply those that are due."""
@@ -144,7 +144,7 @@ class StreamingDiLoCo(TrainingStrategy):
         shares = [(local - start) / self.comm.size for local, start in pairs]
         progress = [share.to(self._payload or share.dtype) for share in shares]
         works = [self._sum(flat, state) for flat, state in zip(progress, self._codec_states[f], strict=True)]
-        self._transfers[f] = _Transfer(self._steps + self.delay, progress, works)
+        self._transfers[f] = FragmentInFlight(self._steps + self.delay, progress, works)
 
     def _sum(self, flat: torch.Tensor, state: dict[str, Any]) -> Work:
         if self._reducer is None:
@@ -154,10 +154,12 @@ class StreamingDiLoCo(TrainingStrategy):
     def _apply(self, f: int, *, mix: float) -> None:
         transfer = self._transfers.pop(f)
         transfer.wait()
-        outer = self._outer[f]
+        outer, is_adaptive = self._outer[f], optimizer_state.is_adaptive(self.replica)
+        outer.rate, outer.momentum = self._arguments.values(is_adaptive=is_adaptive)
         pairs = zip(outer.start, transfer.progress, strict=True)
         outer.step([start + progress.to(start.dtype) for start, progress in pairs])
         for local, value in zip(self._local(f), outer.start, strict=True):
+            local_work.charge_passes([local], 4)  # with the difference, and its mean
             if mix:
                 local.mul_(mix).add_(value, alpha=1 - mix)
             else:
@@ -179,9 +181,8 @@ class StreamingDiLoCo(TrainingStrategy):
             outer.start = [t.clone() for t in start]
             outer.buffer = [t.clone() for t in buffer]
         self._steps, self._codec_states = state["steps"], state["codec"]
-        self._transfers = {
-            int(f): _Transfer(due, list(progress), []) for f, (due, progress) in state["flying"].items()
-        }
+        flying = state["flying"].items()
+        self._transfers = {int(f): FragmentInFlight(due, list(sent), []) for f, (due, sent) in flying}
 
     def stats(self) -> dict[str, Any]:
         """`codec`: its bytes by cause on this rank."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from paceline import registry
 from paceline.errors import ConfigError
+from paceline.plugins import execute, own_traceback
+from paceline.tasks.names import BUILTIN, check_data, check_name
 from paceline.tasks.task import Task
 
 _MODULE = "paceline_user_task"
@@ -30,7 +28,7 @@ def load(name: str, *, data: Path | None = None) -> Task:
     except ConfigError as error:
         raise ConfigError(f"task {name}: {error}") from error
     except Exception as error:
-        raise ConfigError(f"task {name}: build() raised\n{_own_traceback(error)}") from error
+        raise ConfigError(f"task {name}: build() raised\n{own_traceback(error)}") from error
     if not isinstance(task, Task):
         raise ConfigError(
             f"task {name}: build() must return a paceline.Task(model, optimizer, train_set, test_set, loss, "
@@ -40,37 +38,17 @@ def load(name: str, *, data: Path | None = None) -> Task:
 
 
 def _find(name: str) -> Callable[..., Any]:
+    check_name(name)
     if not name.endswith(".py"):
-        known = registry.names("paceline.tasks.builtin")
-        if name not in known:
-            unknown = registry.unknown("task", name, known)
-            raise ConfigError(f"{unknown}; or the path of a file.py that defines build() -> paceline.Task")
-        build: Callable[..., Any] = registry.load("paceline.tasks.builtin", name, kind="task").build
+        build: Callable[..., Any] = registry.load(BUILTIN, name, kind="task").build
         return build
-    path = Path(name).resolve()
-    if not path.is_file():
-        raise ConfigError(f"task file {name} does not exist (looked in {Path.cwd()})")
-    found = getattr(_execute(name, path), "build", None)
+    found = getattr(execute(name, Path(name).resolve(), _MODULE, what="task file"), "build", None)
     if not callable(found):
         raise ConfigError(
             f"task file {name} defines no function build(); write "
             "`def build(): return paceline.Task(model, optimizer, train_set, test_set, loss, metrics)`"
         )
     return found  # type: ignore[no-any-return]
-
-
-def _execute(name: str, path: Path) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(_MODULE, path)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[_MODULE] = module  # classes that the file defines must be found by pickle and dataclasses
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
-    try:
-        specification.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"task file {name} raised while it was read\n{_own_traceback(error)}") from error
-    return module
 
 
 def _arguments(name: str, build: Callable[..., Any], data: Path | None) -> tuple[Path, ...]:
@@ -85,13 +63,5 @@ def _arguments(name: str, build: Callable[..., Any], data: Path | None) -> tuple
         if takes[0].default is not takes[0].empty:
             return ()
         raise ConfigError(f"task {name} needs its data: give --data PATH")
-    if not data.exists():
-        raise ConfigError(f"task {name}: --data {data} does not exist (looked in {Path.cwd()})")
+    check_data(name, data)
     return (data,)
-
-
-def _own_traceback(error: Exception) -> str:
-    """The traceback without the frames of this file and of the import machinery."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<frozen")]
-    return "".join([*traceback.format_list(own), *traceback.format_exception_only(error)]).rstrip()

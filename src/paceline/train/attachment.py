@@ -8,18 +8,25 @@ therefore sees final gradients, and the optimizer needs no wrapper.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import nn
 from torch.autograd import Variable
+from torch.utils import _pytree as pytree
 
 from paceline import _core
 from paceline.errors import ConfigError
 from paceline.strategies.base.strategy import TrainingStrategy
+from paceline.train.gradients import drift
+from paceline.train.gradients.kept import KeptGradients
+from paceline.train.gradients.reduced import Reduced
+from paceline.train.gradients.weights import GradientWeights
 from paceline.train.minibatch import AccumulationWindow, MinibatchEvent, MinibatchState, Phase
+from paceline.train.modules.hooks import ModuleHook
+from paceline.train.optimizer_steps import OptimizerSteps
 from paceline.train.replica import FlatReplica, GradientBucket
 from paceline.types import Communicator
 
@@ -42,13 +49,20 @@ class Attachment:
         comm: Communicator,
         *,
         accumulation_steps: int,
+        loss_reduction: str = "mean",
     ) -> None:
         self.replica = replica
         self.strategy = strategy
-        self.accumulation_steps = accumulation_steps
+        self.weights = GradientWeights(
+            replica, comm.size, loss_reduction=loss_reduction, reduces=strategy.needs_gradients
+        )
         self.minibatches = 0
         """Minibatches (accumulation windows) finished."""
+        self.num_updates = 0
+        """Steps of its optimizers."""
         self.has_loader = False
+        self.wanted: str | TrainingStrategy = strategy
+        """What its strategy was made from."""
         self.on_update: Callable[[], None] | None = None
         """Called after each minibatch's update."""
         self.on_gradients: Callable[[], None] | None = None
@@ -56,17 +70,17 @@ class Attachment:
         self._size = comm.size
         self.comm = comm
         self._minibatch = MinibatchState()
-        self._window = AccumulationWindow()
+        self._window = AccumulationWindow(accumulation_steps)
         self._only_accumulates = False  # inside `no_sync`
         self._sends = False  # whether the backward pass that runs reduces its gradients
+        self._graphs: dict[int, torch.Tensor] = {}  # this rank's gradients that have a graph
+        self._versions: list[int] = []  # of the parameters when their gradients were complete
+        self._kept = KeptGradients()  # amid a window of `job.accumulate`
         self._taken: set[int] = set()  # parameters whose gradients are in their buckets
         self._next_bucket = 0
         self._stepped: set[int] = set()  # optimizers that have stepped in this minibatch
         self._has_warned = False
         self._handles: list[Removable] = []
-        self._counts = {
-            id(o): sum(len(group["params"]) for group in o.param_groups) for o in replica.optimizers
-        }
         self._hook()
 
     # The data's side.
@@ -75,21 +89,71 @@ class Attachment:
         """The loader hands out a batch: what came before is over, and this is the new batch's weight."""
         self.finish_minibatch()
         self._minibatch.backward_was_abandoned()
+        self._steps.forget_unfinished()
         window = self._window
         window.add(own_samples, all_samples, is_last=is_last)
-        self.replica.weight = window.own_samples / window.all_samples
         self.replica.has_samples = window.own_samples > 0
+        self.weights.repeats = own_samples == 0
+        self.weigh(own_samples, all_samples)
 
     def data_ends(self) -> None:
         """The epoch's data is used up; a loop without the loader weighs all ranks alike."""
         self.finish_minibatch()
         self._window.clear()
-        self.replica.weight, self.replica.has_samples = 1.0 / self._size, True
+        self.replica.has_samples = True
+        self.weights.clear()
+
+    def weigh(self, own: float, every: float) -> None:
+        """The coming backward passes stand for `own` of `every` samples or tokens of all ranks."""
+        self.weights.set(own, every, is_alone=self._is_alone)
+
+    @property
+    def reduces_gradients(self) -> bool:
+        """Whether all ranks wait for the sum of their gradients."""
+        return self.strategy.needs_gradients and not self.strategy.survives_loss
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether the next backward pass is reduced by itself."""
+        return self.accumulation_steps == 1 and not self._only_accumulates and not self._window.backwards
+
+    @property
+    def module(self) -> nn.Module:
+        """The prepared module."""
+        return self.replica.module
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Backward passes, or blocks of `job.accumulate`, per update."""
+        return self._window.steps
 
     @property
     def is_mid_window(self) -> bool:
         """Whether gradients wait for more backward passes or for the optimizer."""
         return self._window.backwards > 0
+
+    def check_steps(self) -> None:
+        """Mismatch if ranks that sum their gradients took different steps. Collective."""
+        if self.reduces_gradients and self._size > 1:
+            drift.check(self.num_updates, self.replica.optimizers, self.comm)
+
+    @property
+    def is_in_block(self) -> bool:
+        """Whether a block of `job.accumulate` runs."""
+        return self._window.is_in_block
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether a block of `job.accumulate` runs that does not end its window."""
+        return self.is_in_block and not self._window.closes
+
+    @property
+    def ends_window(self) -> bool:
+        """Whether the block of `job.accumulate` that runs, or ran last, ends its window.
+
+        In loops without such blocks: whether no gradients wait for more backward passes.
+        """
+        return not self.is_mid_window if self._window.closes is None else self._window.closes
 
     def finish_minibatch(self) -> None:
         """Close a minibatch whose optimizer steps did not all come (a GradScaler skipped them)."""
@@ -107,15 +171,73 @@ class Attachment:
         self._minibatch.awaits_step = False
         self._minibatch.advance(MinibatchEvent.MINIBATCH_ENDS)
         self.minibatches += 1
+        if not self.has_loader:
+            self.weights.clear()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backward passes inside only accumulate; the next one outside sends the sum."""
         before, self._only_accumulates = self._only_accumulates, True
+        self.weights.weigh(is_alone=False)
         try:
             yield
         finally:
             self._only_accumulates = before
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        """One micro-batch of `job.accumulate`; inside, gradients are reduced only if it ends the window.
+
+        Raises:
+            ConfigError: It is inside another one, or the loop changed gradients before the window's end.
+        """
+        if self.is_in_block:
+            raise ConfigError(
+                f"rank {self.comm.rank}: job.accumulate inside job.accumulate of the same model; one block is"
+                " one micro-batch: leave out the inner one"
+            )
+        self._window.block_begins(knows_last=self.has_loader)
+        try:
+            yield
+            if self.holds_back:
+                self._check_untouched()
+        finally:
+            self._window.block_ends()
+
+    def _check_untouched(self, arrived: nn.Parameter | None = None) -> None:
+        """Half a sum that was clipped, unscaled or dropped would not be that of one process.
+
+        Args:
+            arrived: The one whose next gradient has been added already.
+        """
+        if self._minibatch.phase is Phase.UNSENT and self._kept.are_changed(arrived):
+            raise ConfigError(
+                f"rank {self.comm.rank}: gradients were changed in job.accumulate before the end of their"
+                " window (clipped, unscaled, set to zero or None); write `if job.sync_gradients:` before what"
+                " changes them, and optimizer.zero_grad(), which waits for the end, to clear them"
+            )
+
+    def cut_outputs(self) -> None:
+        """Stop gradients at the model's outputs while this rank's own loss counts nothing."""
+        self._handles.append(self.replica.module.register_forward_hook(ModuleHook(self._watch_outputs)))
+
+    def _watch_outputs(self, module: nn.Module, arguments: object, outputs: object) -> None:
+        weights = self.weights
+
+        def cut(gradient: torch.Tensor) -> torch.Tensor | None:
+            return torch.zeros_like(gradient) if weights.is_cut else None
+
+        for output in pytree.tree_leaves(outputs):
+            if isinstance(output, torch.Tensor) and output.requires_grad:
+                output.register_hook(cut)  # type: ignore[no-untyped-call]
+
+    def complete(self) -> bool:
+        """Reduce now what was accumulated in a window that is not full; whether there was anything."""
+        if self._minibatch.phase is not Phase.UNSENT:
+            return False
+        self._reset_buckets()
+        self._complete()
+        return True
 
     def keep(self, handle: Removable) -> None:
         """Call `handle.remove()` when this is detached."""
@@ -133,10 +255,15 @@ class Attachment:
         for index, parameter in enumerate(self.replica.trained):
             hook = self._gradient_hook(index)
             self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
-        for optimizer in self.replica.optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
-        self._handles.append(self.replica.module.register_forward_pre_hook(self._before_forward))
+        self._steps = OptimizerSteps(
+            self.replica,
+            who=f"rank {self.comm.rank}",
+            before=self._before_step,
+            after=self._after_step,
+            mean=self._mean_loss if self.strategy.needs_gradients and self._size > 1 else None,
+        )
+        self._handles += [self._steps, self.weights]
+        self._handles.append(self.replica.module.register_forward_pre_hook(ModuleHook(self._before_forward)))
 
     def _before_forward(self, module: nn.Module, arguments: object) -> None:
         if (
@@ -144,15 +271,21 @@ class Attachment:
             and not self.has_loader
             and torch.is_grad_enabled()
             and module.training
+            and self._versions == self._parameter_versions()
         ):
             self.finish_minibatch()
 
-    def _gradient_hook(self, index: int) -> Callable[[torch.Tensor], None]:
+    def _parameter_versions(self) -> list[int]:
+        """They differ after a change by the loop itself: SAM moves the parameters before its second pass."""
+        return [p._version for p in self.replica.trained]  # noqa: SLF001  torch's count of changes in place
+
+    def _gradient_hook(self, index: int) -> Callable[[nn.Parameter], None]:
         lays_flat = self.strategy.needs_gradients and self._size > 1
         minibatch = self._minibatch
 
-        def hook(parameter: torch.Tensor) -> None:
+        def hook(parameter: nn.Parameter) -> None:
             if minibatch.phase is not Phase.BACKWARD:
+                self._check_untouched(parameter)
                 self._begin_backward()
             if lays_flat and self._sends:
                 if index in self._taken:
@@ -172,17 +305,16 @@ class Attachment:
     def _begin_backward(self) -> None:
         self._minibatch.advance(MinibatchEvent.BACKWARD_BEGINS)
         self._window.backwards += 1
+        self._kept.forget()
         self.comm.charge_compute()
-        self._sends = not self._only_accumulates and (
-            self._window.backwards >= self.accumulation_steps
-            or (self._window.is_last_batch and self.has_loader)
-        )
+        self._sends = not self._only_accumulates and self._window.must_reduce(knows_last=self.has_loader)
         self._reset_buckets()
         # torch's own way to learn of the end of a backward pass; DDP uses it too.
         Variable._execution_engine.queue_callback(self._end_backward)  # noqa: SLF001
 
     def _reset_buckets(self) -> None:
         self._taken.clear()
+        self._graphs.clear()
         self._next_bucket = 0
         for bucket in self.replica.buckets:
             bucket.missing = len(bucket.members)
@@ -192,14 +324,18 @@ class Attachment:
             return  # it raised, and the loop has gone on to another batch
         if not self._sends:
             self._minibatch.advance(MinibatchEvent.GRADIENTS_KEPT)
+            if self.is_in_block:
+                self._kept.note(self.replica.trained)
             return
         self._complete()
 
     def _complete(self) -> None:
         """Send what was not sent during backward, wait, and give unused gradients back as None."""
         self._window.backwards = 0
+        self._kept.forget()
         self._minibatch.advance(MinibatchEvent.GRADIENTS_REDUCED)
         self._minibatch.awaits_step = bool(self.replica.optimizers)
+        self._versions = [] if self.has_loader else self._parameter_versions()
         if not self.replica.optimizers:
             self._minibatch.advance(MinibatchEvent.MINIBATCH_ENDS)
         if self.replica.buckets and self._size > 1:
@@ -209,8 +345,18 @@ class Attachment:
         self.strategy.backward_done()
         if self.replica.buckets and self._size > 1:
             self._return_unused()
+        if self._graphs:
+            self._connect()
         if self.on_gradients is not None:
             self.on_gradients()
+
+    def _connect(self) -> None:
+        """After backward(create_graph=True): what depends on a reduced gradient has a gradient itself."""
+        graphs, self._graphs = self._graphs, {}
+        for index, own in graphs.items():
+            parameter = self.replica.trained[index]
+            if parameter.grad is not None:
+                parameter.grad = Reduced.apply(own, parameter.grad)  # type: ignore[no-untyped-call]
 
     def _send_full_buckets(self) -> None:
         buckets = self.replica.buckets
@@ -226,7 +372,8 @@ class Attachment:
     def _flag_used(self) -> None:
         used = self.replica.used
         assert used is not None
-        weight = self.replica.weight
+        weight = self.replica.weight  # a batch without tokens uses parameters, a repeated one does not
+        weight = weight or (1.0 / self._size if self.replica.has_samples else 0.0)
         flags = [0.0 if p.grad is None else weight for p in self.replica.trained]
         if all(flags):
             used.fill_(weight)
@@ -235,7 +382,11 @@ class Attachment:
 
     def _take_gradient(self, index: int, parameter: torch.Tensor) -> None:
         """Move a gradient into its place in the flat buffer, times this rank's weight."""
-        view, gradient, weight = self.replica.gradient_views[index], parameter.grad, self.replica.weight
+        gradient, weight = parameter.grad, self.replica.weight
+        view = self.replica.place_of_gradient(index, gradient)
+        if gradient is not None and gradient.requires_grad:  # backward(create_graph=True)
+            self._graphs[index] = gradient
+            gradient = gradient.detach()
         if gradient is None or weight == 0.0:
             view.zero_()  # not 0 · gradient: a repeated batch may have given NaN
         elif gradient is view:
@@ -269,8 +420,19 @@ class Attachment:
         ):
             parameter.grad = view if flag > 0 else None
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        self._check_parameters(optimizer)
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._minibatch.phase is Phase.BACKWARD and self._sends and self.replica.buckets:
+            raise ConfigError(
+                f"rank {self.comm.rank}: {type(optimizer).__name__}.step() inside backward, where gradients"
+                " are not reduced yet; step after backward, or choose a strategy that averages models, such"
+                " as local_sgd(period=1)"
+            )
+        if self.holds_back:
+            raise ConfigError(
+                f"rank {self.comm.rank}: {type(optimizer).__name__}.step() in the middle of a window of"
+                " job.accumulate, by an optimizer that prepare() was not given and that is not held back"
+                " therefore; give the one that the loop steps: job.prepare(model, optimizer, loader)"
+            )
         if self._minibatch.phase is Phase.UNSENT:  # fewer passes than declared: reduce now, after clipping
             if not self._has_warned and self.comm.rank == 0 and self.strategy.needs_gradients:
                 warnings.warn(
@@ -279,12 +441,21 @@ class Attachment:
                     stacklevel=3,
                 )
             self._has_warned = True
-            self._reset_buckets()
-            self._complete()
+            self.complete()
         if not self._stepped:
             self.strategy.before_update()
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _mean_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss over all ranks' samples, from this rank's."""
+        share = self.weights.share
+        total = loss.detach().clone().reshape(1) * share
+        if share == 0.0:
+            total.zero_()  # a repeated batch may have given NaN
+        self.comm.all_reduce(total).wait()
+        return total.reshape(loss.shape)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.num_updates += 1
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self.replica.optimizers):
             self._end_minibatch()
@@ -292,15 +463,11 @@ class Attachment:
             if self.on_update is not None and not self.has_loader:
                 self.on_update()
 
-    def _check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
-        count = sum(len(group["params"]) for group in optimizer.param_groups)
-        if count == self._counts[id(optimizer)] and not any(p.requires_grad for p in self.replica.frozen):
-            return
-        raise ConfigError(
-            f"rank {self.comm.rank}: the optimizer holds {count} parameters, {self._counts[id(optimizer)]}"
-            " when prepare() saw it, or a frozen parameter was unfrozen; their gradients would stay local."
-            " Call job.prepare(model, optimizer, ...) again after adding or unfreezing parameters"
-        )
+
+def rest(attachments: Sequence[Attachment]) -> None:
+    """This rank is about to wait for the others, none of which shall wait for an exchange with it."""
+    for one in attachments:
+        one.strategy.rest()
 
 
 def _scale(view: torch.Tensor, gradient: torch.Tensor, weight: float) -> None:

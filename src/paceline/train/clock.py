@@ -17,6 +17,7 @@ class TrainingClock:
         self._gathered_s = 0.0
         self._other_bytes = comm.ledger.payload_bytes  # what was sent before this job is not its training
         self._other_wait_s = comm.ledger.wait_s
+        self._other_scheduled_bytes = comm.ledger.scheduled_bytes(comm.size)
 
     @property
     def seconds(self) -> float:
@@ -29,9 +30,22 @@ class TrainingClock:
         return self._ledger.payload_bytes - self._other_bytes
 
     @property
+    def scheduled_bytes(self) -> float:
+        """Bytes of training that this rank had to send to others so far; see `comm.ledger`."""
+        return self._ledger.scheduled_bytes(self._comm.size) - self._other_scheduled_bytes
+
+    @property
     def wait_s(self) -> float:
         """Seconds of training spent waiting for other ranks."""
         return self._ledger.wait_s - self._other_wait_s
+
+    def counts(self) -> dict[str, float]:
+        """Plain values for `job.stats()`: what was counted as training."""
+        return {
+            "payload_bytes": self.payload_bytes,
+            "scheduled_bytes": self.scheduled_bytes,
+            "wait_s": self.wait_s,
+        }
 
     def start(self) -> None:
         """From now on time and bytes count."""
@@ -52,11 +66,13 @@ class TrainingClock:
         running = self._since is not None
         self.stop()
         sent, waited = self._ledger.payload_bytes, self._ledger.wait_s
+        scheduled_bytes = self._ledger.scheduled_bytes(self._comm.size)
         try:
             with self._comm.off_clock():
                 yield
         finally:
             self._other_bytes += self._ledger.payload_bytes - sent
             self._other_wait_s += self._ledger.wait_s - waited
+            self._other_scheduled_bytes += self._ledger.scheduled_bytes(self._comm.size) - scheduled_bytes
             if running:
                 self.start()

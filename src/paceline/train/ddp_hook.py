@@ -89,6 +89,7 @@ class DdpHook:
         if found is None or found["layout"] != shapes:
             found = self._buckets[str(index)] = {"layout": shapes, "codec": {}}
         state: dict[str, Any] = found["codec"]
+        state["tensor"] = index
         return state
 
     def _finish(self) -> None:

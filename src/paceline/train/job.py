@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,23 +21,26 @@ from paceline.errors import ConfigError
 from paceline.options import JobOptions
 from paceline.spec import whole_number
 from paceline.strategies.base.strategy import TrainingStrategy, make
-from paceline.train import checkpoint as checkpoints
-from paceline.train import exchange, persistence, preparation
-from paceline.train.attachment import Attachment
+from paceline.train import arguments, exchange, preparation, random_state
+from paceline.train.attachment import Attachment, rest
 from paceline.train.clock import TrainingClock
-from paceline.train.data.loader import ShardedLoader
-from paceline.train.data.shard import shard
-from paceline.train.evaluate import Forward, evaluate
+from paceline.train.data.following import Loaders
+from paceline.train.evaluate import Forward, evaluate, holders
+from paceline.train.leaving import limited_exit
+from paceline.train.logs import statistics
 from paceline.train.logs.logbook import Logbook, TrainingCounts
+from paceline.train.loop_calls import LoopCalls
 from paceline.train.precision import MixedPrecision
 from paceline.train.precision import check as check_precision
-from paceline.train.preemption import Preempted, StopAgreement
 from paceline.train.progress import ProgressBar
+from paceline.train.saving import checkpoint as checkpoints
+from paceline.train.saving import persistence
+from paceline.train.saving.preemption import Preempted, StopAgreement
 
 DEFAULT_STRATEGY = "all_reduce"
 
 
-class Job:
+class Job(LoopCalls):
     """P workers that train together. Made by `paceline.init()`."""
 
     def __init__(
@@ -59,14 +63,14 @@ class Job:
         self.epoch = 0
         self.step = 0
         """Minibatches handed out by prepared loaders, over all epochs."""
-        self._is_drained = True  # no minibatch since the strategies were synchronised
+        self._undrained = 0  # minibatches since the strategies were synchronised
         self.samples = 0
         """Samples of all ranks in those minibatches."""
         self.attachments: list[Attachment] = []
-        self.loaders: list[ShardedLoader] = []
+        calls: Any = {"on_batch": self._count, "on_boundary": self._boundary, "on_dropped": self._uncount}
+        self.loaders = Loaders(comm, seed, self.attachments, **calls)
         self.registered: dict[str, Any] = {}
         """Schedulers, scalers and whatever else `save` includes, by name."""
-        self._seed = seed
         self._progress = ProgressBar(enabled=progress and self.is_main, columns=self.options.bar_columns)
         self.clock = TrainingClock(comm)
         self.logbook = Logbook(
@@ -81,12 +85,11 @@ class Job:
         self._resume_at: int | None = None  # first epoch of the next `epochs`, set by `load`
         self._epoch_over: bool | None = None  # None outside `epochs`
         self._passes_before: list[int] = []
+        self._num_prepared = 0
+        self._has_prepared, self._seed = False, seed
         self._stop: StopAgreement | None = None
-        if (
-            checkpoint is not None
-            and meeting is not None
-            and threading.current_thread() is threading.main_thread()
-        ):
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        if checkpoint is not None and meeting is not None and is_main_thread:
             self._stop = StopAgreement(meeting.store, self.rank, self.size)
 
     @property
@@ -98,38 +101,50 @@ class Job:
 
     def prepare(
         self,
-        model: nn.Module,
-        *others: Any,  # what the caller gives comes back with its own types
+        *things: Any,  # what the caller gives comes back with its own types
         strategy: str | TrainingStrategy | None = None,
         accumulation_steps: int = 1,
         batch: str = "per_worker",
         shard: bool = True,
+        batch_size_of: Callable[[Any], int] | None = None,
         scheduler: persistence.Stateful | Sequence[persistence.Stateful] | None = None,
         scaler: persistence.Stateful | None = None,
         precision: str | None = None,
+        loss_reduction: str = "mean",
+        sync_batch_norm: bool = False,
     ) -> Any:
-        """Make model, optimizers and loaders ready; all ranks call it. Returns what was given, in order.
+        """Make models, optimizers and loaders ready; all ranks call it. Returns what was given, in order.
 
-        The model and the optimizers stay the same objects; a DataLoader becomes a `ShardedLoader`. The loss
-        must be a mean over the batch. BatchNorm statistics stay local while training and are averaged over
-        the ranks for evaluation and at the end. Preparing a model again replaces its earlier preparation. For
-        a model on the CPU, malloc of this process keeps what a step frees (`heap.keep_freed_memory`).
+        Models and optimizers stay the same objects; a DataLoader becomes a `ShardedLoader`. An optimizer that
+        is made afterwards from a model's parameters is found at its first step. The loss is a mean over the
+        batch (see `loss_reduction`, `job.weight`). BatchNorm statistics stay local while training and are
+        averaged over the ranks for evaluation and at the end; those of SyncBatchNorm are of all ranks'
+        samples, on every fabric. Preparing a model again replaces its earlier preparation. For a model on
+        the CPU, malloc of this process keeps what a step frees (`heap.keep_freed_memory`).
 
         Args:
-            model: The module to train, on the device where it trains.
-            others: Its optimizer or a list of them, then a DataLoader or a list; each may be left out.
-            strategy: A strategy string such as `"local_sgd(period=16)"`, or a strategy; default: all_reduce.
-            accumulation_steps: Backward passes per optimizer step, at least 1; default 1.
+            things: In any order: modules to train, on the device where they train; their optimizers;
+                DataLoaders; schedulers and GradScalers, which checkpoints then hold; lists of them; None.
+            strategy: A strategy string such as `"local_sgd(period=16)"`, or a strategy; default: the one that
+                the model had, else all_reduce.
+            accumulation_steps: Backward passes, or blocks of `accumulate`, per optimizer step, at least 1;
+                default 1.
             batch: Whether the loader's batch size counts `"per_worker"` (default), or is the `"global"` one,
                 which is divided over the ranks.
             shard: False where each rank's loader already gives data of its own; default True.
+            batch_size_of: The number of samples of a batch, for batches that the data set makes itself and
+                for `shard=False`; default: the one length that all tensors in it have.
             scheduler: A scheduler or a list of them, to be saved in checkpoints; you still step it.
             scaler: A GradScaler, to be saved in checkpoints.
             precision: `"fp32"`, or `"bf16"` or `"fp16"` for autocast, fp16 with loss scaling of its own.
+            sync_batch_norm: Whether BatchNorm modules become SyncBatchNorm, in place; default False. They are
+                always that if `nn.SyncBatchNorm.convert_sync_batchnorm` converted them.
+            loss_reduction: Whether the loss is a `"mean"` (default; of tokens with `job.weight`), divided by
+                accumulation_steps, or a `"sum"`. Methods that average models see each rank's own sum.
 
         Raises:
             ConfigError: Something that cannot be prepared.
-            Mismatch: Ranks prepare different models or settings.
+            Mismatch: Ranks prepare different models, data or settings.
 
         Example:
             `model, optimizer, loader = job.prepare(model, optimizer, loader, strategy="diloco")`
@@ -137,28 +152,55 @@ class Job:
         if batch not in ("per_worker", "global"):
             raise ConfigError(f"batch={batch!r}: 'per_worker' or 'global' expected")
         dtype = check_precision(precision)
-        optimizers = [o for item in others for o in _listed(item) if isinstance(o, torch.optim.Optimizer)]
-        inner = self.unwrap(model)
-        chosen = make(self.options.strategy or strategy or DEFAULT_STRATEGY)
+        settings = preparation.Settings(accumulation_steps, loss_reduction, sync_batch_norm)
+        given = arguments.sort(things)
+        preparation.check_owners(given.optimizers, [*given.models, *(a.module for a in self.attachments)])
         with self.clock.paused():
-            for old in [a for a in self.attachments if a.replica.module is inner]:
-                old.strategy.synchronize()
-                old.detach()
-                self.attachments.remove(old)
-            attachment = preparation.attach(
-                inner, optimizers, chosen, self._comm_for(inner), accumulation_steps=accumulation_steps
-            )
-            self.attachments.append(attachment)
-            attachment.on_update = self._after_update
-            if dtype is not None:
-                self.register(precision=MixedPrecision(dtype, attachment, attachment.comm))
-            results = [self._prepared(item, batch=batch, divided=shard) for item in others]
-        for i, one in enumerate(_listed(scheduler)):
+            for model in given.models:
+                self._attach(model, given.optimizers_of(model), strategy, settings, dtype)
+            how: Any = {"per_worker": batch == "per_worker", "divided": shard, "batch_size_of": batch_size_of}
+            add = functools.partial(self.loaders.add, models=given.models, **how)
+            results = [arguments.with_loaders(thing, add) for thing in things]
+        named = [("scheduler", one) for one in arguments.listed(scheduler)] + [("scaler", scaler)]
+        for name, one in (*given.stateful, *named):
             if one is not None:
-                self.register(**{f"scheduler{i or ''}": one})
-        if scaler is not None:
-            self.register(scaler=scaler)
-        return (model, *results) if results else model
+                self.register(**{persistence.free_name(self.registered, name, one): one})
+        if not self._has_prepared:  # what the ranks draw from here on is their own: dropout, augmentation
+            self._has_prepared = True
+            random_state.part(self._seed, self.rank)
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _attach(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        strategy: str | TrainingStrategy | None,
+        settings: preparation.Settings,
+        dtype: torch.dtype | None,
+    ) -> None:
+        before = next((i for i, a in enumerate(self.attachments) if a.module is model), None)
+        wanted = self.options.strategy or strategy
+        if before is not None:
+            old = self.attachments[before]
+            old.strategy.synchronize()
+            old.detach()
+            wanted = wanted or old.wanted
+        wanted = wanted or DEFAULT_STRATEGY
+        chosen = make(wanted)
+        chosen.scope = str(self._num_prepared)
+        self._num_prepared += 1
+        one = preparation.attach(model, optimizers, chosen, self._comm_for(model), settings)
+        one.wanted = wanted
+        one.on_update = self._after_update
+        if before is None:
+            before = len(self.attachments)
+            self.attachments.append(one)
+        else:
+            one.minibatches = self.attachments[before].minibatches
+            self.attachments[before] = one
+        self.loaders.welcome(one)
+        if dtype is not None:
+            self.register(**{f"precision{before or ''}": MixedPrecision(dtype, one)})
 
     def _comm_for(self, model: nn.Module) -> FabricCommunicator:
         """What moves this model's tensors: on a GPU, a communicator beside the job's own."""
@@ -180,32 +222,6 @@ class Job:
                 )
             self.registered[name] = thing
 
-    def _prepared(self, item: object, *, batch: str, divided: bool) -> Any:
-        if isinstance(item, (list, tuple)):
-            return type(item)(self._prepared(one, batch=batch, divided=divided) for one in item)
-        if item is None or isinstance(item, torch.optim.Optimizer):
-            return item
-        if isinstance(item, ShardedLoader):
-            item = item.source
-        loader = shard(
-            item, self.comm, seed=self._data_seed(), per_worker=batch == "per_worker", divided=divided
-        )
-        attachments = self.attachments[-1:]
-        for attachment in attachments:
-            attachment.has_loader = True
-            loader.on_batch.append(attachment.batch_begins)
-            loader.on_end.append(attachment.data_ends)
-        loader.on_batch.append(self._count)
-        loader.on_boundary.append(self._boundary)
-        self.loaders.append(loader)
-        return loader
-
-    def _data_seed(self) -> int:
-        """Rank 0's seed on every rank, so that all draw the same order."""
-        seed = torch.tensor([(self._seed if self._seed is not None else torch.initial_seed()) & (2**62 - 1)])
-        self.comm.broadcast(seed).wait()
-        return int(seed) + len(self.loaders)
-
     def epochs(self, count: int) -> Iterator[int]:
         """Yield the numbers of the epochs; synchronises the replicas after the last one.
 
@@ -218,6 +234,7 @@ class Job:
         if self._resume_at is None and self.checkpoint is not None and self._epoch_over is None:
             self.resume()
         first, self._resume_at = self._resume_at or 0, None
+        preparation.fit(self.attachments, self.loaders, count, self.comm, self.clock)
         self.clock.start()
         for epoch in range(first, count):
             self.epoch, self._epoch_over = epoch, False
@@ -231,21 +248,20 @@ class Job:
         self.sum_up()
 
     def synchronize(self) -> None:
-        """Drain the strategies: afterwards all ranks hold the final model, bit for bit. All ranks call it."""
+        """Drain the strategies: afterwards all ranks hold the final model, bit for bit. All ranks call it.
+
+        Raises:
+            Mismatch: Ranks that sum their gradients took different steps.
+        """
+        with self.clock.paused():
+            for attachment in self.attachments:
+                attachment.check_steps()
         for attachment in self.attachments:
             attachment.finish_minibatch()
             attachment.strategy.synchronize()
             if self.size > 1:
                 preparation.average_buffers(attachment.replica.buffers(), attachment.comm)
-        self._is_drained = True
-
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Backward passes inside only accumulate gradients; the next one outside sends their sum."""
-        with ExitStack() as stack:
-            for attachment in self.attachments:
-                stack.enter_context(attachment.no_sync())
-            yield
+        self._undrained = 0
 
     def evaluate(
         self,
@@ -255,28 +271,39 @@ class Job:
         *,
         batch_size: int | None = None,
         forward: Forward | None = None,
+        average: bool = False,
     ) -> dict[str, Any]:
         """Measure the consensus model; all ranks call it and get the same result.
 
-        Each sample counts once for any number of ranks. Training continues as if nothing had happened.
+        Each sample counts once for any number of ranks, also those that a DistributedSampler gives to other
+        ranks, or that drop_last drops. Training continues as if nothing had happened.
 
         Args:
-            model: A prepared model, or any other.
-            data: A Dataset or DataLoader; batches are (inputs…, targets) unless `forward` says otherwise.
+            model: A prepared model, or any other that is the same on all ranks.
+            data: A Dataset or DataLoader, prepared or not, the same on all ranks; or a loader prepared with
+                `shard=False`, of which each rank evaluates its own. Batches are (inputs…, targets) unless
+                `forward` says otherwise.
             metrics: Names and callables `(outputs, targets) -> (sum, count)` over a batch, which give
-                Σ sum / Σ count; or torchmetrics-like objects (update, compute, reset), which see all samples.
+                Σ sum / Σ count; or torchmetrics-like objects (update, compute, reset), which see all samples
+                in order.
             batch_size: Samples per forward pass of a Dataset; default 256, or the DataLoader's.
             forward: Callable `(model, batch) -> (outputs, targets)`; default: `model(*inputs)`.
+            average: Evaluate the mean over the ranks of what is no prepared model, such as an EMA copy.
 
         Raises:
             ConfigError: `data` is empty, or a metric returns something else.
+            Mismatch: `data`, or a model that was not prepared, differs over the ranks; or ranks that sum
+                gradients took different steps.
         """
-        inner = self.unwrap(model)
-        attachments = [a for a in self.attachments if a.replica.module is inner]
+        attachments = holders(model, self.attachments)
+        options: Any = {"batch_size": batch_size, "forward": forward, "average": average}
         with self.clock.paused():
-            return evaluate(
-                model, data, metrics, self.comm, attachments, batch_size=batch_size, forward=forward
-            )
+            for one in self.attachments:
+                one.finish_minibatch()
+            rest(self.attachments)
+            for one in attachments:
+                one.check_steps()
+            return evaluate(model, data, metrics, self.comm, attachments, **options)
 
     def save(self, path: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint; all ranks call it, after optimizer.step().
@@ -289,6 +316,7 @@ class Job:
 
         Raises:
             CheckpointError: On all ranks, when it cannot be written.
+            ConfigError: `path` is no path, such as a `job.checkpoint` that is None.
         """
         with self.clock.paused():
             checkpoints.write(path, self.collect_state(extra), self.comm)
@@ -315,7 +343,9 @@ class Job:
         Args:
             extra: Plain values to include.
         """
-        position = persistence.JobPosition(self.next_epoch, self.step, self.samples, self.clock.seconds)
+        batches, samples = self.loaders.untrained()
+        step, samples = self.step - batches, self.samples - samples
+        position = persistence.JobPosition(self.next_epoch, step, samples, self.clock.seconds)
         return persistence.collect(self._parts(), position, extra)
 
     def restore_state(self, own: dict[str, Any], first: dict[str, Any], saved_size: int) -> dict[str, Any]:
@@ -325,7 +355,7 @@ class Job:
             own: This rank's state.
             first: Rank 0's state.
             saved_size: Number of ranks at that time; with another one, only model, optimizers, registered
-                objects and the epoch are taken.
+                objects and the position in the data are taken.
         """
         position, extra = persistence.restore(self._parts(), own, first, saved_size)
         self.step, self.samples = position.step, position.samples
@@ -378,37 +408,10 @@ class Job:
         self.step += 1
         self._boundary()
 
-    def all_reduce_metrics(self, values: Mapping[str, Any]) -> dict[str, float]:
-        """Combine the metrics of all ranks; every rank gets the same result.
-
-        Args:
-            values: Names and (sum, count) pairs, which become Σ sum / Σ count; plain numbers are added up.
-        """
-        return exchange.all_reduce_metrics(values, self.comm)
-
-    def gather_objects(self, value: object) -> list[Any]:
-        """Every rank's value, in rank order; nothing is pickled.
-
-        Args:
-            value: Numbers, strings, lists, dicts and tensors.
-        """
-        return exchange.gather_objects(value, self.comm)
-
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        for one in self.attachments:
-            one.strategy.rest()
+        rest(self.attachments)
         self.comm.barrier().wait()
-
-    def print(self, *values: object, **keywords: Any) -> None:
-        """`print` on rank 0 only.
-
-        Args:
-            values: As for `print`.
-            keywords: As for `print`.
-        """
-        if self.is_main:
-            self._progress.print(*values, **keywords)
 
     def log(self, values: Mapping[str, Any] | None = None, /, **more: object) -> None:
         """Write a row with epoch, step, throughput, bytes and waiting to the log (rank 0).
@@ -425,8 +428,7 @@ class Job:
         Args:
             model: A module, compiled or not.
         """
-        inner: nn.Module = getattr(model, "_orig_mod", model)
-        return inner
+        return arguments.unwrapped(model)
 
     def stats(self) -> dict[str, Any]:
         """Plain values of this rank: what was trained, how long it waited, what it sent.
@@ -434,22 +436,9 @@ class Job:
         `payload_bytes`, `wait_s` and `operations` cover the whole job; `training` leaves out preparation,
         evaluation and checkpoints. Payload bytes are what this rank handed to operations (see comm.ledger).
         """
-        strategy = self.attachments[-1].strategy if self.attachments else None
-        return {
-            "rank": self.rank,
-            "size": self.size,
-            "fabric": self.comm.fabric,
-            "strategy": None if strategy is None else strategy.name,
-            "epoch": self.epoch,
-            "steps": self.step,
-            "samples": self.samples,
-            "seconds": self.clock.seconds,
-            "minibatches": sum(a.minibatches for a in self.attachments),
-            "model_bytes": sum(a.replica.model_bytes for a in self.attachments),
-            **self.comm.ledger.snapshot(),
-            **({} if strategy is None else strategy.stats()),
-            "training": {"payload_bytes": self.clock.payload_bytes, "wait_s": self.clock.wait_s},
-        }
+        return statistics.collect(
+            self.comm, self.attachments, self.clock, epoch=self.epoch, steps=self.step, samples=self.samples
+        )
 
     def measure(self) -> dict[str, Any]:
         """The columns that every row of the log has: what happened since the row before."""
@@ -460,39 +449,39 @@ class Job:
         self.logbook.sum_up(self.stats())
 
     def _counts(self) -> TrainingCounts:
-        staleness = self.attachments[-1].strategy.stats().get("staleness") if self.attachments else None
-        return TrainingCounts(
-            epoch=self.epoch,
-            step=self.step,
-            seconds=self.clock.seconds,
-            samples=self.samples,
-            payload_bytes=self.clock.payload_bytes,
-            wait_s=self.clock.wait_s,
-            staleness=staleness,
-        )
+        return statistics.counts(self.attachments, self.clock, self.epoch, self.step, self.samples)
 
     def _gather_rows(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         with self.clock.paused():
-            return self.gather_objects(row)
+            return exchange.gather_objects(row, self.comm)
 
-    def close(self) -> None:
-        """Leave the job; idempotent, also called at exit."""
-        self._progress.end()
-        if self._stop is not None:
-            self._stop.close()
-        self.logbook.close(self.stats())
+    def detach(self) -> None:
+        """Take all hooks off the models; they stay as they are."""
         for attachment in self.attachments:
             attachment.detach()
-        is_good = self._is_drained and not hasattr(sys, "last_type")  # nor after an exception
-        for comm in dict.fromkeys((*self._comms.values(), self.comm)):
-            comm.close(goodbye=is_good)
+
+    def close(self) -> None:
+        """Leave the job; idempotent, also called at exit. Closes every part, whatever one raises."""
+        atexit.unregister(self.close)  # or the process would keep every job that it had
+        self.loaders.close()
+        good = self._undrained == 0 and not hasattr(sys, "last_type")  # nor after an exception
+        with limited_exit(self.meeting) as last_first:
+            for comm in dict.fromkeys((self.comm, *reversed(self._comms.values()))):
+                last_first.callback(comm.close, goodbye=good)
+            last_first.callback(self.detach)
+            last_first.callback(lambda: self.logbook.close(self.stats()))
+            last_first.callback(self._stop.close if self._stop is not None else lambda: None)
+            self._progress.end()
 
     def _count(self, own_samples: int, all_samples: int, is_last: bool) -> None:
-        self._is_drained = False
+        self._undrained += 1
+        self.comm.note_progress()
         self.step += 1
         self.samples += all_samples
         self._progress.advance()
 
-
-def _listed(item: object) -> list[Any]:
-    return list(item) if isinstance(item, (list, tuple)) else [item]
+    def _uncount(self, batches: int, all_samples: int) -> None:
+        """Batches of a pass that was left without training were only looked at."""
+        self._undrained = max(0, self._undrained - batches)
+        self.step -= batches
+        self.samples -= all_samples

@@ -6,6 +6,7 @@ import atexit
 import os
 from collections.abc import Sequence
 
+from paceline import plugins
 from paceline.comm import current
 from paceline.comm.fabric import connect
 from paceline.comm.rendezvous.meeting import meet
@@ -35,8 +36,9 @@ def init(
             wherever all ranks can, and torch's for models on a GPU.
         checkpoint: Folder where SIGTERM saves and where `epochs` resumes; default: none.
         progress: Whether rank 0 shows a progress bar on a terminal; default true.
-        seed: Seeds torch, NumPy and `random` (rank 0 with `seed` itself, other ranks differently) and the
-            order of the data; default: unseeded.
+        seed: Seeds torch, NumPy and `random`, on all ranks alike until the first `prepare`, so that splits,
+            shuffled lists and weights are the same; then each rank draws a stream of its own. Also seeds the
+            order of the data. Default: unseeded.
         log_dir: Folder that `job.log` writes to; default `runs/<date>-<time>`.
         log_to: Log formats, as a list or with commas; default `"jsonl,csv"`; `"tensorboard"` needs the extra.
         timeout_s: How long to wait for other ranks, and deadline of an operation, in seconds; default 600.
@@ -50,12 +52,16 @@ def init(
         `job = paceline.init(checkpoint="runs/mine")`
     """
     options = JobOptions.from_environment(os.environ).with_log(log_dir, log_to)
+    for file in options.plugins:
+        plugins.load(file, moved=True)
     virtual = current.provided()
     if virtual is not None:
-        random_state.seed_worker(seed, virtual.rank)
-        return Job(virtual, options, seed=seed)
-    meeting = meet(secret=options.secret, host=host, timeout_s=timeout_s)
-    random_state.seed_worker(seed, meeting.rank)
+        random_state.seed_worker(seed, 0)
+        job = Job(virtual, options, seed=seed)
+        current.at_end(job.detach)
+        return job
+    meeting = meet(host=host, timeout_s=timeout_s)
+    random_state.seed_worker(seed, 0)
     comm = connect(meeting, options.fabric or fabric, timeout_s=timeout_s)
     comm.min_size = options.min_workers or comm.size
     path = options.checkpoint or (str(checkpoint) if checkpoint is not None else None)

@@ -74,14 +74,45 @@ class MinibatchState:
 
 
 class AccumulationWindow:
-    """The micro-batches of one update: their samples, and how many backward passes there have been."""
+    """The micro-batches of one update: their samples, and how many backward passes there have been.
 
-    def __init__(self) -> None:
+    Args:
+        steps: How many backward passes, or blocks of `job.accumulate`, a full window has.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
         self.backwards = 0
         """Backward passes since the last that was reduced."""
         self.is_last_batch = False
         """Whether the loader said that this is the epoch's last batch."""
+        self.closes: bool | None = None
+        """Whether the block of `job.accumulate` that runs, or ran last, ends a window; None: no block."""
+        self.is_in_block = False
+        self._blocks = 0  # since the last that ended a window
         self._samples: list[tuple[int, int]] = []  # (own, all ranks') of each micro-batch
+
+    def block_begins(self, *, knows_last: bool) -> None:
+        """A block of `job.accumulate` is one micro-batch, with any number of backward passes.
+
+        Args:
+            knows_last: Whether a loader says which batch is the last.
+        """
+        self._blocks += 1
+        self.is_in_block, self.closes = True, self._is_full(self._blocks, knows_last=knows_last)
+
+    def block_ends(self) -> None:
+        """Its statements are done, or one has raised."""
+        self.is_in_block = False
+        if self.closes:
+            self._blocks = 0
+
+    def must_reduce(self, *, knows_last: bool) -> bool:
+        """Whether the backward pass that was counted last reduces what is accumulated."""
+        return bool(self.closes) if self.is_in_block else self._is_full(self.backwards, knows_last=knows_last)
+
+    def _is_full(self, count: int, *, knows_last: bool) -> bool:
+        return count >= self.steps or (self.is_last_batch and knows_last)
 
     def add(self, own_samples: int, all_samples: int, *, is_last: bool) -> None:
         """One more micro-batch; the first of a new window if nothing is accumulated."""

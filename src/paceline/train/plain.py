@@ -30,3 +30,17 @@ def broadcast(value: object, comm: Communicator) -> Any:
     """Rank 0's `value` on every rank; what the others pass is not looked at."""
     data = byte_string.broadcast(pack(value if comm.rank == 0 else None), comm)
     return value if comm.rank == 0 else unpack(data)
+
+
+def simple(value: Any) -> Any:
+    """`value` with NumPy's numbers as Python's, so that reading it back needs nothing but `weights_only`.
+
+    Functions, as some optimizers keep in their groups, are left out: every rank has its own.
+    """
+    if isinstance(value, dict):
+        return {key: simple(one) for key, one in value.items() if not callable(one)}
+    if isinstance(value, (list, tuple)):
+        return type(value)(simple(one) for one in value)
+    if hasattr(value, "item") and not isinstance(value, torch.Tensor) and getattr(value, "shape", None) == ():
+        return value.item()
+    return value

@@ -1,27 +1,25 @@
 """Mixed precision without a change to the loop: `prepare(..., precision="bf16" | "fp16" | "fp32")`.
 
-The model's forward runs under autocast and returns float32. For fp16 the loss is scaled where its gradient
-enters
-the model: gradients are linear in it, so this equals scaling the loss. At the end of backward, before
-clipping, the
-gradients are unscaled and checked. If one is not finite, all become None, which makes `optimizer.step()` a
-no-op;
-the minibatch still counts, so the strategies' periods and clocks stay in step on all ranks.
+The model's forward runs under autocast and returns float32 (float64 stays). For fp16, losses are scaled
+inside the model alone (see `modules/low_precision.py`). At the end of backward, before clipping, the
+gradients are checked. If one is not finite, all become None, which makes `optimizer.step()` a no-op; the
+minibatch still counts, so the strategies' periods and clocks stay in step on all ranks. Gradients that are
+summed are the same everywhere, and so is the decision; where each rank steps by itself, it also decides by
+itself, without a message.
 
 Source: Micikevicius et al., ICLR 2018; the scale's rule is that of torch.amp.GradScaler.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from paceline.errors import ConfigError
 from paceline.train.attachment import Attachment
-from paceline.types import Communicator, ReduceOp
+from paceline.train.modules.low_precision import LowPrecisionForward
+from paceline.train.replica import real
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 INITIAL_SCALE = 65536.0
@@ -40,59 +38,42 @@ def check(precision: str | None) -> torch.dtype | None:
 class MixedPrecision:
     """Autocast around one prepared model; loss scaling for fp16. Has a state for checkpoints."""
 
-    def __init__(self, dtype: torch.dtype, attachment: Attachment, comm: Communicator) -> None:
+    def __init__(self, dtype: torch.dtype, attachment: Attachment) -> None:
         self.scale = INITIAL_SCALE if dtype == torch.float16 else 1.0
         self.skipped = 0
         """Minibatches whose update was left out because a gradient overflowed."""
         self._good = 0
-        self._attachment, self._comm = attachment, comm
+        self._attachment = attachment
         self._is_scaling = dtype == torch.float16
-        self._wrap(attachment.replica.module, dtype)
+        module: Any = attachment.replica.module
+        self._forward = LowPrecisionForward(module, dtype, self._current if self._is_scaling else None)
+        # On the instance: the class, its name and its state_dict stay as they are.
+        module.forward = self._forward
         if self._is_scaling:
-            attachment.on_gradients = self._unscale
+            attachment.on_gradients = self._check
         attachment.keep(self)
 
     def remove(self) -> None:
         """Take the autocast off again."""
-        del self._attachment.replica.module.forward
+        module: Any = self._attachment.replica.module
+        if vars(module).get("forward") is self._forward:
+            del module.forward
+            if self._forward.inner is not None:
+                module.forward = self._forward.inner
         self._attachment.on_gradients = None
 
-    def _wrap(self, module: torch.nn.Module, dtype: torch.dtype) -> None:
-        forward = module.forward
-        device = next((p.device.type for p in module.parameters()), "cpu")
-
-        @functools.wraps(forward)
-        def run(*arguments: Any, **named: Any) -> Any:
-            with torch.autocast(device, dtype):
-                outputs = forward(*arguments, **named)
-            return pytree.tree_map(self._leave, outputs)
-
-        # On the instance: the class, its name and its state_dict stay as they are.
-        module.forward = run
-
-    def _leave(self, output: Any) -> Any:
-        if not isinstance(output, torch.Tensor) or not output.is_floating_point():
-            return output
-        output = output.float()
-        if self._is_scaling and output.requires_grad:
-            output.register_hook(lambda gradient: gradient * self.scale)
-        return output
+    def _current(self) -> float:
+        return self.scale
 
     @torch.no_grad()
-    def _unscale(self) -> None:
+    def _check(self) -> None:
         replica = self._attachment.replica
-        gradients = [p.grad for p in replica.trained if p.grad is not None]
+        gradients = [real(p.grad) for p in replica.trained if p.grad is not None]
         overflow = torch.zeros(1, device=gradients[0].device if gradients else None)
-        inverse = torch.full_like(overflow, 1 / self.scale)
+        one = torch.ones_like(overflow)
         for dtype in {g.dtype for g in gradients}:
             same = [g for g in gradients if g.dtype == dtype]
-            torch._amp_foreach_non_finite_check_and_unscale_(same, overflow, inverse)
-        strategy = self._attachment.strategy
-        # Reduced gradients are the same everywhere; local ones need an agreement, except between ranks
-        # that do
-        # not wait for each other.
-        if self._comm.size > 1 and not strategy.needs_gradients and not strategy.survives_loss:
-            self._comm.all_reduce(overflow, op=ReduceOp.MAX).wait()
+            torch._amp_foreach_non_finite_check_and_unscale_(same, overflow, one)
         if float(overflow):
             for parameter in replica.trained:
                 parameter.grad = None

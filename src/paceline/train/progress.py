@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sized
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from paceline.train.data.loader import known_length
 
 
 class ProgressBar:
@@ -28,7 +29,7 @@ class ProgressBar:
         """Start the bar of one epoch over `data`, whose length may be unknown."""
         if not self.enabled:
             return
-        total = len(data) if isinstance(data, Sized) else None
+        total = known_length(data)
         self.end()
         done = getattr(data, "step", 0)
         if self._columns:

@@ -6,7 +6,9 @@ that backward fills it from the front; every parameter starts at a multiple of 6
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from paceline.types import Communicator
 
 _ALIGN_BYTES = 64
 _FIRST_BUCKET_BYTES = 1 << 20
+_OWN_REFERENCES = 3  # of a gradient's view: the list's, a local variable's, and that of the count itself
 
 
 class GradientBucket:
@@ -55,13 +58,15 @@ class FlatReplica:
         optimizers: Sequence[torch.optim.Optimizer] = (),
     ) -> None:
         self.module = module
-        self.optimizers = tuple(optimizers)
+        self.optimizers = list(optimizers)
+        self.late_states: list[dict[str, Any]] = []
+        """States of a checkpoint for optimizers that are not known yet."""
         self.names = {id(p): name for name, p in module.named_parameters()}  # tied ones appear once
         everything = list(module.parameters())
         self.frozen = [p for p in everything if not p.requires_grad]
         self.trained = [p for p in reversed(everything) if p.requires_grad]
         self.weight = 1.0 / comm.size
-        """This rank's share of the current minibatch's samples; the shares of all ranks add up to 1."""
+        """What this rank's gradients count; those of all ranks add up to 1 (`gradients/weights.py`)."""
         self.has_samples = True
         """False when this rank ran out of data and repeats a batch with weight 0."""
         self.parameters: list[torch.Tensor] = []
@@ -69,7 +74,9 @@ class FlatReplica:
         self.buckets: list[GradientBucket] = []
         self.bucket_of: dict[int, GradientBucket] = {}
         self.used: torch.Tensor | None = None
+        self._where: dict[int, tuple[int, int]] = {}  # parameter → (buffer, offset in its own elements)
         self._views: list[torch.Tensor] = []
+        self._gradient_addresses: list[int] = []
         self.gradient_views: list[torch.Tensor] = []
         self._check()
         self._lay_out(comm, needs_gradients, bucket_bytes)
@@ -80,8 +87,11 @@ class FlatReplica:
         return sum(flat.nbytes for flat in self.parameters)
 
     def buffers(self) -> list[torch.Tensor]:
-        """The module's buffers (BatchNorm statistics and the like), each once, in order."""
-        return list({id(b): b for b in self.module.buffers()}.values())
+        """The module's buffers (BatchNorm statistics and the like), each once, in order.
+
+        Complex ones are seen as real, of expanded ones what they repeat.
+        """
+        return [real(compact(b)) for b in {id(b): b for b in self.module.buffers()}.values()]
 
     def adopt(self) -> None:
         """Put parameters whose memory was replaced (`p.data = …`) back into the flat buffers, value kept."""
@@ -92,6 +102,27 @@ class FlatReplica:
                     view.copy_(parameter)
                     parameter.data = view
 
+    def place_of_gradient(self, index: int, gradient: torch.Tensor | None) -> torch.Tensor:
+        """The view of the flat buffer where a gradient belongs; a new object where the loop has the old one.
+
+        What was `grad` in an earlier step, and is still held by the loop, keeps its values in memory of its
+        own. So does a `grad` whose memory was replaced (`p.grad.data = …`).
+
+        Args:
+            index: Of the parameter in `trained`.
+            gradient: What is in its `grad` now.
+        """
+        view = self.gradient_views[index]
+        if gradient is not None and (gradient.dtype, gradient.device) != (view.dtype, view.device):
+            self._check_layout(self.trained[index], view)
+        is_moved = view.data_ptr() != self._gradient_addresses[index]
+        if not is_moved and (gradient is view or sys.getrefcount(view) <= _OWN_REFERENCES):
+            return view
+        if not is_moved:
+            view.data = view.detach().clone()
+        self.gradient_views[index] = self._gradient_view(index)
+        return self.gradient_views[index]
+
     def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """State tensors of the optimizers, in an order that all ranks share: (key, tensor)."""
         for optimizer in self.optimizers:
@@ -99,8 +130,10 @@ class FlatReplica:
                 for parameter in group["params"]:
                     state = optimizer.state.get(parameter, {})
                     for key in sorted(state):
-                        if isinstance(state[key], torch.Tensor):
-                            yield key, state[key]
+                        value = state[key]
+                        if isinstance(value, torch.Tensor):
+                            is_counter = key == "step" or parameter.ndim > 0 or value.ndim > 0
+                            yield key, real(value) if is_counter else real(value).view(-1)
 
     def name(self, parameter: torch.Tensor) -> str:
         """The parameter's name in the module, for messages."""
@@ -125,14 +158,14 @@ class FlatReplica:
 
     def _lay_out(self, comm: Communicator, needs_gradients: bool, bucket_bytes: int) -> None:
         kinds = list(dict.fromkeys((p.dtype, p.device) for p in self.trained))
-        where: dict[int, tuple[int, int]] = {}  # parameter → (buffer, offset)
+        where = self._where
         sizes = [0] * len(kinds)
         for i, p in enumerate(self.trained):
             kind = kinds.index((p.dtype, p.device))
             where[i] = (kind, sizes[kind])
             step = max(1, _ALIGN_BYTES // p.element_size())
             sizes[kind] += -(-p.numel() // step) * step
-        self.parameters = [comm.allocate(n, kind[0]) for n, kind in zip(sizes, kinds, strict=True)]
+        self.parameters = [_allocate(comm, n, kind[0]) for n, kind in zip(sizes, kinds, strict=True)]
         for flat, (_, device) in zip(self.parameters, kinds, strict=True):
             if flat.device != device:
                 raise ConfigError(
@@ -146,33 +179,38 @@ class FlatReplica:
                 p.data = view
                 self._views.append(view)
         if needs_gradients and self.trained:
-            self._lay_out_gradients(comm, where, sizes, bucket_bytes)
+            self._lay_out_gradients(comm, where, bucket_bytes)
 
     def _lay_out_gradients(
-        self, comm: Communicator, where: dict[int, tuple[int, int]], sizes: list[int], bucket_bytes: int
+        self, comm: Communicator, where: dict[int, tuple[int, int]], bucket_bytes: int
     ) -> None:
         plans = _plan_buckets(self.trained, where, bucket_bytes)
         last_kind = where[plans[-1][0]][0]
-        tails = [len(self.trained) if kind == last_kind else 0 for kind in range(len(sizes))]
+        tails = [len(self.trained) if kind == last_kind else 0 for kind in range(len(self.parameters))]
         whole = [
-            comm.allocate(n + tail, flat.dtype)
-            for n, tail, flat in zip(sizes, tails, self.parameters, strict=True)
+            comm.allocate(flat.numel() + tail, flat.dtype)
+            for tail, flat in zip(tails, self.parameters, strict=True)
         ]
-        self.gradients = [flat[:n] for flat, n in zip(whole, sizes, strict=True)]
-        self.used = whole[last_kind][sizes[last_kind] :]
-        self.gradient_views = [
-            self._view(self.gradients[where[i][0]], where[i][1], p) for i, p in enumerate(self.trained)
-        ]
+        self.gradients = [flat[: own.numel()] for flat, own in zip(whole, self.parameters, strict=True)]
+        self.used = whole[last_kind][self.parameters[last_kind].numel() :]
+        self.gradient_views = [self._gradient_view(i) for i in range(len(self.trained))]
+        self._gradient_addresses = [view.data_ptr() for view in self.gradient_views]
         for index, members in enumerate(plans):
-            kind, start = where[members[0]]
+            kind = where[members[0]][0]
+            scale = 1 + self.trained[members[0]].is_complex()
+            start = where[members[0]][1] * scale
             following = [
-                where[j][1] for j in range(members[-1] + 1, len(self.trained)) if where[j][0] == kind
+                where[j][1] * scale for j in range(members[-1] + 1, len(self.trained)) if where[j][0] == kind
             ]
             stop = following[0] if following else whole[kind].numel()
             num_flags = 0 if following else tails[kind]
             bucket = GradientBucket(index, whole[kind][start:stop], num_flags, members)
             self.buckets.append(bucket)
             self.bucket_of.update(dict.fromkeys(members, bucket))
+
+    def _gradient_view(self, index: int) -> torch.Tensor:
+        kind, offset = self._where[index]
+        return self._view(self.gradients[kind], offset, self.trained[index])
 
     def _view(self, flat: torch.Tensor, offset: int, parameter: torch.Tensor) -> torch.Tensor:
         """A view of `flat` with the parameter's own shape and strides (channels_last stays so)."""
@@ -181,6 +219,8 @@ class FlatReplica:
                 f"parameter {self.name(parameter)} has shape {tuple(parameter.shape)} and strides"
                 f" {parameter.stride()}: its elements overlap or leave gaps; make it contiguous"
             )
+        if parameter.is_complex():
+            flat = torch.view_as_complex(flat.view(-1, 2))
         return flat.as_strided(parameter.shape, parameter.stride(), flat.storage_offset() + offset)
 
     def _check_layout(self, parameter: torch.Tensor, view: torch.Tensor) -> None:
@@ -217,3 +257,23 @@ def _is_dense(tensor: torch.Tensor) -> bool:
                 return False
             expected *= size
     return True
+
+
+def _allocate(comm: Communicator, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """1-D; two real elements for each complex one, since methods and codecs know real numbers."""
+    if dtype.is_complex:
+        return comm.allocate(2 * numel, dtype.to_real())
+    return comm.allocate(numel, dtype)
+
+
+def real(tensor: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as pairs of real numbers in the same memory; any other as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def compact(tensor: torch.Tensor) -> torch.Tensor:
+    """An expanded tensor without its repetitions, which cannot be written to."""
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor

@@ -15,6 +15,7 @@ from paceline.types.values import (
     ReduceOp,
     Reply,
     Work,
+    named,
 )
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "Reply",
     "Store",
     "Work",
+    "named",
 ]

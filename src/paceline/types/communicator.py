@@ -22,6 +22,9 @@ class Ledger(Protocol):
     def payload_bytes(self) -> int:
         """Bytes handed to all operations so far."""
 
+    def scheduled_bytes(self, size: int) -> float:
+        """Bytes that this rank of `size` had to send to others, by the schedules that send the fewest."""
+
     def snapshot(self) -> dict[str, Any]:
         """Plain values: `payload_bytes`, `wire_bytes`, `wait_s`, `operations`; of many types, for JSON."""
 
@@ -269,6 +272,9 @@ class Communicator(Protocol):
             channel: Name that callers use.
             handler: Called with (sender, message) on the message service; must not wait. It returns the
                 answer, a `deferred()` reply, or None.
+
+        Raises:
+            ConfigError: The channel has a handler already.
         """
 
     def call(self, peer: Rank, channel: str, message: Message) -> Reply:

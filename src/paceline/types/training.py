@@ -34,7 +34,7 @@ class Bucket(Protocol):
 
     @property
     def used_flags(self) -> torch.Tensor | None:
-        """Last bucket: one element per parameter of `Replica.trained`, `weight` if it was used, else 0.
+        """Last bucket: one element per parameter of `Replica.trained`, above 0 if it was used, else 0.
 
         They must be summed over ranks like gradients. None in the other buckets.
         """
@@ -49,7 +49,10 @@ class Replica(Protocol):
 
     @property
     def parameters(self) -> Sequence[torch.Tensor]:
-        """1-D flat parameter buffers, allocated by the communicator; the module's parameters are views."""
+        """1-D flat parameter buffers, allocated by the communicator; the module's parameters are views.
+
+        Complex parameters lie in real buffers, as pairs.
+        """
 
     @property
     def gradients(self) -> Sequence[torch.Tensor]:
@@ -69,7 +72,11 @@ class Replica(Protocol):
 
     @property
     def weight(self) -> float:
-        """This rank's share of the minibatch's samples; the shares of all ranks add up to 1."""
+        """What this rank's gradients count: its share of the minibatch's samples or tokens.
+
+        1/P where several backward passes are added up: their shares are in the gradients then. The weights of
+        all ranks add up to 1.
+        """
 
     @property
     def has_samples(self) -> bool:

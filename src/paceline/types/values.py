@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     import torch
 
 Rank = int
+
+
+def named(ranks: Iterable[Rank]) -> str:
+    """Ranks as sentences name them: "rank 2", "ranks 0, 3"."""
+    listed = list(ranks)
+    return f"rank{'s' if len(listed) != 1 else ''} {', '.join(map(str, listed))}"
 
 
 class ReduceOp(enum.Enum):

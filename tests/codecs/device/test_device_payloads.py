@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from codec_inputs import half_ties, inputs, nearly_infinite, with_special_values
 
 from paceline import codecs
 from paceline.codecs.kernel import device as device_codecs
@@ -29,34 +30,6 @@ SPECS = [
     "topk(k=3)",
 ]
 SIZES = [0, 1, 17, 33, 511, 4096, 5001]
-SPECIAL = [
-    torch.inf,
-    -torch.inf,
-    torch.nan,
-    -torch.nan,
-    3.4e38,
-    -3.4e38,
-    1e-38,
-    -1e-45,
-    1.4e-45,
-    0.0,
-    -0.0,
-    65504,
-    65520,
-    6e-8,
-]
-
-
-def inputs(numel: int, seed: int) -> torch.Tensor:
-    """Magnitudes from 1e-6 to 10 in runs of 64, some exact zeros of both signs."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(numel, generator=generator)
-    scale = 10.0 ** torch.randint(-6, 2, (numel // 64 + 1,), generator=generator).repeat_interleave(64)
-    x = x * scale[:numel]
-    if seed % 3 == 0 and numel > 4:
-        x[torch.randint(0, numel, (numel // 4,), generator=generator)] = 0.0
-        x[1] = -0.0
-    return x
 
 
 def made(spec: str) -> KernelCodec:
@@ -99,18 +72,17 @@ def test_same_bytes(spec: str, feedback: bool, device: torch.device) -> None:
 @pytest.mark.parametrize("spec", SPECS)
 def test_same_bytes_for_extreme_values(spec: str, device: torch.device) -> None:
     for numel in (40, 1025):
-        x = inputs(numel, numel)
-        x[7 : 7 + len(SPECIAL)] = torch.tensor(SPECIAL)
+        x = with_special_values(numel)
         compare(spec, x, device, feedback=True)
         compare(spec, x, device, feedback=False)
         compare(spec, torch.zeros(numel), device, feedback=True, steps=1)
+        compare(spec, nearly_infinite(numel), device, feedback=False, steps=1)
         compare(spec, x * 1e-38, device, feedback=True, steps=1)  # blocks of denormals
 
 
 @pytest.mark.parametrize("block", [32, 64])
 def test_rounding_of_every_half_between_two_halves(block: int, device: torch.device) -> None:
-    halves = torch.arange(0, 0x7C00, dtype=torch.int16).view(torch.float16).to(torch.float32)
-    ties = (halves[1:] + halves[:-1]) / 2  # exact in float32
+    ties = half_ties()
     order = torch.randperm(ties.numel(), generator=torch.Generator().manual_seed(0))
     for x in (ties, -ties, torch.nextafter(ties, torch.tensor(9e9))):
         compare(f"fp16(block={block})", x[order], device, feedback=False, steps=1)

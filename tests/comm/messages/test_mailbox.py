@@ -14,10 +14,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from paceline.comm.messages import framing, service
-from paceline.comm.messages.authentication import Acceptor, Initiator
+from paceline.comm.messages import framing
 from paceline.comm.messages.mailbox import Mailbox
 from paceline.comm.messages.shared_blocks import LEAST_BYTES, Borrower, Lender
+from paceline.comm.security import strangers
+from paceline.comm.security.authentication import Acceptor, Initiator
 from paceline.errors import CommError, ConfigError, PeerLost, ProtocolError, Timeout
 from paceline.types import Message
 
@@ -95,13 +96,27 @@ def test_strangers_and_garbage_disturb_nothing(pair: tuple[Mailbox, Mailbox]) ->
 
 
 def test_number_of_strangers_is_limited(pair: tuple[Mailbox, Mailbox]) -> None:
-    sockets = [connect(pair[1]) for _ in range(service.STRANGERS + 30)]
+    sockets = [connect(pair[1]) for _ in range(strangers.MOST + 30)]
     time.sleep(0.2)
-    assert len(pair[1]._service._strangers) <= service.STRANGERS
+    assert len(pair[1]._service._listener.strangers) <= strangers.MOST + 2
+    pair[1].serve("x", lambda src, m: None)
+    pair[0].call(1, "x", Message()).wait(5)  # while they all stay
     for s in sockets:
         s.close()
-    pair[1].serve("x", lambda src, m: None)
-    pair[0].call(1, "x", Message()).wait(5)
+
+
+def test_a_rank_whose_handshake_was_dropped_connects_again(pair: tuple[Mailbox, Mailbox]) -> None:
+    """As when strangers push it out: its first two connections end before their handshake does."""
+    real = pair[1].address.split(" ")
+    with socket.create_server(("127.0.0.1", 0)) as relay:
+        pair[0]._service._directory.publish(1, f"127.0.0.1 {relay.getsockname()[1]} elsewhere")
+        pair[1].serve("x", lambda src, m: None)
+        answer = pair[0].call(1, "x", Message())
+        for _ in range(2):
+            relay.settimeout(10)
+            relay.accept()[0].close()
+        pair[0]._service._directory.publish(1, f"{real[0]} {real[1]} elsewhere")
+        answer.wait(20)
 
 
 def test_authenticated_peer_with_a_monstrous_frame_is_cut_off(pair: tuple[Mailbox, Mailbox]) -> None:
@@ -127,12 +142,63 @@ def test_peer_that_vanishes_fails_waiting_calls_and_is_named(pair: tuple[Mailbox
     pair[0].call(1, "never", Message())
     with pytest.raises(Timeout, match="rank 1"):
         reply.wait(0.3)
-    incoming = pair[1]._outboxes._incoming
-    pair[1]._service.run(lambda: [c.sock.shutdown(socket.SHUT_RDWR) for c in incoming.values()])
+    cut(pair[1])
     with pytest.raises(PeerLost, match="rank 1"):
         reply.wait(5)
     with pytest.raises(PeerLost, match="rank 1"):
         pair[0].post(1, "never", Message())
+
+
+def cut(box: Mailbox) -> None:
+    """Break the connections that others opened to `box`."""
+    incoming = box._outboxes._incoming
+    box._service.run(lambda: [c.sock.shutdown(socket.SHUT_RDWR) for c in incoming.values()])
+
+
+def test_a_callback_that_fails_ends_neither_the_service_nor_other_callbacks(
+    pair: tuple[Mailbox, Mailbox],
+) -> None:
+    lost = threading.Event()
+    pair[0].on_lost(lambda peer: [][peer])
+    pair[0].on_lost(lambda peer: lost.set())
+    pair[1].serve("echo", lambda src, m: m)
+    pair[0].call(1, "echo", Message()).wait(5)
+    cut(pair[1])
+    assert lost.wait(5)
+    with pytest.raises(CommError, match="callback failed when rank 1 was lost: IndexError"):
+        pair[0].flush(5)
+        pair[0].raise_stored()
+    pair[0].serve("echo", lambda src, m: m)
+    pair[0].call(0, "echo", Message()).wait(5)
+
+
+def test_after_giving_up_a_callback_that_wants_to_send_is_no_error(pair: tuple[Mailbox, Mailbox]) -> None:
+    lost = threading.Event()
+
+    def ask(peer: int) -> None:
+        lost.set()
+        raise CommError("this communicator cannot be used")
+
+    pair[0].on_lost(lambda peer: pair[0].give_up("rank 1 is lost"))
+    pair[0].on_lost(ask)
+    pair[1].serve("echo", lambda src, m: m)
+    pair[0].call(1, "echo", Message()).wait(5)
+    cut(pair[1])
+    assert lost.wait(5)
+    pair[0].flush(5)
+    pair[0].raise_stored()
+
+
+def test_nobody_waits_for_a_service_that_has_failed(pair: tuple[Mailbox, Mailbox]) -> None:
+    pair[1].serve("never", lambda src, m: pair_deferred())
+    pair[1].serve("echo", lambda src, m: m)
+    pair[0].call(1, "echo", Message()).wait(5)
+    waiting = pair[0].call(1, "never", Message())
+    pair[0].call(1, "echo", Message()).then(lambda outcome: {}["asked"])
+    with pytest.raises(CommError, match="service failed: KeyError"):
+        waiting.wait(5)
+    with pytest.raises(CommError, match="service failed: KeyError"):
+        pair[0].post(1, "echo", Message())
 
 
 def pair_deferred() -> object:

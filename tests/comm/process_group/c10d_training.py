@@ -85,11 +85,11 @@ def ddp_no_sync(rank: int, size: int) -> list[float]:
     return train(net, rank)
 
 
-def ddp_join(rank: int, size: int) -> list[float]:
+def ddp_join(rank: int, size: int, **options: bool) -> list[float]:
     net = DDP(model())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     losses = []
-    with net.join():
+    with net.join(**options):
         for step in range(2 + rank):  # uneven
             x, y = data(rank, step)
             loss = F.cross_entropy(net(x), y)
@@ -98,6 +98,14 @@ def ddp_join(rank: int, size: int) -> list[float]:
             optimizer.step()
             losses.append(loss.item())
     return losses
+
+
+def waited_for_in_cpp(rank: int, size: int) -> list[float]:
+    total = torch.full((4,), float(rank + 1))
+    work = dist.all_reduce(total, async_op=True)
+    torch._C._distributed_c10d._register_work(total, work)
+    del work  # C++ keeps its half
+    return torch.ops._c10d_functional.wait_tensor(total).tolist()
 
 
 class Branching(nn.Module):
@@ -271,6 +279,7 @@ BODIES: dict[str, Callable[[int, int], list[float]]] = {
     "ddp": ddp,
     "ddp_static_graph": functools.partial(ddp, static_graph=True),
     "ddp_bucket_view": functools.partial(ddp, gradient_as_bucket_view=True),
+    "ddp_join_by_those_active": functools.partial(ddp_join, divide_by_initial_world_size=False),
     "ddp_many_buckets": functools.partial(ddp, bucket_cap_mb=0.0005),
     **{
         body.__name__: body
@@ -281,6 +290,7 @@ BODIES: dict[str, Callable[[int, int], list[float]]] = {
             ddp_power_sgd,
             ddp_no_sync,
             ddp_join,
+            waited_for_in_cpp,
             ddp_unused_parameters,
             ddp_sparse_embedding,
             ddp_compiled,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
@@ -82,22 +82,29 @@ def test_several_hosts_without_a_meeting_point() -> None:
 
 
 def test_alone_one_has_a_secret_and_a_host() -> None:
-    first, second = meet({}), meet({}, host="b", secret="00ff")
+    first, second = meet({}), meet({}, host="b")
     assert first.hosts == (host_identity(),) and len(first.secret) == 32
-    assert second.hosts == ("b",) and second.secret == b"\x00\xff"
+    assert second.hosts == ("b",) and len(second.secret) == 32 and second.secret != first.secret
 
 
-def test_a_given_secret_stays_out_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not meet({}, secret="00ff").store.check(["secret"])
-    assert meet({}).store.check(["secret"])
+def test_nothing_secret_is_in_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    key, store = b"k" * 16, dist.HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda r: met(store, key, r), range(2)))
+    assert both[0].secret == both[1].secret
+    values = b"".join(store.get(k) for k in ("card/0", "card/1"))
+    assert not store.check(["secret"])
+    for secret in (both[0].secret, key):
+        assert secret not in values and secret.hex().encode() not in values
 
 
-def test_ranks_with_and_without_a_secret_are_told_apart(tmp_path: Path) -> None:
-    store = dist.FileStore(str(tmp_path / "meeting"), 2)
-    card = '{"host": "h", "address": "", "has_secret": true}'
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(meeting, "_open_store", lambda *_: store)
-        patch.setattr(meeting, "_meetings", 7)
-        dist.PrefixStore("paceline/7", store).set("card/0", card)
-        with pytest.raises(ConfigError, match=r"rank 1: ranks \[1\] of 2 were started without"):
-            meet({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+def met(store: dist.Store, key: bytes, rank: int) -> meeting.Meeting:
+    return meeting.meet_in_store(
+        store,
+        ProcessIdentity(rank, 2, rank, 2, "alone"),
+        key=key,
+        host="h",
+        address="",
+        timeout_s=20,
+        advice="",
+    )

@@ -85,10 +85,10 @@ def test_stalled_names_the_missing_ranks_once_and_can_give_up() -> None:
     assert c.stalled(5.0, 10.0) == []
     (sentence,) = c.stalled(11.0, 10.0)
     assert "late" in sentence
-    assert "[0, 2]" in sentence
+    assert "ranks 0, 2" in sentence
     assert c.stalled(12.0, 10.0) == []
     (response,) = c.fail_stalled(60.0, 30.0)
-    assert "[0, 2]" in response.error
+    assert "ranks 0, 2" in response.error
 
 
 def test_joined_ranks_count_as_having_asked() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from paceline.comm.security.authentication import authenticate
 from paceline.errors import CommError, ConfigError, ProtocolError
 from paceline.launchers.function_call import FunctionCall
 from paceline.launchers.job import JobSpec
@@ -38,8 +39,8 @@ class LocalDriver(Driver):
     def gather(self) -> list[WorkerLocation]:
         return [WorkerLocation(h, f"host {h}", "127.0.0.1") for h in self.hosts]
 
-    def open_store(self, index: int) -> int:
-        return 1
+    def open_store(self, index: int, secret: str, address: str | None) -> str:
+        return self.supervisors[index].open_store(secret, address)
 
     def start(self, index: int, command: StartCommand) -> None:
         self.supervisors[index].start(command)
@@ -143,9 +144,11 @@ def test_the_wire_lets_in_only_who_knows_the_secret(secret: bytes) -> None:
         def serve() -> None:
             sock, _ = server.accept()
             try:
-                link, index = wire.accept(sock, b"right" * 8)
+                guard = wire.acceptor(b"right" * 8)
+                authenticate(sock, guard, timeout_s=10)
+                link = wire.Wire(sock)
                 header, blob = link.receive()
-                link.send({**header, "index": index}, blob * 2)
+                link.send({**header, "index": guard.peer}, blob * 2)
             except (ProtocolError, OSError) as error:
                 refused.append(error)
                 sock.close()

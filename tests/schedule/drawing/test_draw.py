@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from paceline import collectives
-from paceline.cli.main import app
+from paceline.cli.main import make_app
 from paceline.errors import ConfigError
 from paceline.schedule.drawing import draw
 from paceline.schedule.drawing.holdings import Holdings
@@ -27,7 +27,7 @@ def words_of(svg: str) -> list[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_pictures_in_docs_are_current(name: str, tmp_path: Path) -> None:
     target = tmp_path / "picture.svg"
-    result = CliRunner().invoke(app, ["schedule", "show", name, "--ranks", "8", "--svg", str(target)])
+    result = CliRunner().invoke(make_app(), ["schedule", "show", name, "--ranks", "8", "--svg", str(target)])
     assert result.exit_code == 0
     assert target.read_text() == (PICTURES / f"{name}.svg").read_text(), (
         f"make it again: paceline schedule show {name} --ranks 8 --svg docs/pictures/{name}.svg"

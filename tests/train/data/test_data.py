@@ -18,14 +18,15 @@ def test_every_sample_exactly_once(three: RankPool, kind: str, count: int) -> No
     for epoch in range(2):
         rounds = [r["epochs"][epoch] for r in results]
         assert len({len(r) for r in rounds}) == 1  # all ranks make the same steps
-        seen = Counter(int(i) for r in rounds for samples, *_ in r for i in samples)
+        seen = Counter(int(i) for r in rounds for samples, own, *_ in r if own for i in samples)
         assert seen == Counter(range(count))
-        for parts in zip(*rounds, strict=True):
-            sizes = [len(samples) for samples, *_ in parts]
-            assert [own for _, own, _, _ in parts] == sizes
+        for number, parts in enumerate(zip(*rounds, strict=True)):
+            sizes = [own for _, own, _, _ in parts]
+            # A rank without samples in a short round gets a batch that counts for nothing.
+            assert all(own in (0, len(samples)) and len(samples) for samples, own, _, _ in parts)
             assert all(total == sum(sizes) for _, _, total, _ in parts)
-            assert min(sizes) >= 1
-            assert max(sizes) - min(sizes) <= 1 or kind == "batch_sampler"
+            is_last = number == len(rounds[0]) - 1  # a short round may be spent on few ranks
+            assert max(sizes) - min(sizes) <= 1 or is_last or kind == "batch_sampler"
         assert [last for *_, last in rounds[0]] == [False] * (len(rounds[0]) - 1) + [True]
     if kind != "stream" and count > 12:
         assert results[0]["epochs"][0] != results[0]["epochs"][1]
@@ -38,7 +39,7 @@ def test_ready_batches_of_a_stream(three: RankPool) -> None:
     rounds = [r["epochs"][0] for r in results]
     assert [len(r) for r in rounds] == [3, 3, 3]
     assert Counter(i for r in rounds for s, own, *_ in r if own for i in s) == Counter(range(28))
-    assert [r[-1][1:] for r in rounds] == [(1, 1, True), (0, 1, True), (0, 1, True)]
+    assert [r[-1][1:] for r in rounds] == [(4, 4, True), (0, 4, True), (0, 4, True)]
 
 
 def test_drop_last_drops_the_short_round(three: RankPool) -> None:

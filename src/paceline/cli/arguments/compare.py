@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from paceline.cli.arguments.job import FABRIC_HELP, THREADS_HELP
+from paceline.cli.arguments.job import FABRIC_HELP
 
 DEFAULT_STRATEGIES = "single,all_reduce,local_sgd(period=4),local_sgd(period=16)"
-DEFAULT_COMPUTE = "constant"
-DEFAULT_NETWORK = "ethernet(gbit=1)"
+DEFAULT_COMPUTE = "measured"
+DEFAULT_CODEC_COST = "measured"
+DEFAULT_NETWORK = "ethernet(gbit=1, message_us=10)"
 SIMULATION = "Simulation"
 
 TaskName = Annotated[
@@ -31,8 +32,8 @@ Strategies = Annotated[
     str,
     typer.Option(
         metavar="LIST",
-        help="Strategies to train, in this order, separated by commas. Those inside brackets do not"
-        " count: 'single, diloco(period=16, rate=0.7)'."
+        help="Strategies to train, in this order, separated by commas. Commas inside parentheses do not"
+        " separate: 'single, diloco(period=16, rate=0.7)'."
         f" Default: {DEFAULT_STRATEGIES.replace(',', ', ')}.",
         show_default=False,
     ),
@@ -66,7 +67,8 @@ SecondsBudget = Annotated[
     float | None,
     typer.Option(
         metavar="SECONDS",
-        help="Compare accuracies after this training time. Default: that of the fastest strategy.",
+        help="Compare accuracies after this training time, interpolated between evaluations. Default: that"
+        " of the fastest strategy.",
         show_default=False,
     ),
 ]
@@ -78,7 +80,22 @@ EpochsBudget = Annotated[
         show_default=False,
     ),
 ]
-Threads = Annotated[int | None, typer.Option(metavar="N", help=THREADS_HELP, show_default=False)]
+Validation = Annotated[
+    float,
+    typer.Option(
+        metavar="SHARE",
+        help="Share of the training set to hold out, from 0 to below 1: each strategy's best evaluation is"
+        " then chosen on it. 0: nothing is held out, and the best is chosen on the test set itself.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Threads per worker. Default: cores / workers; 1 with --simulate.",
+        show_default=False,
+    ),
+]
 Fabric = Annotated[
     str | None,
     typer.Option(metavar="native|torch", help=FABRIC_HELP),
@@ -93,22 +110,35 @@ Simulate = Annotated[
     typer.Option(
         metavar="N",
         help="Train on N simulated workers in one process and in simulated time, instead of on -n processes."
-        " The options below need --simulate.",
+        " The options below need it.",
         rich_help_panel=SIMULATION,
     ),
 ]
 Compute = Annotated[
     str,
     typer.Option(
-        help="Distribution of the seconds per minibatch, for example 'pareto(shape=3, minimum_s=0.01)'.",
+        help="Seconds that one worker needs for its share of the batch. `measured`: time the task on this"
+        " machine for about two seconds, and print the value of --compute that repeats the result. Or a"
+        " distribution, such as 'pareto(shape=3, minimum_s=0.01)'.",
         metavar="DISTRIBUTION",
+        rich_help_panel=SIMULATION,
+    ),
+]
+CodecCost = Annotated[
+    str,
+    typer.Option(
+        help="Simulated time of encoding, decoding, server updates and outer steps. `measured`: as long as"
+        " they take on this machine, on one core, whatever --compute says. `none`: no time. Or FILE: a JSON"
+        " file of an earlier comparison, whose costs are taken again.",
+        metavar="measured|none|FILE",
         rich_help_panel=SIMULATION,
     ),
 ]
 Network = Annotated[
     str,
     typer.Option(
-        help="The network, for example 'cluster(hosts=4, local=2)'.",
+        help="The network, for example 'cluster(hosts=4, local=2)'; message_us is what each message costs"
+        " both ends beyond its bytes.",
         metavar="TOPOLOGY",
         rich_help_panel=SIMULATION,
     ),
@@ -124,14 +154,18 @@ Faults = Annotated[
 Record = Annotated[
     str,
     typer.Option(
-        help="Record the order in which parameter_server handles messages, for --replay.",
+        help="Write the order in which parameter_server handled the workers' messages, for --replay: one"
+        " file per rank, FILE.0, FILE.1 … Needs exactly one parameter_server among --strategies.",
         metavar="FILE",
     ),
 ]
 Replay = Annotated[
     str,
     typer.Option(
-        help="Repeat a recorded order of messages, bit for bit.", metavar="FILE", rich_help_panel=SIMULATION
+        help="Let parameter_server handle messages in the order that --record FILE wrote, so that the run"
+        " repeats bit for bit: with the same TASK, --seed, --batch-size and strategy, and as many workers,"
+        " which may be simulated.",
+        metavar="FILE",
     ),
 ]
 Trace = Annotated[

@@ -18,13 +18,16 @@ _ENGINES = ", ".join(registry.names("paceline.launchers.engines"))
 _LOG_FORMATS = ", ".join(registry.names("paceline.train.logs.formats"))
 
 FABRIC_HELP = "What carries the workers' tensors. Default: native; torch for models on a GPU."
-THREADS_HELP = "Threads per worker (OMP_NUM_THREADS). Default: this host's cores / workers, at least 1."
+THREADS_HELP = (
+    "Threads per worker (OMP_NUM_THREADS). Default: cpus= of --resources; else, on this host, OMP_NUM_THREADS"
+    " if set, or cores / workers; elsewhere 1."
+)
 
 Script = Annotated[
     str, typer.Argument(help="A Python file, or the name of a module with -m.", metavar="SCRIPT")
 ]
 Arguments = Annotated[
-    list[str] | None, typer.Argument(help="Arguments of the script, passed unchanged.", metavar="[ARGS]...")
+    list[str] | None, typer.Argument(help="Arguments of the script, passed unchanged.", metavar="ARGS")
 ]
 
 # Launch
@@ -56,8 +59,8 @@ Rendezvous = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT",
-        help="Where the launchers of several hosts meet: an address of one of the hosts. Needed on local with"
-        " --nodes 2 or more.",
+        help="For --on local with --nodes 2 or more, and required there: where the launchers meet, an address"
+        " of one of the hosts. Other engines refuse it.",
         rich_help_panel=LAUNCH,
     ),
 ]
@@ -65,8 +68,8 @@ SecretFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="A file with the job's secret, the same on every host. Default: the first host makes a secret"
-        " and shares it at the rendezvous.",
+        help="A file with the job's key, the same on every host. Default: on one host, a key made for the"
+        " job; on several, the file that PACELINE_SECRET_FILE names, else ~/.config/paceline/key.",
         rich_help_panel=LAUNCH,
     ),
 ]
@@ -83,8 +86,9 @@ MaxRestarts = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Restart all workers up to N times after a failure. Default: 0 on local, else the engine's own"
-        " policy.",
+        help="After a failure, restart all workers, up to N times; they continue from --checkpoint, and"
+        " without it from the beginning. Default: 0; on ray and spark 3 if a worker was killed. mpi"
+        " refuses it.",
         show_default=False,
         rich_help_panel=LAUNCH,
     ),
@@ -140,8 +144,10 @@ MinWorkers = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Continue after losing workers while at least N live. On local: for strategies that survive"
-        " losses (parameter_server, gossip, decentralized_threshold), and rank 0 must live.",
+        help="On local and ray: losing workers does not end the job while N are left, over all hosts. local:"
+        " the others train on at once, if rank 0 lives and the strategy survives losses (parameter_server,"
+        " gossip, decentralized_threshold). ray: all restart, as many as there is room for. Fewer than N: a"
+        " failure, see --max-restarts. Default: every loss is a failure.",
         rich_help_panel=ENGINE,
         show_default=False,
     ),
@@ -150,7 +156,8 @@ MaxWorkers = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Start up to N workers if the engine has room for more than -n.",
+        help="On ray: start up to N workers, over all hosts, if there is room for more than -n × --nodes."
+        " Default: exactly -n × --nodes, or fewer with --min-workers.",
         rich_help_panel=ENGINE,
         show_default=False,
     ),

@@ -7,23 +7,29 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from paceline import plugins
 from paceline.errors import ConfigError
+from paceline.user_input import shortened
 
 if TYPE_CHECKING:
     from paceline.schedule.program import Program
     from paceline.schedule.simulation.simulate import Conditions
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
+_MAX_BYTES = 10**18
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
 _MAX_TRANSFERS_PER_STEP = 1 << 22
 _SAMPLE_RANKS = 128
 
 
 def algorithm(text: str, *, channels: int = 1) -> tuple[str, dict[str, Any]]:
-    """`ring_chunked(segments=4)` → the algorithm's own name, and its options with `channels` copies."""
+    """`ring_chunked(segments=4)` → the algorithm's own name, and its options with `channels` copies.
+
+    `./swing.py(segments=4)` is the algorithm of a user's file.
+    """
     from paceline import collectives
 
-    name, options = collectives.parse(text)
+    name, options = collectives.parse(plugins.named(text))
     if channels != 1:
         options["channels"] = channels
     collectives.check_options(name, options)
@@ -76,16 +82,18 @@ def _largest_step(name: str, operation: str, num_ranks: int, options: Mapping[st
 
 def ranks(text: str) -> list[int]:
     """`1..17`, `2,4,8`, `1..4,24`: the numbers, ascending, each once."""
-    found: set[int] = set()
+    shown, found = shortened(text), set[int]()
     for part in text.split(","):
-        ends = re.fullmatch(r"\s*(\d+)\s*(?:\.\.\s*(\d+)\s*)?", part)
+        ends = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:\.\.\s*([0-9]{1,9})\s*)?", part)
         if ends is None:
-            raise ConfigError(f"--ranks {text!r}: expected numbers and ranges such as 8, 2,4,8 or 1..17")
+            raise ConfigError(
+                f"--ranks {shortened(text)}: numbers and ranges such as 8, 2,4,8 or 1..17 expected"
+            )
         low, high = int(ends[1]), int(ends[2] or ends[1])
         if not 1 <= low <= high:
-            raise ConfigError(f"--ranks {text!r}: {part.strip()!r} is not a range of at least one rank")
-        if high - low >= 1 << 16:
-            raise ConfigError(f"--ranks {text!r}: at most {1 << 16} numbers")
+            raise ConfigError(f"--ranks {shown}: {part.strip()!r} is not a range of at least one rank")
+        if high - low >= (1 << 16) - len(found):
+            raise ConfigError(f"--ranks {shown}: at most {1 << 16} numbers")
         found.update(range(low, high + 1))
     return sorted(found)
 
@@ -93,32 +101,36 @@ def ranks(text: str) -> list[int]:
 def size(text: str) -> int:
     """`100000000`, `100MB`, `64MiB`, `1e8`: bytes."""
     match = _SIZE.fullmatch(text)
-    if match is None:
-        raise ConfigError(f"{text!r} is not a number of bytes; write 100000000, 100MB or 64MiB")
-    return round(float(match[1]) * _UNITS[(match[2] or "").lower()])
+    num_bytes = math.inf if match is None else float(match[1]) * _UNITS[(match[2] or "").lower()]
+    if num_bytes > _MAX_BYTES:
+        raise ConfigError(
+            f"{shortened(text)} is not a number of bytes up to 10^18; write 100000000, 100MB or 64MiB"
+        )
+    return round(num_bytes)
 
 
 def conditions(late: Sequence[str], stragglers: Sequence[str], slow_links: Sequence[str]) -> Conditions:
     """Read `3:0.01`, `3:2.5` and `0-1:10` as Conditions."""
     from paceline.schedule.simulation.simulate import Conditions
 
-    number = r"(\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+)"
+    rank = r"([0-9]{1,9})"
+    number = r"([0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|\.[0-9]+)"
 
     def read(texts: Sequence[str], pattern: str, example: str, key: Callable[[re.Match[str]], Any]) -> Any:
         values = {}
         for text in texts:
             match = re.fullmatch(pattern + ":" + number, text)
             if match is None:
-                raise ConfigError(f"cannot read {text!r}; an example: {example}")
+                raise ConfigError(f"cannot read {shortened(text)}; an example: {example}")
             values[key(match)] = float(match[match.lastindex or 1])
         return values
 
     return Conditions(
-        late_s=read(late, r"(\d+)", "--late 3:0.01 (rank 3 enters 10 ms late)", lambda m: int(m[1])),
-        slowdown=read(stragglers, r"(\d+)", "--straggler 3:2.5 (2.5 times slower)", lambda m: int(m[1])),
+        late_s=read(late, rank, "--late 3:0.01 (rank 3 enters 10 ms late)", lambda m: int(m[1])),
+        slowdown=read(stragglers, rank, "--straggler 3:2.5 (2.5 times slower)", lambda m: int(m[1])),
         slow_links=read(
             slow_links,
-            r"(\d+)-(\d+)",
+            f"{rank}-{rank}",
             "--slow-link 0-1:10 (from rank 0 to rank 1, 10 times slower)",
             lambda m: (int(m[1]), int(m[2])),
         ),

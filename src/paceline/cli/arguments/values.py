@@ -10,10 +10,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from paceline import registry
+from paceline import declarations, registry
 from paceline.errors import ConfigError
 from paceline.launchers.job import Resources
-from paceline.spec import parse
+from paceline.user_input import shortened
 
 _FABRICS = ("native", "torch")
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -32,20 +32,23 @@ def check_script(script: str, *, module: bool, folder: Path) -> None:
         finally:
             sys.path.remove(str(folder))
         if found is None:
-            raise ConfigError(f"no module named {script!r} in {folder} or on the Python path")
-    elif not (folder / script).is_file():
-        what = "is a folder" if (folder / script).is_dir() else "does not exist"
-        raise ConfigError(f"script {script!r} {what} (looked in {folder}); for a module use -m")
+            raise ConfigError(f"no module named {shortened(script)} in {folder} or on the Python path")
+    elif not os.path.isfile(folder / script):  # False also for what cannot be a file's name
+        what = "is a folder" if os.path.isdir(folder / script) else "does not exist"
+        raise ConfigError(f"script {shortened(script)} {what} (looked in {folder}); for a module use -m")
 
 
 def check_training(strategy: str | None, fabric: str | None) -> None:
-    """ConfigError for a strategy or fabric that does not exist."""
+    """ConfigError for a strategy, an argument of it, or a fabric that does not exist; without torch."""
     if fabric is not None and fabric not in _FABRICS:
         raise ConfigError(f"--fabric {fabric!r}: {' or '.join(_FABRICS)} expected")
     if strategy is not None:
-        parsed = parse(strategy)
-        if parsed.name not in (known := registry.names("paceline.strategies")):  # before torch is imported
-            raise ConfigError(registry.unknown("strategy", parsed.name, known))
+        declarations.check("paceline.strategies", strategy)
+
+
+def check_strategy_values(strategy: str | None) -> None:
+    """ConfigError for values that the strategy refuses, such as period=0; its constructor needs torch."""
+    if strategy is not None:
         from paceline.strategies.base.strategy import make
 
         make(strategy)
@@ -73,6 +76,8 @@ def parse_pairs(option: str, texts: Sequence[str] | None) -> dict[str, str]:
 def parse_environment(texts: Sequence[str] | None) -> dict[str, str]:
     """As `parse_pairs`; a NAME without a value takes it from this process."""
     for text in texts or ():
+        if any("\ud800" <= c <= "\udfff" or c == "\0" for c in text):
+            raise ConfigError(f"--env {text!r}: text without NUL and in UTF-8 expected")
         if "=" not in text and text not in os.environ:
             raise ConfigError(f"--env {text}: {text} is not set here; give {text}=VALUE")
     return parse_pairs("--env", [t if "=" in t else f"{t}={os.environ[t]}" for t in texts or ()])
@@ -88,11 +93,14 @@ def parse_resources(text: str | None) -> Resources | None:
         if name not in known:
             raise ConfigError("--resources: " + registry.unknown("resource", name, known))
         unit = r"\s*([kmgt]?)(?:i?b)?" if name == "memory" else "()"  # gpus and cpus have no unit
-        match = re.fullmatch(rf"(\d+(?:\.\d*)?|\.\d+){unit}", value.strip().lower())
+        match = re.fullmatch(rf"([0-9]+(?:\.[0-9]*)?|\.[0-9]+){unit}", value.strip().lower())
         if match is None:
             what = "a size such as 512m or 4g" if name == "memory" else "a number"
             raise ConfigError(f"--resources {name}={value}: {what} expected")
-        values[known[name]] = float(match[1]) * _UNITS[match[2]]
+        number = float(match[1]) * _UNITS[match[2]]
+        if number > 1e18:
+            raise ConfigError(f"--resources {name}: at most 1e18 expected, got {shortened(value)}")
+        values[known[name]] = number
     memory = values.pop("memory_bytes", None)
     return Resources(**values, memory_bytes=None if memory is None else int(memory))
 
@@ -101,7 +109,7 @@ def local_rank_option(script: Path, arguments: list[str]) -> str | None:
     """The option with which an older script takes its local rank: the one that its parser declares."""
     try:
         tree = ast.parse(script.read_text())
-    except (SyntaxError, UnicodeDecodeError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OSError):
         return None  # the worker will report what is wrong with the script
     declared = {
         argument.value

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-_UNITS = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "B": 1}
+from paceline.cli.arguments.schedule import size
+from paceline.user_input import digits, shortened
 
 
 def collectives(
@@ -21,11 +22,11 @@ def collectives(
         str,
         typer.Option(
             metavar="LIST",
-            help="Sizes of the buffer per rank, separated by commas: in bytes, or with KB, MB, GB (powers of"
-            " 1024). Default: 4, 1KB, 32KB, 256KB, 1MB, 4MB, 16MB, 64MB.",
+            help="Sizes of the buffer per rank, separated by commas: in bytes, or with KiB, MiB, GiB (powers"
+            " of 1024), kB, MB, GB (of 1000). Default: 4, 1KiB, 32KiB, 256KiB, 1MiB, 4MiB, 16MiB, 64MiB.",
             show_default=False,
         ),
-    ] = "4,1KB,32KB,256KB,1MB,4MB,16MB,64MB",
+    ] = "4,1KiB,32KiB,256KiB,1MiB,4MiB,16MiB,64MiB",
     ranks: Annotated[str, typer.Option(metavar="LIST", help="Numbers of ranks, separated by commas.")] = "2",
     peers: Annotated[
         str,
@@ -65,7 +66,7 @@ def collectives(
 ) -> None:
     """Time collectives of Paceline, Gloo and MPI on this machine, side by side.
 
-    Example: paceline bench collectives --operations all_reduce,all_gather --sizes 4,1MB --ranks 2,4
+    Example: paceline bench collectives --operations all_reduce,all_gather --sizes 4,1MiB --ranks 2,4
     --peers gloo,mpich=/opt/mpich/bin/python --html collectives.html
     """
     from rich.console import Console
@@ -77,7 +78,7 @@ def collectives(
     console = Console(stderr=True)
     result = bench.measure(
         operations=names,
-        sizes=[parse_size(text) for text in _items(sizes)],
+        sizes=[size(text) for text in _items(sizes)],
         ranks=[_whole("--ranks", text) for text in _items(ranks)],
         peers=bench.parse_peers(peers),
         fabrics=_items(fabrics),
@@ -99,23 +100,6 @@ def collectives(
         report.write(result, html)
 
 
-def parse_size(text: str) -> int:
-    """The number of bytes that a text such as '4', '32KB' or '1 MB' means."""
-    from paceline.errors import ConfigError
-
-    upper = text.upper().replace(" ", "").replace("IB", "B")
-    for unit, factor in _UNITS.items():
-        if upper.endswith(unit):
-            upper, scale = upper.removesuffix(unit), factor
-            break
-    else:
-        scale = 1
-    try:
-        return int(float(upper) * scale)
-    except ValueError:
-        raise ConfigError(f"--sizes: {text!r} is not a size; write 4, 32KB or 1MB") from None
-
-
 def _items(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -123,9 +107,10 @@ def _items(text: str) -> list[str]:
 def _whole(option: str, text: str) -> int:
     from paceline.errors import ConfigError
 
-    if not text.isdigit():
-        raise ConfigError(f"{option}: {text!r} is not a whole number")
-    return int(text)
+    number = digits(text)
+    if number is None:
+        raise ConfigError(f"{option}: {shortened(text)} is not a whole number")
+    return number
 
 
 def register(group: typer.Typer) -> None:

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paceline.cli.arguments.job import THREADS_HELP
+from paceline.cli.arguments.plugins import Plugins
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+_TABLE_WIDTH = 130
+_WAY_WIDTH = 32
 
 
 def imagenet(
@@ -44,6 +47,7 @@ def imagenet(
     train_samples: Annotated[
         int, typer.Option(metavar="N", help="With --synthetic: number of training images.", min=1)
     ] = 1024,
+    plugin: Plugins = None,
     strategies: Annotated[
         str,
         typer.Option(
@@ -53,7 +57,9 @@ def imagenet(
             show_default=False,
         ),
     ] = "all_reduce,local_sgd(period=8)",
-    threads: Annotated[int | None, typer.Option(metavar="N", help=THREADS_HELP)] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="Threads per worker. Default: cores / workers.")
+    ] = None,
     scripts: Annotated[
         Path | None,
         typer.Option(
@@ -79,10 +85,10 @@ def imagenet(
 
     from rich.console import Console
 
+    from paceline import declarations
     from paceline.bench import imagenet as bench
     from paceline.errors import ConfigError
     from paceline.spec import split_list
-    from paceline.strategies.base.strategy import make
 
     if (data is None) == (not synthetic):
         raise ConfigError("give either a folder of images or --synthetic")
@@ -92,6 +98,10 @@ def imagenet(
         raise ConfigError(f"--batch-size {batch_size} is not divisible by {workers} workers")
     folder, names = bench.scripts_folder(scripts), split_list(strategies)
     for name in names:
+        declarations.check("paceline.strategies", name)
+    from paceline.strategies.base.strategy import make  # needs torch, and knows the values
+
+    for name in names:
         make(name)
     cores = threads or max(1, len(os.sched_getaffinity(0)) // workers)
     common = ["--synthetic", "--train-samples", str(train_samples), "--val-samples", str(train_samples // 4)]
@@ -99,8 +109,7 @@ def imagenet(
     arguments += ["--arch", arch, "--image-size", str(image_size), "--epochs", str(epochs)]
     arguments += ["--warmup-epochs", "1", "--loader-workers", "0"]
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=130)  # a file or a pipe has no width; the table needs 130 columns
+    console.width = max(console.width, _TABLE_WIDTH)  # a narrow terminal wraps lines; no column is cut
     rows: dict[str, list[dict[str, Any]]] = {}
     every = bench.ways(names)
     # Alternate: a slow minute of the machine then hits all ways alike.
@@ -152,6 +161,8 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 def _show(console: Console, rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
+    from paceline.report import line_breaks
+
     table = Table(title="Ways of training on the same images")
     columns = (
         "way",
@@ -166,10 +177,10 @@ def _show(console: Console, rows: list[dict[str, Any]]) -> None:
         "top-1",
     )
     for column in columns:
-        table.add_column(column, justify="left" if column == "way" else "right")
+        table.add_column(column, justify="left" if column == "way" else "right", no_wrap=column == "way")
     for r in rows:
         table.add_row(
-            r["way"] + (" *" if r["note"] else ""),
+            "\n".join(line_breaks.lines(r["way"], _WAY_WIDTH)) + (" *" if r["note"] else ""),
             str(r["workers"]),
             f"{r['seconds_per_epoch']:.2f}",
             f"{r['samples_per_s']:.0f}",

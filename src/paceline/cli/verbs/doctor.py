@@ -45,6 +45,13 @@ def doctor(
     timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="Time to wait for the other ranks of the job.")
     ] = 30.0,
+    clean: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Only remove what killed saves left in this checkpoint's folder. No job may save there now.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Check whether this host, and the network between hosts, are fit for training.
@@ -52,15 +59,23 @@ def doctor(
     Checks versions, the C++ core, shared memory, file limits, names, interfaces and cores; as a job also
     routes, ports, clocks, latency and bandwidth between hosts. Ends with what to fix.
     """
-    from paceline.comm.rendezvous.environment import who_am_i
-    from paceline.doctor import finding, host, network, ranks
+    if clean is not None:
+        _clean(clean, as_json=as_json)
+        return
     from paceline.errors import ConfigError
+    from paceline.launchers.endpoint import parse_endpoint
 
     if workers < 1 or timeout <= 0 or not 0 < port < 65536:
         raise ConfigError(
             "doctor: --workers >= 1, --timeout > 0 and a --port below 65536 expected,"
             f" got {workers}, {timeout:g} and {port}"
         )
+    names = [name.strip() for name in (hosts or "").split(",") if name.strip()]
+    others = [parse_endpoint(name) if ":" in name else (name, port) for name in names]
+
+    from paceline.comm.rendezvous.environment import who_am_i
+    from paceline.doctor import finding, host, network, ranks
+
     place = who_am_i(os.environ)
     if place.size > 1:
         found = [finding.Finding(**one) for one in ranks.examine(timeout)]
@@ -74,8 +89,8 @@ def doctor(
     else:
         here = socket.gethostname()
         found = [f.at(here) for f in [network.interfaces(), *host.examine()]]
-    for name in (hosts or "").split(","):
-        found += _check_host(name.strip(), port) if name.strip() else []
+    for name, other_port in others:
+        found += _check_host(name, other_port)
     if as_json:
         typer.echo(json.dumps(_as_json(found), indent=2))
     else:
@@ -83,13 +98,24 @@ def doctor(
     raise typer.Exit(finding.exit_code(found))
 
 
+def _clean(folder: str, *, as_json: bool) -> None:
+    from paceline.errors import CheckpointError
+
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"checkpoint {folder}: a folder expected; there is none (in {os.getcwd()})")
+    from paceline.train.saving import checkpoint
+
+    removed = checkpoint.clean(folder)
+    if as_json:
+        typer.echo(json.dumps({"removed": removed}))
+    else:
+        typer.echo("\n".join([*(f"removed {name}" for name in removed), f"{len(removed)} files removed"]))
+
+
 def _check_host(name: str, port: int) -> list[Finding]:
     """Findings about another host, as seen from here."""
     from paceline.doctor import network
-    from paceline.launchers.endpoint import parse_endpoint
 
-    if ":" in name:
-        name, port = parse_endpoint(name)
     address, resolved = network.resolve(name)
     if address is None:
         return [resolved.at(name)]

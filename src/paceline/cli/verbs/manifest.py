@@ -9,7 +9,30 @@ from typing import Annotated
 import typer
 
 from paceline.cli.arguments import job as args
-from paceline.cli.arguments.job import ENGINE, TRAIN
+from paceline.cli.arguments.job import ENGINE, LAUNCH, TRAIN
+from paceline.cli.arguments.plugins import Plugins
+
+MinWorkers = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="With --kind pytorchjob: the fewest workers, in all pods, with which the job goes on: a multiple"
+        " of -n, because pods start and end as a whole. Default: every loss is a failure; with --max-workers"
+        " one pod.",
+        show_default=False,
+        rich_help_panel=ENGINE,
+    ),
+]
+MaxWorkers = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="With --kind pytorchjob: the most workers, in all pods, that the job takes when there is room: a"
+        " multiple of -n. Default: -n × --nodes.",
+        show_default=False,
+        rich_help_panel=ENGINE,
+    ),
+]
 
 
 def manifest(
@@ -51,13 +74,23 @@ def manifest(
     module: args.Module = False,
     nodes: args.Nodes = 1,
     threads: args.Threads = None,
-    max_restarts: args.MaxRestarts = None,
+    max_restarts: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="With --kind pytorchjob: restart workers up to N times after a failure. Default: the"
+            " operator's; 3 with --min-workers or --max-workers. A TrainJob has this in its runtime.",
+            show_default=False,
+            rich_help_panel=LAUNCH,
+        ),
+    ] = None,
     resources: args.ResourcesText = None,
     env: args.Environment = None,
-    min_workers: args.MinWorkers = None,
-    max_workers: args.MaxWorkers = None,
+    min_workers: MinWorkers = None,
+    max_workers: MaxWorkers = None,
     name: args.Name = "paceline",
     strategy: args.Strategy = None,
+    plugin: Plugins = None,
     fabric: args.Fabric = None,
     checkpoint: Annotated[
         str | None,
@@ -98,6 +131,7 @@ def manifest(
         max_workers=max_workers,
     )
     made = make(job, image=image, kind=kind, namespace=namespace, runtime=runtime)
+    values.check_strategy_values(strategy)
     typer.echo(json.dumps(made, indent=2) + "\n" if as_json else to_yaml(made), nl=False)
 
 

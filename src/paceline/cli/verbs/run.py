@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from paceline.cli.arguments import job as args
+from paceline.cli.arguments.plugins import Plugins
 from paceline.errors import ConfigError
+from paceline.user_input import digits
 
 if TYPE_CHECKING:
     from paceline.launchers.job import JobSpec
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
 _EPILOG = (
     "Example: paceline run -n 4 --strategy 'local_sgd(period=16)' train.py --epochs 3. "
     "On several hosts, run the same line on each: paceline run --nodes 2 --rendezvous 10.0.0.1:29400 "
-    "-n 4 train.py. Security: any host that can reach the rendezvous port can join the job and learn its "
-    "secret. Keep the port inside your network, or give every host the same --secret-file."
+    "-n 4 train.py. The hosts need a common key: ~/.config/paceline/key, which is made "
+    "when it is first needed, or the same --secret-file. Copy it to hosts that do not share the home folder."
 )
 
 
@@ -52,6 +54,7 @@ def run(
     log_dir: args.LogFolder = None,
     log_to: args.LogFormats = None,
     progress: args.Progress = True,
+    plugin: Plugins = None,
     as_horovod: args.AsHorovod = False,
     as_apex: args.AsApex = False,
     hosts: args.HorovodHosts = None,
@@ -74,7 +77,7 @@ def run(
     values.check_training(strategy, fabric)
     values.check_log_formats(log_to)
     if hosts is not None:
-        _check_hosts(hosts, workers)
+        _check_hosts(hosts, workers, on)
     job = JobSpec(
         command=(sys.executable, "-u", *(("-m",) if module else ()), script, *(arguments or [])),
         num_workers=workers,
@@ -104,6 +107,9 @@ def run(
         local_rank_option=None if module else values.local_rank_option(folder / script, arguments or []),
     )
     runner.check(job)
+    if strategy is not None:  # last, because it needs torch
+        runner.load()
+        values.check_strategy_values(strategy)
     if dry_run:
         typer.echo(runner.preview(job), nl=False)
         return
@@ -123,8 +129,10 @@ def _run_and_report(runner: Runner, job: JobSpec) -> int:
     return outcome.exit_code
 
 
-def _check_hosts(hosts: str, workers: int) -> None:
+def _check_hosts(hosts: str, workers: int, on: str) -> None:
     """Check horovodrun's `-H`: localhost:4 is this host with slots for four workers."""
+    if on != "local":
+        raise ConfigError(f"-H {hosts}: only for --on local; {on} chooses the hosts by its own options")
     own_names = {"localhost", "127.0.0.1", socket.gethostname(), socket.gethostname().split(".")[0]}
     name, _, slots = hosts.partition(":")
     if "," in hosts or name not in own_names:
@@ -132,7 +140,7 @@ def _check_hosts(hosts: str, workers: int) -> None:
             f"-H {hosts}: this command starts workers on this host only; run it on each host with "
             "--nodes N --rendezvous HOST:PORT"
         )
-    if slots and (not slots.isdigit() or int(slots) < workers):
+    if slots and (digits(slots) or 0) < workers:
         raise ConfigError(f"-H {hosts}: slots for {workers} workers (-np) expected, got {slots or 'none'}")
 
 

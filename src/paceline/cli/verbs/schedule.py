@@ -10,6 +10,7 @@ import typer
 
 from paceline.cli import schedule_reports as reports
 from paceline.cli.arguments import schedule as arguments
+from paceline.cli.arguments.plugins import Plugins
 
 app = typer.Typer(
     name="schedule",
@@ -19,26 +20,40 @@ app = typer.Typer(
 
 Name = Annotated[
     str,
-    typer.Argument(metavar="NAME", help="Algorithm, with options if any: ring, 'ring_chunked(segments=4)'."),
+    typer.Argument(
+        metavar="NAME",
+        help="Algorithm, with options if any: ring, 'ring_chunked(segments=4)', or your own ./swing.py.",
+    ),
 ]
-Operation = Annotated[str, typer.Option(help="Operation: all_reduce, broadcast, all_to_all …")]
+Operation = Annotated[
+    str, typer.Option(metavar="OPERATION", help="For example all_reduce, broadcast or all_to_all.")
+]
 Network = Annotated[
     str,
     typer.Option(
         "--topology",
         "--network",
         "-t",
-        help="Network: ethernet(gbit=1), cluster(hosts=4, local=2), dgx1 …, or FILE.json.",
+        metavar="TOPOLOGY",
+        help="The network: ethernet(gbit=1), cluster(hosts=4, local=2), dgx1 …, or FILE.json.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-Root = Annotated[int, typer.Option(help="Root of broadcast, reduce, gather, scatter.")]
-Channels = Annotated[int, typer.Option(min=1, help="Copies that run side by side on parts of every chunk.")]
-Late = Annotated[list[str] | None, typer.Option(metavar="RANK:SECONDS", help="Let a rank enter late.")]
-Straggler = Annotated[list[str] | None, typer.Option(metavar="RANK:FACTOR", help="Make a rank slower.")]
+Root = Annotated[int, typer.Option(metavar="RANK", help="Root of broadcast, reduce, gather, scatter.")]
+Channels = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Copies that run side by side on parts of every chunk.")
+]
+Late = Annotated[
+    list[str] | None,
+    typer.Option(metavar="RANK:SECONDS", help="Let a rank enter SECONDS late, e.g. 3:0.01. Repeatable."),
+]
+Straggler = Annotated[
+    list[str] | None,
+    typer.Option(metavar="RANK:FACTOR", help="Make a rank FACTOR times slower, e.g. 3:2.5. Repeatable."),
+]
 SlowLink = Annotated[
     list[str] | None,
-    typer.Option(metavar="SRC-DST:FACTOR", help="Make a link slower."),
+    typer.Option(metavar="SRC-DST:FACTOR", help="Make a link FACTOR times slower, e.g. 0-1:10. Repeatable."),
 ]
 
 _ONE_FILE = "Write the {} to this file instead of writing all three to the folder."
@@ -52,7 +67,10 @@ def register(root: typer.Typer) -> None:
 
 @app.command("list")
 def list_algorithms(
-    operation: Annotated[str | None, typer.Option(help="List only algorithms for this operation.")] = None,
+    operation: Annotated[
+        str | None, typer.Option(metavar="OPERATION", help="List only algorithms for this operation.")
+    ] = None,
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """List every algorithm: operations, supported numbers of ranks, paper, claimed cost."""
@@ -63,17 +81,23 @@ def list_algorithms(
 def show(
     name: Name,
     operation: Operation = "all_reduce",
-    ranks: Annotated[int, typer.Option(min=1, help="Number of ranks P.")] = 8,
+    ranks: Annotated[int, typer.Option(metavar="P", min=1, help="Number of ranks P.")] = 8,
     root: Root = 0,
     channels: Channels = 1,
     topology: Network = _DEFAULT_NETWORK,
-    size: Annotated[str, typer.Option("--bytes", help="Size for the trace: 64MiB, 1000000 …")] = "1MB",
+    size: Annotated[
+        str, typer.Option("--bytes", metavar="SIZE", help="Size for the trace: 64MiB, 1000000 …")
+    ] = "1MB",
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the picture, the page and the trace.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Folder for the picture, the page and the trace."
+        ),
     ] = Path(),
-    svg: Annotated[Path | None, typer.Option(help=_ONE_FILE.format("picture"))] = None,
-    html: Annotated[Path | None, typer.Option(help=_ONE_FILE.format("page"))] = None,
-    trace: Annotated[Path | None, typer.Option(help=_ONE_FILE.format("trace"))] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help=_ONE_FILE.format("picture"))] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help=_ONE_FILE.format("page"))] = None,
+    trace: Annotated[Path | None, typer.Option(metavar="FILE", help=_ONE_FILE.format("trace"))] = None,
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """Print the steps; write a space-time picture (SVG, HTML) and a trace for ui.perfetto.dev."""
@@ -101,15 +125,21 @@ def show(
 
 @app.command()
 def verify(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Algorithm; or give --all.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="The algorithm to verify; or give --all.")
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="Verify every algorithm.")] = False,
-    operation: Annotated[str | None, typer.Option(help="Verify only this operation (default: all).")] = None,
-    ranks: Annotated[str, typer.Option(help="Numbers of ranks: 1..17, or 2,4,8.")] = "1..17",
+    operation: Annotated[
+        str | None, typer.Option(metavar="OPERATION", help="Verify only this operation (default: all).")
+    ] = None,
+    ranks: Annotated[str, typer.Option(metavar="RANKS", help="Numbers of ranks: 1..17, or 2,4,8.")] = "1..17",
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """Prove programs correct, in all lowered forms and with every root; exit code 1 if one is not.
 
-    The staged forms are those that the C++ executor runs; zero-copy forms are modelled only.
+    The C++ core executes staged forms, in which data travels in messages. Zero-copy forms, in which ranks
+    read each other's buffers, are modelled only.
     """
     from paceline.cli import schedule_verify
 
@@ -121,10 +151,10 @@ def simulate(
     name: Name,
     operation: Operation = "all_reduce",
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Number of ranks P; default: the topology's.")
+        int | None, typer.Option(metavar="P", min=1, help="Number of ranks P; default: the topology's.")
     ] = None,
     size: Annotated[
-        str, typer.Option("--bytes", help="Bytes of the full buffer: 100000000, 64MiB …")
+        str, typer.Option("--bytes", metavar="SIZE", help="Bytes of the full buffer: 100000000, 64MiB …")
     ] = "1MB",
     topology: Network = _DEFAULT_NETWORK,
     root: Root = 0,
@@ -132,8 +162,13 @@ def simulate(
     late: Late = None,
     straggler: Straggler = None,
     slow_link: SlowLink = None,
-    trace: Annotated[Path | None, typer.Option(help="Write a trace for ui.perfetto.dev.")] = None,
-    per_rank: Annotated[bool, typer.Option(help="Add every rank's finish time and bytes (JSON).")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a trace for ui.perfetto.dev.")
+    ] = None,
+    per_rank: Annotated[
+        bool, typer.Option("--per-rank", help="With --json: add every rank's finish time and bytes.")
+    ] = False,
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """Simulate one algorithm on a topology, with late ranks, stragglers and slow links."""
@@ -157,19 +192,21 @@ def simulate(
 def compare(
     operation: Operation = "all_reduce",
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Number of ranks P; default: the topology's.")
+        int | None, typer.Option(metavar="P", min=1, help="Number of ranks P; default: the topology's.")
     ] = None,
     topology: Network = _DEFAULT_NETWORK,
-    sizes: Annotated[str, typer.Option(help="Sizes in bytes, separated by commas.")] = (
+    sizes: Annotated[str, typer.Option(metavar="LIST", help="Sizes in bytes, separated by commas.")] = (
         "64,1kB,8kB,64kB,512kB,4MB,32MB,256MB"
     ),
     algorithms: Annotated[
-        str | None, typer.Option(help="Compare only these, separated by commas, with options if any.")
+        str | None,
+        typer.Option(metavar="LIST", help="Compare only these, separated by commas, with options if any."),
     ] = None,
     root: Root = 0,
     late: Late = None,
     straggler: Straggler = None,
     slow_link: SlowLink = None,
+    plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
     """Find the fastest algorithm for each size on a topology, and the crossovers."""

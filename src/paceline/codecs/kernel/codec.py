@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from paceline import _core, registry
-from paceline.codecs.kernel import device, ledger, payload
+from paceline.codecs.kernel import charged, device, ledger, payload
 from paceline.errors import ConfigError
 
 
@@ -20,7 +20,12 @@ class Codec(abc.ABC):
 
     The `state` given to its methods is a dict of tensors and plain values, one per tensor that is encoded
     again and again (a bucket); it is empty at first, belongs to the codec, and belongs in the checkpoint.
+    Encoding and decoding take virtual time in simulations that charge it (`charged`).
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        charged.wrap(cls)
 
     is_unbiased: bool = False
     """Whether the decoded value's expectation is the input."""

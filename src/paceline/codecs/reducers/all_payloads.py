@@ -12,6 +12,7 @@ from typing import Any, final
 import torch
 
 from paceline.codecs.kernel.codec import Codec
+from paceline.codecs.kernel.random_stream import use_stream
 from paceline.codecs.reducers.reducer import Layout, Reducer, payload_buffer
 from paceline.errors import ProtocolError
 from paceline.types import Communicator, Work
@@ -28,7 +29,7 @@ class AllPayloads(Reducer):
         self, flat: torch.Tensor, layout: Layout, comm: Communicator, state: dict[str, Any]
     ) -> Iterator[Work]:
         """Exchange sizes, then payloads."""
-        state["stream"] = comm.rank
+        use_stream(state, "part", state.get("tensor", 0), comm.rank)
         room = payload_buffer(self._codec.max_encoded_bytes(flat.numel()), flat, comm)
         payload = self._codec.encode(flat, state, out=room)
         sizes = torch.zeros(comm.size, dtype=torch.int64, device=room.device)

@@ -23,6 +23,7 @@ class FlatSums:
     def attach(self, flats: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
         """Note where each of `parameters` lies in `flats`, for codecs that need shapes."""
         self._states = [{} for _ in flats]
+        parameters = [torch.view_as_real(p.detach()) if p.is_complex() else p for p in parameters]
         self._layouts = [
             [
                 (int(p.storage_offset()) - int(flat.storage_offset()), p.shape)
@@ -35,6 +36,8 @@ class FlatSums:
     def sum(self, tensors: Sequence[torch.Tensor], comm: Communicator) -> None:
         """Replace each tensor, shaped like its flat buffer, by its sum over ranks; equal bits everywhere."""
         flats = [tensor.to(torch.float32) for tensor in tensors]  # themselves, if they are float32
+        for i, state in enumerate(self._states):
+            state["tensor"] = i
         works = [
             self._reducer.start(flat, layout, comm, state)
             for flat, layout, state in zip(flats, self._layouts, self._states, strict=True)

@@ -121,8 +121,13 @@ class Reducer(abc.ABC):
             raise ConfigError(
                 f"reducing with a codec needs 1-D contiguous float32, got {flat.dtype} {tuple(flat.shape)}"
             )
-        zero_gaps(flat, layout)
-        return StagedWork(self.stages(flat, layout, comm, state) if comm.size > 1 else iter(()))
+        # Tensors without elements share their offset with a neighbour, and there is nothing to send of them.
+        filled = [(offset, shape) for offset, shape in layout if torch.Size(shape).numel()]
+        zero_gaps(flat, filled)
+        is_empty = flat.numel() == 0 or (bool(layout) and not filled)
+        if comm.size == 1 or is_empty:
+            return StagedWork(iter(()))
+        return StagedWork(self.stages(flat, filled, comm, state))
 
     def reduce(self, flat: torch.Tensor, layout: Layout, comm: Communicator, state: dict[str, Any]) -> None:
         """Replace `flat` by its sum; returns when that is done. Arguments as for `start`."""

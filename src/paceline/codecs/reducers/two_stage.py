@@ -18,6 +18,7 @@ import torch
 
 from paceline.codecs.kernel import ledger
 from paceline.codecs.kernel.codec import Codec
+from paceline.codecs.kernel.random_stream import use_stream
 from paceline.codecs.reducers.reducer import Layout, Reducer, payload_buffer, split_evenly
 from paceline.types import Communicator, Work
 
@@ -50,7 +51,7 @@ class TwoStage(Reducer):
         for i, payload in enumerate(torch.split(received, own_size)):
             codec.decode(payload, total, accumulate=i > 0)
         server = state.setdefault("server", {})
-        server["stream"] = comm.size * comm.size + comm.rank
+        use_stream(server, "sum", state.get("tensor", 0), comm.rank)
         encoded = codec.encode(total, server, out=payload_buffer(own_size, flat, comm))
         gathered = payload_buffer(sum(sizes), flat, comm)
         yield comm.all_gather_v(gathered, encoded, counts=sizes)
@@ -82,5 +83,5 @@ def _worker_states(state: dict[str, Any], chunks: list[tuple[int, int]], rank: i
         state.pop("server", None)
     workers: list[dict[str, Any]] = state["worker"]
     for i, worker in enumerate(workers):
-        worker["stream"] = rank * len(chunks) + i
+        use_stream(worker, "part", state.get("tensor", 0), rank, i)
     return workers

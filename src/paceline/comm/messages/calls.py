@@ -39,6 +39,13 @@ class PendingCalls:
             del self._replies[id]
         return reply
 
+    def extend(self, id: int, peer: int) -> None:
+        """The answer to request `id`, which went to `peer`, will come late."""
+        with self._lock:
+            asked, reply = self._replies.get(id, (-1, None))
+        if reply is not None and asked == peer:
+            reply.extend()
+
     def fail(self, error: Callable[[], CommError], peer: int | None = None) -> None:
         """Fail all calls to `peer` (None: to any peer), each with an error of its own."""
         with self._lock:

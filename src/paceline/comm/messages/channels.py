@@ -54,8 +54,15 @@ class Channels:
         except Exception as error:
             self._failed(src, channel, error, answer)
 
+    def store(self, what: str, error: Exception) -> None:
+        """Keep an error that no caller can be told of, for `raise_stored`: the first one."""
+        _log.error("rank %d: %s: %s: %s", self._rank, what, type(error).__name__, error)
+        if self._stored is None:
+            self._stored = CommError(f"rank {self._rank}: {what}: {type(error).__name__}: {error}")
+            self._stored.__cause__ = error
+
     def raise_stored(self) -> None:
-        """Raise the error of a posted message's handler, once: its sender cannot be told."""
+        """Raise the stored error, once."""
         stored, self._stored = self._stored, None
         if stored is not None:
             raise stored
@@ -73,12 +80,4 @@ class Channels:
         if answer is not None:
             answer(error)
             return
-        _log.error(
-            "rank %d: handler of channel %r failed on a message from rank %d", self._rank, channel, src
-        )
-        if self._stored is None:
-            self._stored = CommError(
-                f"rank {self._rank}: handler of channel {channel!r} failed on a message from rank {src}: "
-                f"{type(error).__name__}: {error}"
-            )
-            self._stored.__cause__ = error
+        self.store(f"handler of channel {channel!r} failed on a message from rank {src}", error)

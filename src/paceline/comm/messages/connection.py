@@ -7,13 +7,14 @@ lock.
 from __future__ import annotations
 
 import socket
+import time
 from collections import deque
 from collections.abc import Iterator
 
 from paceline.comm.messages import framing
-from paceline.comm.messages.authentication import Acceptor, Initiator
 from paceline.comm.messages.framing import Buffers, Frame, FrameHeader, FramePrefix
 from paceline.comm.messages.shared_blocks import Borrower
+from paceline.comm.security.authentication import Acceptor, Initiator
 from paceline.errors import ProtocolError
 from paceline.types import Message
 
@@ -25,17 +26,18 @@ class PeerConnection:
     """A non-blocking socket that authenticates itself, then carries frames both ways."""
 
     def __init__(
-        self, sock: socket.socket, guard: Initiator | Acceptor, *, max_payload_bytes: int, deadline: float
+        self, sock: socket.socket, guard: Initiator | Acceptor, *, max_payload_bytes: int, source: str
     ) -> None:
         sock.setblocking(False)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
-        self.deadline = deadline
-        """When (monotonic seconds) the handshake must be over."""
+        self.source = source
+        """The address that it came from; "" if this rank opened it."""
         self.is_outgoing = isinstance(guard, Initiator)
         """Whether this rank opened it."""
-        self.said_goodbye = False
+        self.heard_at = time.monotonic()
+        """When bytes came from it last."""
         self.is_watched_for_writing = False
         self.returns: list[int] = []
         """The peer's blocks that have been read and are to be returned to it."""
@@ -98,6 +100,7 @@ class PeerConnection:
                     count = self.sock.recv_into(self._targets[0])
                 except BlockingIOError:
                     return
+                self.heard_at = time.monotonic()
                 if count == 0:
                     raise ConnectionResetError("the connection was closed")
                 self._targets[0] = self._targets[0][count:]

@@ -53,6 +53,10 @@ class FrameKind(enum.IntEnum):
     """The sender leaves in order: the end of the connection is no failure."""
     RETURNED = 8
     """The block of shared memory whose descriptor is the id has been read."""
+    HEARTBEAT = 9
+    """The sender lives, and has nothing else to say. The id counts its progress."""
+    PENDING = 10
+    """The answer with this id will come late; all ranks make progress."""
 
 
 DTYPES: dict[str, torch.dtype] = {

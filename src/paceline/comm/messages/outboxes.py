@@ -99,6 +99,10 @@ class Outboxes:
         with self._changed:
             return sorted(self._lost)
 
+    def why_lost(self, peer: int) -> str:
+        """The reason why `peer` is lost; "" if it is not."""
+        return self._lost.get(peer, "")
+
     def close(self) -> bool:
         """Mark as closed; returns whether it was open."""
         with self._changed:
@@ -150,6 +154,10 @@ class Outboxes:
         with self._changed:
             if connection.transmit():
                 self._changed.notify_all()
+
+    def incoming(self, peer: int) -> PeerConnection | None:
+        """The connection that `peer` has opened, if there is one."""
+        return self._incoming.get(peer)
 
     def has_outgoing(self, peer: int) -> bool:
         """Whether this rank has a connection of its own to `peer`."""

@@ -14,19 +14,42 @@ Outcome = Message | BaseException
 
 
 class Deferred:
-    """A promise of a Message that is set once, from any thread."""
+    """A promise of a Message that is set once, from any thread.
 
-    def __init__(self, waiting_for: str = "an answer", ledger: Ledger | None = None) -> None:
-        self._waiting_for, self._ledger = waiting_for, ledger
+    Args:
+        waiting_for: What `wait` waits for, in errors.
+        ledger: Where waiting time is counted; None: nowhere.
+        timeout_s: How long `wait` waits, in seconds, unless it is told otherwise; None: for ever.
+    """
+
+    def __init__(
+        self,
+        waiting_for: str = "an answer",
+        ledger: Ledger | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> None:
+        self._waiting_for, self._ledger, self._timeout_s = waiting_for, ledger, timeout_s
         self._lock = threading.Lock()
         self._ready = threading.Event()
         self._outcome: Outcome | None = None
         self._callbacks: list[Callable[[Outcome], None]] = []
+        self._extended_at = 0.0
+
+    def extend(self) -> None:
+        """The answer is on its way: `wait` counts its time from now."""
+        self._extended_at = time.perf_counter()
 
     def wait(self, timeout_s: float | None = None) -> Message:
         """Block until the answer is here. Raises Timeout, PeerLost, or the handler's error."""
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
         start = time.perf_counter()
         is_ready = self._ready.wait(timeout_s)
+        while not is_ready and timeout_s is not None:
+            left_s = max(start, self._extended_at) + timeout_s - time.perf_counter()
+            if left_s <= 0:
+                break
+            is_ready = self._ready.wait(left_s)
         if self._ledger is not None:
             self._ledger.wait_s += time.perf_counter() - start
         if not is_ready:

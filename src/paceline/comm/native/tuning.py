@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +18,7 @@ from typing import Any
 
 import torch
 
-from paceline import collectives
+from paceline import collectives, user_cache
 from paceline.comm import byte_string
 from paceline.comm.native import uneven
 from paceline.comm.native.choice import DIRECT, OPERATIONS, Choice, ChoiceTable
@@ -53,19 +51,14 @@ def adopt(comm: NetworkCommunicator, *, again: bool = False) -> ChoiceTable:
     else:
         table = tune(comm)
         if comm.rank == 0:
-            _write(path, table)
+            user_cache.replace(path, table.to_json())
     comm.selection = table
     return table
 
 
 def cache_file(hosts: Sequence[str]) -> Path:
     """The file of the cluster that these hosts, with these numbers of ranks, are."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (
-        home
-        / "paceline"
-        / f"algorithms-{hashlib.sha256(json.dumps(list(hosts)).encode()).hexdigest()[:16]}.json"
-    )
+    return user_cache.path_of("algorithms", list(hosts))
 
 
 def tune(
@@ -223,16 +216,6 @@ def _read(path: Path) -> str:
     try:
         text = path.read_text()
         ChoiceTable.from_json(text, str(path))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
     return text
-
-
-def _write(path: Path, table: ChoiceTable) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(f".{os.getpid()}")
-        fresh.write_text(table.to_json())
-        fresh.replace(path)
-    except OSError:
-        return  # the next job measures again

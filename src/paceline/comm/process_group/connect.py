@@ -17,7 +17,10 @@ from paceline.comm.process_group.fast_path import FastPathGroup
 from paceline.comm.process_group.group import PacelineGroup
 from paceline.comm.rendezvous.environment import ProcessIdentity
 from paceline.comm.rendezvous.interfaces import address_of, local_address_towards
+from paceline.comm.rendezvous.job_store import JobStore
 from paceline.comm.rendezvous.meeting import Meeting, host_identity, meet_in_store
+from paceline.comm.rendezvous.stores import authentic
+from paceline.comm.security.keys import job_key
 from paceline.errors import CommError
 
 
@@ -62,10 +65,11 @@ def meet(store: Store, rank: int, size: int, timeout_s: float) -> Meeting:
     after it was destroyed. Raises CommError naming the ranks that did not come within `timeout_s`.
     """
     join = store.add(f"joins/{rank}", 1)
-    store = PrefixStore(f"paceline/{join}", store)
+    key = job_key(os.environ)
     met = meet_in_store(
-        store,
+        authentic(PrefixStore(f"paceline/{join}", store), key),
         ProcessIdentity(rank, size, local_rank=0, local_size=1, launcher="torch.distributed"),
+        key=key,
         host=host_identity(),
         address=own_address(store),
         timeout_s=timeout_s,
@@ -87,7 +91,11 @@ def own_address(store: Store) -> str:
     base: Store = store
     while isinstance(base, PrefixStore):
         base = base.underlying_store
-    host, port = (base.host, base.port) if isinstance(base, TCPStore) else (os.environ.get("MASTER_ADDR"), 1)
+    host, port = os.environ.get("MASTER_ADDR"), 1
+    if isinstance(base, TCPStore):
+        host, port = base.host, base.port
+    elif isinstance(base, JobStore):
+        host = base.host
     if not host:
         return ""
     try:

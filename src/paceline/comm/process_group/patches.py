@@ -1,4 +1,4 @@
-"""Two functions of torch.distributed that refuse every backend except gloo: they learn to serve this one.
+"""Functions of torch.distributed that refuse all backends but gloo, or keep half of a work, serve this one.
 
 They are wrapped when the first group of this backend is made. For groups of other backends nothing changes.
 """
@@ -10,9 +10,11 @@ import importlib
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from paceline.comm.process_group.identity import GroupIdentity
+from paceline.comm.process_group.work import for_cpp
 
 _is_applied = False
 
@@ -22,7 +24,7 @@ def _chosen(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
 
 
 def apply() -> None:
-    """Make monitored_barrier and _set_pg_timeout serve groups of this backend; idempotent."""
+    """Make these functions of torch serve groups of this backend; idempotent."""
     global _is_applied  # noqa: PLW0603  torch is patched once per process
     if _is_applied:
         return
@@ -55,3 +57,23 @@ def apply() -> None:
 
     dist.monitored_barrier = distributed_c10d.monitored_barrier = monitored_barrier
     distributed_c10d._set_pg_timeout = set_pg_timeout  # noqa: SLF001  as above
+    _keep_works_whole()
+
+
+def _keep_works_whole() -> None:
+    """Python hands works to C++ in two places, where only their C++ half would outlive the call."""
+    cpp: Any = torch._C._distributed_c10d  # noqa: SLF001  torch has no public name
+    reducer: Any = cpp.Reducer
+    set_handle = reducer._set_forward_pass_work_handle  # noqa: SLF001  DDP calls it under `join`
+    register_work = cpp._register_work  # noqa: SLF001  wait_tensor() waits for it
+
+    @functools.wraps(set_handle)
+    def set_forward_pass_work_handle(self: Any, work: dist.Work, *arguments: Any, **keywords: Any) -> object:
+        return set_handle(self, for_cpp(work), *arguments, **keywords)
+
+    @functools.wraps(register_work)
+    def register(tensor: torch.Tensor, work: dist.Work) -> object:
+        return register_work(tensor, for_cpp(work))
+
+    reducer._set_forward_pass_work_handle = set_forward_pass_work_handle  # noqa: SLF001  as above
+    cpp._register_work = register  # noqa: SLF001  as above

@@ -215,3 +215,15 @@ class _Finished(dist.Work):
 
 
 FINISHED = _Finished()
+
+
+def for_cpp(work: dist.Work) -> dist.Work:
+    """Return a work of this backend in a form that C++ may keep and wait for without its Python half.
+
+    A wait of the C++ half alone, once Python has dropped its own, would last for ever.
+    """
+    if not isinstance(work, (C10dWork, _Finished)):
+        return work
+    # torch has no public name for it.
+    make: Callable[[torch.futures.Future], dist.Work] = torch._C._distributed_c10d._create_work_from_future  # type: ignore[attr-defined]  # noqa: SLF001
+    return make(work.get_future())

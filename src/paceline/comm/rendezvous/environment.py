@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from paceline.comm.rendezvous import hostlist
 from paceline.errors import ConfigError
+from paceline.user_input import digits, shortened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +85,12 @@ def _number(environment: Mapping[str, str], name: str, default: int | None) -> i
     text = environment.get(name)
     if text is None and default is not None:
         return default
-    try:
-        return int(text or "")
-    except ValueError:
-        raise ConfigError(f"environment variable {name}: a whole number expected, got {text!r}") from None
+    number = digits((text or "").strip().removeprefix("-"))
+    if number is None:
+        raise ConfigError(
+            f"environment variable {name}: a whole number expected, got {shortened(text or '')}"
+        )
+    return -number if (text or "").strip().startswith("-") else number
 
 
 def _slurm_master(environment: Mapping[str, str], identity: ProcessIdentity) -> ProcessIdentity:
@@ -100,9 +103,14 @@ def _slurm_master(environment: Mapping[str, str], identity: ProcessIdentity) -> 
     )
     counts = hostlist.expand_counts(environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     node = _number(environment, "SLURM_NODEID", 0)
+    if not nodes or node < 0:
+        raise ConfigError(
+            f"slurm says SLURM_NODEID={node} and a list of {len(nodes)} hosts: a number from 0 up and"
+            " at least one host expected"
+        )
     local_size = counts[min(node, len(counts) - 1)]
     step = environment.get("SLURM_STEP_ID", "0")
-    job = _number(environment, "SLURM_JOB_ID", 0) * 31 + (int(step) if step.isdigit() else 0)
+    job = _number(environment, "SLURM_JOB_ID", 0) * 31 + (digits(step) or 0)
     return dataclasses.replace(
         identity, master_address=nodes[0], master_port=20000 + job % 20000, local_size=local_size
     )

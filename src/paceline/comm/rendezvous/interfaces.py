@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import ipaddress
 import socket
 import struct
 
@@ -40,3 +41,16 @@ def local_address_towards(host: str, port: int) -> str:
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(target)  # a datagram socket: this only chooses a route
         return str(probe.getsockname()[0])
+
+
+def listening_address(host: str) -> str:
+    """The address at which to listen so that others reach this host as `host`.
+
+    Names often lead to a loopback address on the host itself, and to another one elsewhere: then all.
+    """
+    try:
+        address = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError:
+        return "0.0.0.0"
+    is_name_of_loopback = ipaddress.ip_address(address).is_loopback and host not in (address, "localhost")
+    return "0.0.0.0" if is_name_of_loopback else address

@@ -1,4 +1,4 @@
-"""The ranks of a job meet in a key-value store and learn hosts, addresses and the job's secret."""
+"""The ranks of a job meet in a key-value store, learn hosts and addresses, and agree on a secret."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ import datetime
 import hashlib
 import json
 import os
+import secrets
 import socket
-import stat
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import Store
 
 from paceline.comm.rendezvous import pmi
 from paceline.comm.rendezvous.environment import ProcessIdentity, who_am_i
 from paceline.comm.rendezvous.interfaces import local_address_towards
-from paceline.errors import CommError, ConfigError, Timeout
-from paceline.options import new_secret
+from paceline.comm.rendezvous.job_store import Prefixed
+from paceline.comm.rendezvous.lost_ranks import LostRanks
+from paceline.comm.rendezvous.stores import open_launchers_store, open_store
+from paceline.comm.security.keys import derive, job_key
+from paceline.errors import CommError, Timeout
+from paceline.options import JobOptions
+from paceline.types import named
 
-_MPI_LAUNCHERS = ("mpirun", "mpiexec", "orted", "orterun", "prte", "hydra_", "pmi_proxy", "slurmstepd")
 _meetings = 0
 
 
@@ -43,6 +45,10 @@ class Meeting:
     """addresses[r]: an IP address at which the others reach rank r; "" when the job has one host."""
     store: Store
     secret: bytes
+    timeout_s: float = 600.0
+    """The deadline of the job: seconds after which a rank that is waited for counts as lost."""
+    lost_ranks: LostRanks | None = None
+    """Exchanged with the launcher, if it is one of ours."""
 
     @property
     def address(self) -> str:
@@ -57,7 +63,7 @@ class Meeting:
             size=len(ranks),
             hosts=tuple(self.hosts[r] for r in ranks),
             addresses=tuple(self.addresses[r] for r in ranks),
-            store=PrefixStore(f"{name}/{','.join(map(str, ranks))}", self.store),
+            store=Prefixed(f"{name}/{','.join(map(str, ranks))}", self.store),
         )
 
     def exchange(self, key: str, own: object, *, timeout_s: float) -> list[Any]:
@@ -92,18 +98,15 @@ class Meeting:
 def meet(
     environment: Mapping[str, str] = os.environ,
     *,
-    secret: str = "",
     host: str | None = None,
     timeout_s: float = 300.0,
 ) -> Meeting:
     """Meet the other ranks of the job that the environment describes.
 
     Args:
-        environment: The variables that a launcher sets; see `who_am_i`.
-        secret: The job's secret from the launcher, in hexadecimal. Without one, rank 0 makes it and the store
-            carries it.
+        environment: The variables that a launcher sets; see `who_am_i` and `JobOptions`.
         host: Name of this rank's host instead of `host_identity()`.
-        timeout_s: Seconds to wait for the other ranks.
+        timeout_s: Seconds to wait for the other ranks, now and later: the deadline of the job.
 
     Raises:
         ConfigError: The environment does not say where to meet.
@@ -115,51 +118,64 @@ def meet(
         pmi.abort_on_exception(environment)
         if identity.local_size < identity.size and not identity.master_address:
             identity = pmi.agree_on_master(identity, environment, timeout_s)
-    store = PrefixStore(f"paceline/{_meetings}", _open_store(identity, environment, timeout_s))
+    key = job_key(environment) if identity.size > 1 else secrets.token_bytes(32)
+    store = open_store(identity, environment, key, timeout_s)
+    store = Prefixed(f"paceline/{_meetings}", store)
     _meetings += 1
-    return meet_in_store(
+    meeting = meet_in_store(
         store,
         identity,
+        key=key,
         host=host or host_identity(),
         address=_own_address(identity),
-        secret=secret,
         timeout_s=timeout_s,
         advice="were they started, and can they reach the rendezvous address?",
     )
+    if not JobOptions.from_environment(environment).store:
+        return meeting
+    lost_ranks = LostRanks(open_launchers_store(environment, datetime.timedelta(seconds=timeout_s)))
+    if identity.rank == 0:
+        lost_ranks.set_deadline(timeout_s)
+    return dataclasses.replace(meeting, lost_ranks=lost_ranks)
 
 
 def meet_in_store(
     store: Store,
     identity: ProcessIdentity,
     *,
+    key: bytes,
     host: str,
     address: str,
-    secret: str = "",
     timeout_s: float,
     advice: str,
 ) -> Meeting:
-    """Exchange hosts, addresses and the secret with the other ranks through `store`; collective.
+    """Exchange hosts and addresses with the other ranks through `store`; collective.
+
+    The secret of the meeting comes from `key` and from what every rank contributes, so that nothing recorded
+    in an earlier meeting can be used again. The store never has it.
 
     Args:
         store: Holds the keys of this meeting and no others.
         identity: Which of the ranks this one is.
+        key: What only processes of this job know.
         host: Name of this rank's host; see `host_identity`.
         address: IP address at which other hosts reach this rank; "" if the job has one host.
-        secret: The job's secret, in hexadecimal; "" on all ranks if rank 0 is to make one.
         timeout_s: Seconds to wait for the other ranks.
         advice: What to check when a rank does not come: the end of the error's text.
 
     Raises:
-        ConfigError: Some ranks have a secret and others have none.
-        CommError: Some ranks did not come in time; it names them.
+        CommError: Some ranks did not come in time; it names them. Or what is in the store was not written by
+            ranks that know `key`.
     """
-    card = {"host": host, "address": address, "has_secret": bool(secret)}
-    if identity.rank == 0 and not secret:
-        store.set("secret", new_secret())  # before the card: who sees the card finds the secret
+    card = {"host": host, "address": address, "contribution": secrets.token_hex(16)}
     store.set(f"card/{identity.rank}", json.dumps(card))
     _await_cards(store, identity, timeout_s, advice)
     cards = [json.loads(store.get(f"card/{r}")) for r in range(identity.size)]
-    _check_secrets(identity, [bool(c["has_secret"]) for c in cards])
+    if cards[identity.rank] != card:
+        raise CommError(
+            f"rank {identity.rank}: another process has written this rank's entry in the rendezvous store;"
+            " was a rank started twice, or do two jobs use one rendezvous address?"
+        )
     return Meeting(
         identity.rank,
         identity.size,
@@ -169,7 +185,8 @@ def meet_in_store(
         hosts=tuple(c["host"] for c in cards),
         addresses=tuple(c["address"] for c in cards),
         store=store,
-        secret=bytes.fromhex(secret or store.get("secret").decode()),
+        secret=derive(key, "meeting", *(c["contribution"] for c in cards)),
+        timeout_s=timeout_s,
     )
 
 
@@ -180,7 +197,7 @@ def _await_cards(store: Store, identity: ProcessIdentity, timeout_s: float, advi
     except RuntimeError as error:
         missing = [r for r, key in enumerate(keys) if not _is_there(store, key)]
         raise CommError(
-            f"rank {identity.rank}: ranks {missing} of {identity.size} did not come within {timeout_s:g} s;"
+            f"rank {identity.rank}: {named(missing)} of {identity.size} did not come within {timeout_s:g} s;"
             f" {advice}"
         ) from error
 
@@ -190,15 +207,6 @@ def _is_there(store: Store, key: str) -> bool:
         return bool(store.check([key]))
     except RuntimeError:  # the store itself has gone
         return False
-
-
-def _check_secrets(identity: ProcessIdentity, given: list[bool]) -> None:
-    if any(given) and not all(given):
-        without = [r for r, has_secret in enumerate(given) if not has_secret]
-        raise ConfigError(
-            f"rank {identity.rank}: ranks {without} of {identity.size} were started without the job's secret,"
-            " the others with it; start all of them by the same launcher"
-        )
 
 
 def host_identity() -> str:
@@ -225,54 +233,6 @@ def _inode_or_empty(path: Path) -> str:
     return f"{path.stat().st_dev}:{path.stat().st_ino}" if path.exists() else ""
 
 
-def _open_store(identity: ProcessIdentity, environment: Mapping[str, str], timeout_s: float) -> Store:
-    timeout = datetime.timedelta(seconds=timeout_s)
-    if dist.is_initialized():
-        return dist.distributed_c10d._get_default_store()  # noqa: SLF001  torch offers no public one
-    if identity.size == 1:
-        return HashStore()
-    try:
-        if identity.launcher == "torchrun":
-            return _torchrun_store(identity, environment, timeout)
-        if identity.master_address and identity.master_port:
-            return TCPStore(
-                identity.master_address,
-                identity.master_port,
-                None,
-                identity.rank == 0,
-                timeout,
-                wait_for_workers=False,
-            )
-    except RuntimeError as error:
-        where = f"{identity.master_address}:{identity.master_port}"
-        raise CommError(f"rank {identity.rank}: no rendezvous at {where}: {error}") from error
-    if identity.local_size == identity.size:
-        return FileStore(str(_meeting_file(identity)), identity.size)
-    raise ConfigError(
-        f"rank {identity.rank}: {identity.launcher} started {identity.size} ranks on several hosts but does"
-        " not say where to meet: export MASTER_ADDR (host of rank 0) and MASTER_PORT to every rank"
-    )
-
-
-def _torchrun_store(
-    identity: ProcessIdentity, environment: Mapping[str, str], timeout: datetime.timedelta
-) -> Store:
-    if not identity.master_address or not identity.master_port:
-        raise ConfigError("RANK and WORLD_SIZE are set but MASTER_ADDR or MASTER_PORT is not")
-    agent_has_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = TCPStore(
-        identity.master_address,
-        identity.master_port,
-        None,
-        identity.rank == 0 and not agent_has_store,
-        timeout,
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
-    # The agent's store outlives a restart of the workers: keys of an earlier attempt must not be found.
-    return PrefixStore(f"attempt_{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
 def _own_address(identity: ProcessIdentity) -> str:
     """The local address of the route to the meeting point; "" when all ranks are on this host."""
     if identity.size == identity.local_size or not identity.master_address:
@@ -281,33 +241,3 @@ def _own_address(identity: ProcessIdentity) -> str:
         return local_address_towards(identity.master_address, identity.master_port or 1)
     except OSError:
         return ""
-
-
-def _meeting_file(identity: ProcessIdentity) -> Path:
-    """The file in which the ranks of one single-host MPI job meet, in a folder of this user alone."""
-    folder = Path(tempfile.gettempdir()) / f"paceline-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o077:
-        raise ConfigError(f"{folder} must be a directory of this user with mode 700; remove it")
-    return folder / f"meet-{_launcher_process()}-{identity.size}"
-
-
-def _launcher_process() -> str:
-    """Process id and start time of the MPI launcher above this process; of its parent if there is none."""
-    pid = os.getppid()
-    fallback = f"{pid}-{_status(pid)[1]}"
-    while pid > 1:
-        name, started, parent = _status(pid)
-        if name.startswith(_MPI_LAUNCHERS):
-            return f"{pid}-{started}"
-        pid = parent
-    return fallback
-
-
-def _status(pid: int) -> tuple[str, str, int]:
-    """Name, start time and parent of a process."""
-    text = Path(f"/proc/{pid}/stat").read_text()
-    name = text[text.index("(") + 1 : text.rindex(")")]
-    fields = text[text.rindex(")") + 2 :].split()
-    return name, fields[19], int(fields[1])

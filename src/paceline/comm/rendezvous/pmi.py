@@ -21,6 +21,7 @@ from types import TracebackType
 from paceline.comm.rendezvous.environment import ProcessIdentity
 from paceline.comm.rendezvous.interfaces import own_addresses
 from paceline.errors import CommError
+from paceline.user_input import digits
 
 _CONNECT_S = 1.0
 _FORWARD_S = 0.5
@@ -124,13 +125,14 @@ def abort(environment: Mapping[str, str]) -> None:
 def _descriptor(environment: Mapping[str, str]) -> int | None:
     """The open socket to the process manager, if this process has one."""
     text = environment.get("PMI_FD", "")
-    if not text.isdigit():
+    descriptor = digits(text)
+    if descriptor is None:
         return None
     try:
-        is_socket = stat.S_ISSOCK(os.fstat(int(text)).st_mode)
-    except OSError:
+        is_socket = stat.S_ISSOCK(os.fstat(descriptor).st_mode)
+    except (OSError, OverflowError):
         return None
-    return int(text) if is_socket else None
+    return descriptor if is_socket else None
 
 
 def _free_port() -> int:

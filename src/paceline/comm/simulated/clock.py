@@ -48,6 +48,8 @@ class VirtualWorker:
         self.waits_for: AwaitedThing = ""
         self.is_killed = False
         self.is_over = False
+        self.owed_s = 0.0
+        """Time of work that it has done, and that has not passed yet."""
         self.paused_until = 0.0
         self.result: object = None
         self._torch = torch.Generator().manual_seed(seed).get_state()
@@ -87,9 +89,11 @@ class Signal:
 
     def wait(self, awaited: AwaitedThing, timeout_s: float | None = None) -> None:
         """Block the running worker until set. Raises Timeout after `timeout_s` virtual seconds."""
+        clock = self.clock
+        if not self.is_set:
+            clock.settle()
         if self.is_set:
             return
-        clock = self.clock
         worker = clock.running
         clock.refuse_in_handler(awaited)
         ticket = worker.ticket + 1
@@ -115,6 +119,8 @@ class VirtualClock:
         """Rank whose handler runs right now, or -1."""
         self.explain_wait: Callable[[], str] = lambda: ""
         """Returns faults that may be the reason of an endless wait; added to errors about one."""
+        self.on_work: Callable[[int, float, float], None] = lambda rank, start_s, end_s: None
+        """Called when a worker's local work takes its time."""
         self._seed = seed
         self._heap: list[tuple[float, int, int, Callable[[], VirtualWorker | None]]] = []
         self._count = 0
@@ -151,6 +157,21 @@ class VirtualClock:
         self.refuse_in_handler(awaited)
         self.resume_at(self.now + seconds, self.running.rank, self.running.ticket + 1)
         self.block(awaited)
+
+    def owe(self, seconds: float) -> None:
+        """Let the running worker have worked for `seconds`; they pass before anybody can tell.
+
+        Many small works are one event then.
+        """
+        self.running.owed_s += seconds
+
+    def settle(self) -> None:
+        """Let the time of the running worker's work pass: it is about to act on others, or to wait."""
+        worker = self.running
+        if self.in_handler < 0 and worker.owed_s > 0:
+            seconds, worker.owed_s = worker.owed_s, 0.0
+            self.on_work(worker.rank, self.now, self.now + seconds)
+            self.sleep(seconds, "its own work")
 
     def block(self, awaited: AwaitedThing) -> None:
         """Stop the running worker until an event resumes it."""
@@ -275,6 +296,7 @@ class VirtualClock:
         try:
             if not worker.is_killed:
                 worker.result = worker.body()
+                self.settle()
         except _Unwind:
             pass
         except BaseException as error:

@@ -14,6 +14,7 @@ from paceline.comm.simulated.clock import AwaitedThing, Signal, VirtualClock, Vi
 from paceline.comm.simulated.compute_time import Draw
 from paceline.comm.simulated.event_log import EventLog
 from paceline.comm.simulated.faults import FOREVER, Faults
+from paceline.comm.simulated.message_service import MessageService
 from paceline.comm.simulated.network import SimulatedNetwork
 from paceline.errors import CommError, PeerLost
 from paceline.types import Handler, Message
@@ -112,6 +113,12 @@ class SimulatedCluster:
         self.off_clock: set[int] = set()
         """Ranks that evaluate: what they send takes no virtual time."""
         self._channels = [Channels(r) for r in range(num_workers)]
+        self._services = [MessageService(clock, r) for r in range(num_workers)]
+        self._is_free = False
+        """Whether the message that is handled right now takes no virtual time."""
+        self.work_s: list[dict[str, float]] = [{} for _ in range(num_workers)]
+        """Seconds of each rank's local work, by kind."""
+        clock.on_work = lambda rank, start_s, end_s: log.add("work", "local work", rank, start_s, end_s)
         self._calls: dict[int, tuple[int, int, SimulatedReply]] = {}
         self._num_calls = 0
         self._in_flight = [0] * num_workers
@@ -145,6 +152,22 @@ class SimulatedCluster:
         self.log.add("compute", "minibatch", rank, clock.now, clock.now + seconds)
         clock.sleep(seconds, "its own computation")
 
+    def work(self, kind: str, seconds: float) -> None:
+        """Let work take its time on the rank whose handler runs, or on the running worker."""
+        clock = self.clock
+        is_handler = clock.in_handler >= 0
+        rank = clock.in_handler if is_handler else clock.running.rank
+        if rank in self.off_clock or (is_handler and self._is_free):
+            return
+        seconds *= self.faults.slowdown(rank, clock.now) / self._speeds[rank]
+        self.work_s[rank][kind] = self.work_s[rank].get(kind, 0.0) + seconds
+        if not is_handler:
+            clock.owe(seconds)
+            return
+        start_s = self._services[rank].reached_s
+        self._services[rank].work(seconds)
+        self.log.add("work", kind, rank, start_s, start_s + seconds)
+
     # Messages
 
     def host(self, rank: int) -> str:
@@ -152,7 +175,7 @@ class SimulatedCluster:
         return self.network.topology.hosts[rank]
 
     def serve(self, rank: int, channel: str, handler: Handler, ledger: Ledger) -> None:
-        """Install a handler of `rank`; handlers take no virtual time."""
+        """Install a handler of `rank`; it takes the virtual time of the work that it does."""
         self._ledgers[rank] = ledger
         with self._as_handler(rank):
             self._channels[rank].serve(channel, handler)
@@ -182,13 +205,16 @@ class SimulatedCluster:
             if ledger is not None:
                 ledger.operations["answer"].calls += 1
                 ledger.operations["answer"].payload_bytes += size
+                ledger.own_bytes += size if dst == src else 0
                 if dst != src and ledger.wire_bytes is not None:
                     ledger.wire_bytes += size + self.network.header_bytes
             result: Outcome = outcome
             if not isinstance(outcome, Message):
                 text = f"{type(outcome).__name__}: {outcome}"
                 result = CommError(f"rank {dst}: handler of channel {channel!r} failed: {text}")
-            self._transfer(dst, src, f"{channel} answer", size, partial(self._answered, id, result))
+            answered = partial(self._answered, id, result)
+            # To itself: the service has the answer in hand, and need not wait for its turn again.
+            self._transfer(dst, src, f"{channel} answer", size, answered, is_queued=src != dst)
 
         self._send(src, dst, channel, framing.owned(message), answer)
         return reply
@@ -228,8 +254,13 @@ class SimulatedCluster:
         deliver = partial(self._deliver, src, dst, channel, message, answer)
         self._transfer(src, dst, channel, framing.num_bytes(message), deliver)
 
-    def _transfer(self, src: int, dst: int, name: str, size: int, action: Callable[[], None]) -> None:
-        """Move bytes from src to dst, then run `action` on behalf of dst (unless it is dead)."""
+    def _transfer(
+        self, src: int, dst: int, name: str, size: int, action: Callable[[], None], *, is_queued: bool = True
+    ) -> None:
+        """Move bytes from src to dst, then run `action` on behalf of dst (unless it is dead).
+
+        `is_queued`: when dst's message service has handled what came before.
+        """
         self._in_flight[src] += 1
 
         def arrive() -> None:
@@ -237,18 +268,34 @@ class SimulatedCluster:
             if worker.paused_until > self.clock.now and not worker.is_killed:
                 self.clock.at(worker.paused_until, dst, arrive)
                 return
-            if not worker.is_killed:
+            if is_queued:
+                service.submit(handle)
+            else:
+                handle()
+
+        def handle() -> None:
+            if not self.clock.workers[dst].is_killed:
+                before, self._is_free = self._is_free, is_free
                 with self._as_handler(dst):
                     action()
-            self._in_flight[src] -= 1
-            if not self._in_flight[src]:
-                waiting, self._drained[src] = self._drained[src], []
-                for signal in waiting:
-                    signal.set()
+                self._is_free = before
+            if service.reached_s > self.clock.now:
+                self.clock.at(service.reached_s, dst, partial(self._handled, src))
+            else:
+                self._handled(src)
 
+        service = self._services[dst]
         is_free = src in self.off_clock or dst in self.off_clock
         if not self.carry(src, dst, name, size, arrive, is_free=is_free):
             self._in_flight[src] -= 1
+
+    def _handled(self, src: int) -> None:
+        """A message of `src` has been handled, or needs not be."""
+        self._in_flight[src] -= 1
+        if not self._in_flight[src]:
+            waiting, self._drained[src] = self._drained[src], []
+            for signal in waiting:
+                signal.set()
 
     def carry(
         self, src: int, dst: int, name: str, size: int, arrive: Callable[[], None], *, is_free: bool = False
@@ -265,7 +312,8 @@ class SimulatedCluster:
             arrive: What happens on arrival.
             is_free: Whether it takes no virtual time.
         """
-        clock, network, sent_s = self.clock, self.network, self.clock.now
+        clock, network = self.clock, self.network
+        sent_s = self._services[src].reached_s if clock.in_handler == src else clock.now
         path = [] if is_free else network.path(src, dst)
         leaves_s = sent_s if is_free else network.leaves_s(src, dst, sent_s)
         if leaves_s == FOREVER:
@@ -284,7 +332,7 @@ class SimulatedCluster:
             self.log.add("message", name, src, sent_s, arrived_s, peer=dst, num_bytes=size)
             clock.at(arrived_s, dst, arrive)
 
-        if leaves_s > sent_s:
+        if leaves_s > clock.now:
             clock.at(leaves_s, src, partial(hop, 0, leaves_s, leaves_s))
         else:
             hop(0, sent_s, sent_s)

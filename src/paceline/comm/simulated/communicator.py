@@ -32,6 +32,7 @@ class SimulatedCommunicator(ReferenceOperations, FabricCommunicator):
     # Collectives
 
     def perform(self, call: ReferenceCall) -> SimulatedWork:
+        self._cluster.clock.settle()
         own = argument(call.source, call.target, call.counts, is_in_place=call.source is call.target)
         signature = (*call.signature, self._algorithm)
         return self._group.submit(
@@ -44,12 +45,14 @@ class SimulatedCommunicator(ReferenceOperations, FabricCommunicator):
     def start_send(
         self, tensor: torch.Tensor, dst: Rank, tag: int, options: CallOptions = DEFAULT_OPTIONS
     ) -> SimulatedWork:
+        self._cluster.clock.settle()
         self._count_wire(dst, tensor.nbytes)
         return self._group.send(self.rank, dst, tag, tensor, self.ledger)
 
     def start_recv(
         self, tensor: torch.Tensor, src: Rank | None, tag: int, options: CallOptions = DEFAULT_OPTIONS
     ) -> SimulatedWork:
+        self._cluster.clock.settle()
         return self._group.recv(self.rank, src, tag, tensor, self.ledger)
 
     # Messages
@@ -61,12 +64,14 @@ class SimulatedCommunicator(ReferenceOperations, FabricCommunicator):
         )
 
     def send_call(self, peer: Rank, channel: str, message: Message) -> SimulatedReply:
+        self._cluster.clock.settle()
         reply = self._cluster.call(self._own, self._group.members[peer], self._name + channel, message)
         reply.ledger = self.ledger
         self._count_wire(peer, framing.num_bytes(message))
         return reply
 
     def send_post(self, peer: Rank, channel: str, message: Message) -> None:
+        self._cluster.clock.settle()
         self._cluster.post(self._own, self._group.members[peer], self._name + channel, message)
         self._count_wire(peer, framing.num_bytes(message))
 
@@ -81,6 +86,7 @@ class SimulatedCommunicator(ReferenceOperations, FabricCommunicator):
 
     def drain(self) -> None:
         """Collective: return when every message posted before, and by its handlers, has been handled."""
+        self._cluster.clock.settle()
         for _ in range(2):
             self._cluster.drain(self._own)
             self.barrier().wait()
@@ -90,6 +96,7 @@ class SimulatedCommunicator(ReferenceOperations, FabricCommunicator):
 
     def charge_compute(self, share: float = 1.0) -> None:
         """Let `share` of one minibatch's compute time pass."""
+        self._cluster.clock.settle()
         self._cluster.compute(self._own, share)
 
     def tolerate_loss(self) -> None:
@@ -109,6 +116,7 @@ class SimulatedCommunicator(ReferenceOperations, FabricCommunicator):
     @contextlib.contextmanager
     def off_clock(self) -> Iterator[None]:
         """Operations that start inside take no virtual time: evaluation."""
+        self._cluster.clock.settle()
         self._cluster.off_clock.add(self._own)
         try:
             yield
@@ -121,6 +129,7 @@ class SimulatedCommunicator(ReferenceOperations, FabricCommunicator):
 
     def now(self) -> float:
         """Seconds of the virtual clock."""
+        self._cluster.clock.settle()
         return self._cluster.clock.now
 
     def make_part(self, ranks: list[Rank]) -> SimulatedCommunicator | None:

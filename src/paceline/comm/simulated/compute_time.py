@@ -11,11 +11,11 @@ empirical(samples="0.01 0.012 0.3")   or empirical(file="seconds.txt"): drawn wi
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from paceline import spec as specs
+from paceline import user_input
 from paceline.errors import ConfigError
 from paceline.registry import unknown
 
@@ -69,9 +69,11 @@ def _empirical(*, samples: str = "", file: str = "") -> Draw:
     if bool(samples) == bool(file):
         raise ConfigError("give either samples or file")
     try:
-        text = str(samples) or Path(str(file)).read_text()
+        text = str(samples) or user_input.read_text(str(file), what="compute times")
         values = np.array([float(v) for v in text.replace(",", " ").split()])
-    except (OSError, ValueError) as error:
+    except ConfigError:
+        raise
+    except ValueError as error:
         raise ConfigError(f"empirical compute times: {error}; seconds separated by blanks expected") from None
     if not len(values) or not np.isfinite(values).all() or (values <= 0).any():
         raise ConfigError("empirical compute times: at least one expected, all finite and above 0 seconds")

@@ -16,7 +16,8 @@ class Event(NamedTuple):
     end_s: float
     rank: int
     kind: str
-    """"compute", "message", "collective", "fault", "lost" (a message that never arrives)."""
+    """"compute", "work" (codecs, servers, outer steps), "message", "collective", "fault", "lost" (a message
+    that never arrives)."""
     name: str
     peer: int
     num_bytes: int
@@ -69,7 +70,7 @@ class EventLog:
             for tid, name in enumerate(_ROWS):
                 rows.append({"ph": "M", "name": "thread_name", "pid": r, "tid": tid, "args": {"name": name}})
         for e in self.events:
-            row = {"compute": 0, "fault": 0, "collective": 1}.get(e.kind, 2)
+            row = {"compute": 0, "work": 0, "fault": 0, "collective": 1}.get(e.kind, 2)
             rows.append(
                 {
                     "ph": "X",

@@ -24,6 +24,7 @@ from paceline.errors import ConfigError
 from paceline.registry import unknown
 
 FOREVER = float("inf")
+_MOST_RANDOM = 10_000
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,8 @@ def _random(*, kills: int = 0, pauses: int = 0, until_s: float = 1.0) -> Add:
     def add(faults: Faults, num_workers: int, rng: np.random.Generator) -> None:
         for name, value in (("kills", kills), ("pauses", pauses)):
             specs.whole_number(f"random faults: {name}", value, least=0)
+            if value > _MOST_RANDOM:
+                raise ConfigError(f"random faults: {name}={value}: at most {_MOST_RANDOM} expected")
         if not _time(until_s) > 0:
             raise ConfigError(f"random faults: until_s={until_s}: more than 0 expected")
         if kills > num_workers - 1:
@@ -190,7 +193,10 @@ def _rank(rank: object, num_workers: int) -> int:
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"a fault with {name}={value}: a number expected")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"a fault with {name}: a number below 1e308 expected") from None
 
 
 def _time(at_s: object) -> float:
@@ -203,6 +209,8 @@ def _time(at_s: object) -> float:
 def _interval(
     ranks: Sequence[int], num_workers: int, at_s: float, for_s: float, factor: float = 1.0
 ) -> Interval:
-    if not _number("for_s", for_s) > 0 or not 0 < _number("factor", factor) < FOREVER:
+    length_s, factor = _number("for_s", for_s), _number("factor", factor)
+    if not length_s > 0 or not 0 < factor < FOREVER:
         raise ConfigError(f"a fault with for_s={for_s}, factor={factor}: both must be above 0")
-    return Interval(tuple(_rank(r, num_workers) for r in ranks), _time(at_s), at_s + for_s, factor)
+    start_s = _time(at_s)
+    return Interval(tuple(_rank(r, num_workers) for r in ranks), start_s, start_s + length_s, factor)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from paceline import local_work
 from paceline.comm import current
-from paceline.comm.simulated import compute_time
+from paceline.comm.simulated import compute_time, work_costs
 from paceline.comm.simulated.clock import VirtualClock
 from paceline.comm.simulated.cluster import SimulatedCluster
 from paceline.comm.simulated.communicator import SimulatedCommunicator
@@ -26,7 +27,9 @@ from paceline.comm.simulated.event_log import EventLog
 from paceline.comm.simulated.faults import parse as parse_faults
 from paceline.comm.simulated.group import SimulatedGroup
 from paceline.comm.simulated.network import SimulatedNetwork
+from paceline.comm.simulated.work_costs import WorkCosts
 from paceline.errors import ConfigError
+from paceline.local_work import Rehearsal, WorkKind
 from paceline.schedule import topologies
 from paceline.worker_function import takes_rank
 
@@ -41,6 +44,8 @@ class SimulatedRun(Sequence[Any]):
     killed: list[int]
     num_events: int
     log: EventLog
+    work_s: list[dict[str, float]]
+    """Virtual seconds of each rank's local work (see `paceline.local_work`), by kind; empty without costs."""
 
     # An index or a slice; a result is whatever the user's function returned.
     def __getitem__(self, index: Any) -> Any:
@@ -65,6 +70,7 @@ def simulate(
     trace: str | None = None,
     record: bool = True,
     threads: int = 1,
+    costs: str | WorkCosts = work_costs.NONE,
 ) -> SimulatedRun:
     """Run `fn(*args)` on virtual workers; inside it, `paceline.init()` joins the virtual cluster.
 
@@ -85,6 +91,9 @@ def simulate(
         trace: File for a Chrome/Perfetto trace.
         record: False keeps no events in memory, for long runs without `log` and `trace`.
         threads: Number of torch's intra-op threads.
+        costs: What codecs, servers and outer steps cost: "none" (default), "measured" (as long as on this
+            machine, timed once per process; not the same on another day), or
+            `paceline.comm.simulated.work_costs.WorkCosts`. Divided by `speeds`, as compute times are.
 
     Returns:
         The workers' results in rank order, the virtual time and the event log.
@@ -102,6 +111,7 @@ def simulate(
         raise ConfigError(f"num_workers={num_workers}: at least 1 expected")
     if speeds is not None and (len(speeds) != num_workers or min(speeds) <= 0):
         raise ConfigError(f"speeds: {num_workers} numbers above 0 expected, got {list(speeds)}")
+    prices = work_costs.make(costs)
     script = parse_faults(faults, num_workers=num_workers, seed=seed)
     clock = VirtualClock(seed)
     events = EventLog(is_recording=record or bool(log or trace))
@@ -117,22 +127,37 @@ def simulate(
         detect_s=detect_s,
     )
     passes_rank = takes_rank(fn, args, caller="simulate")
+    meter = None if prices is None else _Meter(cluster, prices)
     group = SimulatedGroup(cluster, range(num_workers))
 
     def body(rank: int) -> Any:
         current.provide(SimulatedCommunicator(group, rank))
+        local_work.listen(meter)
         try:
             return fn(rank, *args) if passes_rank else fn(*args)
         finally:
             current.provide(None)
 
     start_s = [script.joins.get(r, 0.0) for r in range(num_workers)]
+    local_work.listen(meter)  # this thread, too, runs handlers
     try:
         results = clock.run([partial(body, r) for r in range(num_workers)], start_s, threads=threads)
     finally:
+        local_work.listen(None)
         if log:
             events.write(log)
         if trace:
             events.write_trace(trace)
     killed = [w.rank for w in clock.workers if w.is_killed]
-    return SimulatedRun(results, clock.now, killed, clock.num_events, events)
+    return SimulatedRun(results, clock.now, killed, clock.num_events, events, cluster.work_s)
+
+
+class _Meter:
+    """Charges local work to the rank that does it."""
+
+    def __init__(self, cluster: SimulatedCluster, costs: WorkCosts) -> None:
+        self._cluster, self._costs = cluster, costs
+
+    def charge(self, kind: WorkKind, what: str, numel: int, rehearsal: Rehearsal, times: float) -> None:
+        seconds = self._costs.seconds(f"{kind.value} {what}", numel, rehearsal)
+        self._cluster.work(kind.value, times * seconds)

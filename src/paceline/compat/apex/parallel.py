@@ -1,14 +1,27 @@
-"""`parallel.DistributedDataParallel` and synchronised batch normalisation, done by torch's own."""
+"""`apex.parallel`: DistributedDataParallel, synchronised batch normalisation, reduction by hand."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from paceline.compat.apex.larc import LARC
+from paceline.errors import ConfigError
+from paceline.train.modules.flat_tensors import flattened, unflatten
+
+__all__ = [
+    "LARC",
+    "DistributedDataParallel",
+    "Reducer",
+    "SyncBatchNorm",
+    "convert_syncbn_model",
+    "create_syncbn_process_group",
+]
 SyncBatchNorm = nn.SyncBatchNorm
 
 
@@ -51,3 +64,68 @@ def convert_syncbn_model(
         module, process_group
     )
     return converted
+
+
+def create_syncbn_process_group(group_size: int) -> dist.ProcessGroup | None:
+    """Form groups of neighbouring ranks for synchronised batch normalisation; every rank calls it.
+
+    Args:
+        group_size: Ranks of each group; it divides the world size. 0: all ranks.
+
+    Returns:
+        The group of this rank; None for 0, which means all ranks.
+
+    Raises:
+        ConfigError: The world size does not divide by it.
+    """
+    if group_size == 0:
+        return None
+    size = dist.get_world_size()
+    if group_size < 0 or size % group_size:
+        raise ConfigError(
+            f"create_syncbn_process_group({group_size}): a divisor of the {size} ranks expected, or 0 for all"
+        )
+    own: dist.ProcessGroup
+    own, _ = dist.new_subgroups(group_size)  # type: ignore[no-untyped-call]
+    return own
+
+
+class GradientAverager:
+    """Averages gradients over the ranks when `reduce` is called, and not before; Apex's `Reducer`.
+
+    Args:
+        module_or_grads_list: A module, whose parameters become those of rank 0 at once; or gradients, also in
+            nested lists.
+    """
+
+    def __init__(self, module_or_grads_list: nn.Module | Iterable[Any]) -> None:
+        self.module: nn.Module | None = None
+        self.grads: list[Tensor] = []
+        if isinstance(module_or_grads_list, nn.Module):
+            self.module = module_or_grads_list
+            for flat, parts in flattened(self.module.parameters()):
+                dist.broadcast(flat, 0)
+                unflatten(flat, parts)
+        else:
+            self.grads = list(_tensors(module_or_grads_list))
+
+    def reduce(self) -> None:
+        """Replace the gradients by their average; ranks must have gradients for the same parameters."""
+        grads = self.grads
+        if self.module is not None:
+            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        for flat, parts in flattened(grads):
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            unflatten(flat, parts)
+
+
+Reducer = GradientAverager
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        else:
+            yield from _tensors(value)

@@ -67,8 +67,6 @@ from paceline.compat.horovod.queries import (
     mpi_threads_supported,
     nccl_built,
     rocm_built,
-    start_timeline,
-    stop_timeline,
 )
 from paceline.compat.horovod.sync_batch_norm import SyncBatchNorm
 from paceline.compat.horovod.world import (
@@ -87,6 +85,8 @@ from paceline.compat.horovod.world import (
     remove_process_set,
     shutdown,
     size,
+    start_timeline,
+    stop_timeline,
 )
 
 __all__ = [

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from paceline.compat.horovod.request import Request, Response
+from paceline.types import named
 
 
 @dataclass
@@ -58,8 +59,8 @@ class Coordinator:
             waiting.is_reported = True
             missing = self._missing((process_set, name))
             found.append(
-                f"{name} (asked for by ranks {sorted(waiting.by_rank)}) "
-                f"has waited {now_s - waiting.since_s:.0f} s for ranks {missing}"
+                f"{name} (asked for by {named(sorted(waiting.by_rank))}) "
+                f"has waited {now_s - waiting.since_s:.0f} s for {named(missing)}"
             )
         return found
 
@@ -71,10 +72,14 @@ class Coordinator:
             missing = self._missing(key)
             waiting = self._waiting.pop(key)
             request = next(iter(waiting.by_rank.values()))
-            failed.append(
-                Response([request], error=f"{key[1]}: ranks {missing} did not ask for it for {after_s:.0f} s")
-            )
+            error = f"{key[1]}: {named(missing)} did not ask for it for {after_s:.0f} s"
+            failed.append(Response([request], error=error))
         return failed
+
+    def forget(self, process_set: int) -> None:
+        """Drop what waits in a process set that is removed; its ranks fail their own operations."""
+        for key in [k for k in self._waiting if k[0] == process_set]:
+            del self._waiting[key]
 
     def _missing(self, key: tuple[int, str]) -> list[int]:
         asked = self._waiting[key].by_rank
@@ -96,7 +101,7 @@ class Coordinator:
         if self._joined and first.kind not in ("allreduce", "barrier"):
             return Response(
                 [first],
-                error=f"{first.kind} {first.name} after ranks {sorted(self._joined)} joined is undefined",
+                error=f"{first.kind} {first.name} after {named(sorted(self._joined))} joined is undefined",
             )
         rows: list[list[int]] = []
         if first.kind == "allgather":

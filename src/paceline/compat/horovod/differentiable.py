@@ -11,9 +11,10 @@ from torch import Tensor
 from paceline.compat.horovod import operations as o
 from paceline.compat.horovod.compression import Compression, Compressor
 from paceline.compat.horovod.constants import Average, Operation, Sum, choose
-from paceline.compat.horovod.world import ProcessSet, global_process_set
+from paceline.compat.horovod.world import ProcessSet, global_process_set, members, place_in, rank
 
-# Every collective is linear, so its gradient is its transpose: another collective.
+# Gradients are Horovod's: those of the average over the ranks. Of a loss that every rank computes, they are
+# the exact derivative; of the sum of all ranks' losses, 1/P of it.
 # mypy: disable-error-code="no-untyped-call, no-any-return, misc"
 
 Context = Any
@@ -22,39 +23,49 @@ Context = Any
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Context, tensor: Tensor, name: str | None, *options: Any) -> Tensor:
-        ctx.options = options
-        return o.synchronize(o.allreduce_async(tensor, None, name, *options))
+    def forward(
+        ctx: Context, name: str | None, is_list: bool, options: Sequence[Any], *tensors: Tensor
+    ) -> Any:
+        ctx.is_list, ctx.options = is_list, options
+        if is_list:
+            return tuple(o.synchronize(o.grouped_allreduce_async(tensors, None, name, *options)))
+        return o.synchronize(o.allreduce_async(tensors[0], None, name, *options))
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> Any:
-        return o.synchronize(o.allreduce_async(grad.contiguous(), None, None, *ctx.options)), *[None] * 5
+    def backward(ctx: Context, *grads: Tensor) -> Any:
+        return None, None, None, *_all_reduced(grads, ctx.is_list, *ctx.options)
 
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Context, tensor: Tensor, name: str | None, process_set: ProcessSet) -> Tensor:
-        ctx.rows, ctx.process_set = tensor.shape[0], process_set
-        return o.synchronize(o.allgather_async(tensor, name, process_set))
+    def forward(
+        ctx: Context, name: str | None, is_list: bool, process_set: ProcessSet, *tensors: Tensor
+    ) -> Any:
+        ctx.is_list, ctx.rows, ctx.process_set = is_list, [t.shape[0] for t in tensors], process_set
+        if is_list:
+            return tuple(o.synchronize(o.grouped_allgather_async(tensors, name, process_set)))
+        return o.synchronize(o.allgather_async(tensors[0], name, process_set))
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> Any:
-        summed = o.synchronize(o.allreduce_async(grad.contiguous(), op=Sum, process_set=ctx.process_set))
+    def backward(ctx: Context, *grads: Tensor) -> Any:
+        reduced = _all_reduced(grads, ctx.is_list, Average, 1.0, 1.0, ctx.process_set)
+        # [P, number of tensors]: how many rows every rank gave.
         rows = o.synchronize(o.allgather_async(torch.tensor([ctx.rows]), process_set=ctx.process_set))
-        start = int(rows[: ctx.process_set.rank()].sum())
-        return summed[start : start + ctx.rows], None, None
+        starts = rows[: place_in(ctx.process_set)].sum(0).tolist()
+        own = [g[start : start + n] for g, start, n in zip(reduced, starts, ctx.rows, strict=True)]
+        return None, None, None, *own
 
 
 class _Broadcast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, tensor: Tensor, root: int, name: str | None, process_set: ProcessSet) -> Tensor:
-        ctx.is_root, ctx.process_set = process_set.ranks[process_set.rank()] == root, process_set  # type: ignore[index]
+        ctx.is_root, ctx.process_set = rank() == root, process_set
         return o.synchronize(o.broadcast_async(tensor, root, name, process_set))
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> Any:
-        summed = o.synchronize(o.allreduce_async(grad.contiguous(), op=Sum, process_set=ctx.process_set))
-        return summed if ctx.is_root else torch.zeros_like(summed), None, None, None
+        (reduced,) = _all_reduced([grad], False, Average, 1.0, 1.0, ctx.process_set)
+        return reduced if ctx.is_root else torch.zeros_like(reduced), None, None, None
 
 
 class _AllToAll(torch.autograd.Function):
@@ -62,12 +73,11 @@ class _AllToAll(torch.autograd.Function):
     def forward(
         ctx: Context,
         tensor: Tensor,
-        splits: Sequence[int] | Tensor | None,
+        splits: Sequence[int] | Tensor,
         name: str | None,
         process_set: ProcessSet,
     ) -> Any:
-        rows = splits if splits is not None else [tensor.shape[0] // process_set.size()] * process_set.size()
-        output, received = o.synchronize(o.alltoall_async(tensor, rows, name, process_set))
+        output, received = o.synchronize(o.alltoall_async(tensor, splits, name, process_set))
         ctx.received, ctx.process_set = received, process_set
         ctx.mark_non_differentiable(received)
         return output, received
@@ -81,18 +91,30 @@ class _AllToAll(torch.autograd.Function):
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Context, tensor: Tensor, name: str | None, op: Operation, process_set: ProcessSet, *scales: float
-    ) -> Tensor:
-        ctx.op, ctx.process_set, ctx.scales = op, process_set, scales
-        return o.synchronize(o.reducescatter_async(tensor, name, op, process_set, *scales))
+        ctx: Context, name: str | None, is_list: bool, options: Sequence[Any], *tensors: Tensor
+    ) -> Any:
+        ctx.is_list, ctx.options = is_list, options
+        if is_list:
+            return tuple(o.synchronize(o.grouped_reducescatter_async(tensors, name, *options)))
+        return o.synchronize(o.reducescatter_async(tensors[0], name, *options))
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> Any:
-        factor = ctx.scales[0] * ctx.scales[1]
-        if ctx.op is Average:
-            factor /= ctx.process_set.size()
-        gathered = o.synchronize(o.allgather_async(grad * factor, process_set=ctx.process_set))
-        return gathered, *[None] * 5
+    def backward(ctx: Context, *grads: Tensor) -> Any:
+        op, process_set, prescale, postscale = ctx.options
+        factor = prescale * postscale * (len(members(process_set)) if op is Sum else 1)
+        scaled = [(g * factor).to(g.dtype) for g in grads]
+        if ctx.is_list:
+            gathered = o.synchronize(o.grouped_allgather_async(scaled, None, process_set))
+        else:
+            gathered = [o.synchronize(o.allgather_async(scaled[0], None, process_set))]
+        return None, None, None, *gathered
+
+
+def _all_reduced(grads: Sequence[Tensor], is_list: bool, *options: Any) -> list[Tensor]:
+    given = [g.contiguous() for g in grads]
+    if is_list:
+        return o.synchronize(o.grouped_allreduce_async(given, None, None, *options))
+    return [o.synchronize(o.allreduce_async(given[0], None, None, *options))]
 
 
 def allreduce(
@@ -107,9 +129,8 @@ def allreduce(
 ) -> Tensor:
     """Return the average (or sum, …) over the ranks; differentiable."""
     sent, ctx = o.compressed(tensor, compression)
-    reduced = _AllReduce.apply(
-        sent, name, choose(op, average), prescale_factor, postscale_factor, process_set
-    )
+    options = (choose(op, average), prescale_factor, postscale_factor, process_set)
+    reduced = _AllReduce.apply(name, False, options, sent)
     return compression.decompress(reduced, ctx)
 
 
@@ -137,12 +158,11 @@ def grouped_allreduce(
     postscale_factor: float = 1.0,
     process_set: ProcessSet = global_process_set,
 ) -> list[Tensor]:
-    """Reduce several tensors as one operation; returns new tensors."""
-    sent, contexts = zip(*[o.compressed(t, compression) for t in tensors], strict=True)
-    handle = o.grouped_allreduce_async(
-        sent, average, name, op, prescale_factor, postscale_factor, process_set
-    )
-    return [compression.decompress(t, c) for t, c in zip(o.synchronize(handle), contexts, strict=True)]
+    """Reduce several tensors as one operation; returns new tensors; differentiable."""
+    pairs = [o.compressed(t, compression) for t in tensors]
+    options = (choose(op, average), prescale_factor, postscale_factor, process_set)
+    reduced = _AllReduce.apply(name, True, options, *[t for t, _ in pairs])
+    return [compression.decompress(t, c) for t, (_, c) in zip(reduced, pairs, strict=True)]
 
 
 def grouped_allreduce_(
@@ -164,15 +184,14 @@ def allgather(
     tensor: Tensor, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> Tensor:
     """Return the ranks' tensors concatenated along the first dimension; differentiable."""
-    given = tensor if tensor.dim() else tensor.reshape(1)
-    return _AllGather.apply(given, name, process_set)
+    return _AllGather.apply(name, False, process_set, o.at_least_1d(tensor))
 
 
 def grouped_allgather(
     tensors: Sequence[Tensor], name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> list[Tensor]:
-    """`allgather` of several tensors as one operation."""
-    return o.synchronize(o.grouped_allgather_async(tensors, name, process_set))
+    """`allgather` of several tensors as one operation; differentiable."""
+    return list(_AllGather.apply(name, True, process_set, *[o.at_least_1d(t) for t in tensors]))
 
 
 def broadcast(
@@ -196,11 +215,8 @@ def alltoall(
     process_set: ProcessSet = global_process_set,
 ) -> Any:
     """Exchange rows; returns the received rows, and with `splits` also how many came from each rank."""
-    if splits is None and tensor.shape[0] % process_set.size():
-        raise ValueError(
-            f"alltoall without splits: {tensor.shape[0]} rows do not divide by {process_set.size()} ranks"
-        )
-    output, received = _AllToAll.apply(tensor, splits, name, process_set)
+    rows = o.equal_splits(tensor, process_set) if splits is None else splits
+    output, received = _AllToAll.apply(tensor, rows, name, process_set)
     return output if splits is None else (output, received)
 
 
@@ -215,7 +231,8 @@ def reducescatter(
 ) -> Tensor:
     """Return this rank's share of the reduced rows; differentiable."""
     sent, ctx = o.compressed(tensor, compression)
-    reduced = _ReduceScatter.apply(sent, name, op, process_set, prescale_factor, postscale_factor)
+    options = (op, process_set, prescale_factor, postscale_factor)
+    reduced = _ReduceScatter.apply(name, False, options, sent)
     return compression.decompress(reduced, ctx)
 
 
@@ -228,7 +245,8 @@ def grouped_reducescatter(
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
 ) -> list[Tensor]:
-    """`reducescatter` of several tensors as one operation."""
-    sent, contexts = zip(*[o.compressed(t, compression) for t in tensors], strict=True)
-    handle = o.grouped_reducescatter_async(sent, name, op, process_set, prescale_factor, postscale_factor)
-    return [compression.decompress(t, c) for t, c in zip(o.synchronize(handle), contexts, strict=True)]
+    """`reducescatter` of several tensors as one operation; differentiable."""
+    pairs = [o.compressed(t, compression) for t in tensors]
+    options = (op, process_set, prescale_factor, postscale_factor)
+    reduced = _ReduceScatter.apply(name, True, options, *[t for t, _ in pairs])
+    return [compression.decompress(t, c) for t, (_, c) in zip(reduced, pairs, strict=True)]

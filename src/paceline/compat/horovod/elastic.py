@@ -2,8 +2,8 @@
 
 `paceline run --max-restarts` restarts all workers when one is lost or a node joins, so a commit must outlive
 its process: rank 0 writes it to a file (`HOROVOD_ELASTIC_COMMIT`, else one per job in the temporary folder),
-and `run` reads it back before the function starts. Within a process, `HorovodInternalError` restores from
-memory.
+and after a restart `run` reads it back before the function starts; another job never does. Within a process,
+`HorovodInternalError` restores from memory.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import io
 import os
 import pickle
 import random
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,15 +22,12 @@ from torch.utils.data import Dataset, Sampler
 
 from paceline.compat.horovod import functions as f
 from paceline.compat.horovod import world
+from paceline.compat.horovod.commit_file import CommitFile
 from paceline.compat.horovod.constants import HorovodInternalError, HostsUpdatedInterrupt
 
 
-def _commit_file() -> Path:
-    given = os.environ.get("HOROVOD_ELASTIC_COMMIT")
-    if given:
-        return Path(given)
-    job = os.environ.get("TORCHELASTIC_RUN_ID", f"pid{os.getpid()}")
-    return Path(tempfile.gettempdir()) / f"paceline-elastic-{os.getuid()}-{job}.commit"
+def _commit_file() -> CommitFile:
+    return CommitFile(world.current().job.options)
 
 
 class State:
@@ -54,13 +49,7 @@ class State:
         """Save in memory, and by rank 0 in the commit file."""
         self.save()
         if world.rank() == 0:
-            path = _commit_file()
-            beside = path.with_suffix(".writing")
-            with open(os.open(beside, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
-                torch.save(self.saved(), file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
+            _commit_file().write(self.saved())
 
     def check_host_updates(self) -> None:
         """Exist for compatibility: membership changes arrive as a restart of all workers."""
@@ -194,6 +183,11 @@ class ElasticSampler(Sampler[int]):
         self.processed_indices = set()
         self.reset()
 
+    @property
+    def processed_num(self) -> int:
+        """Number of samples that were processed in this epoch."""
+        return len(self.processed_indices)
+
     def record_batch(self, batch_idx: int, batch_size: int) -> None:
         """Note that this rank has processed its batch number `batch_idx`."""
         self.record_indices(self.get_indices(batch_idx, batch_size))
@@ -241,10 +235,9 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(func)
     def wrapper(state: State, *args: object, **kwargs: object) -> object:
         os.environ["HOROVOD_ELASTIC"] = "1"
-        path = _commit_file()
-        if world.rank() == 0 and path.exists() and path.stat().st_uid == os.getuid():
-            # Written by this user's earlier run of the job, and readable by no other user.
-            state.load_saved(torch.load(path, weights_only=True))
+        saved = _commit_file().read() if world.rank() == 0 else None
+        if saved is not None:
+            state.load_saved(saved)
             state.restore()
             state.on_reset()
         while True:
@@ -259,7 +252,7 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
                 state.save()
             else:
                 if world.rank() == 0:
-                    path.unlink(missing_ok=True)
+                    _commit_file().remove()
                 return result
             world.shutdown()
             world.init()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from paceline.compat.horovod import operations as o
+from paceline.compat.horovod import world
 from paceline.compat.horovod.world import ProcessSet, global_process_set
 
 
@@ -45,14 +46,28 @@ def broadcast_parameters(
 def broadcast_optimizer_state(
     optimizer: torch.optim.Optimizer,
     root_rank: int,
-    model: object = None,
+    model: torch.nn.Module | None = None,
     process_set: ProcessSet = global_process_set,
 ) -> None:
-    """Give every rank the optimizer state and options of `root_rank`; `model` exists for compatibility."""
+    """Give every rank the optimizer state and options of `root_rank`.
+
+    A rank whose optimizer has not stepped yet gets gradients of zero, as with Horovod; no step is made.
+
+    Args:
+        optimizer: May be fresh on any rank, also on all.
+        root_rank: Whose state counts, a rank of the job.
+        model: Tells which parameters have sparse gradients: those of sparse embeddings.
+        process_set: The ranks that take part; default all.
+
+    Raises:
+        ValueError: An LBFGS optimizer.
+    """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("cannot broadcast torch.optim.LBFGS state: its history is not a flat set of tensors")
     state = optimizer.state_dict()
-    is_root = process_set.ranks is not None and process_set.ranks[process_set.rank()] == root_rank
+    if not state["state"]:
+        _give_zero_gradients(optimizer, model)
+    is_root = world.rank() == root_rank
     tensors: list[Tensor] = []
     plan = _without_tensors(state, tensors) if is_root else None
     plan, layout = broadcast_object(
@@ -65,6 +80,17 @@ def broadcast_optimizer_state(
         o.synchronize(handle)
     if not is_root:
         optimizer.load_state_dict(_with_tensors(plan, tensors))
+
+
+def _give_zero_gradients(optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> None:
+    embeddings = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)] if model else []
+    sparse = {m.weight for m in embeddings if m.sparse}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.requires_grad and p.grad is None:
+                zeros = torch.zeros_like(p)
+                is_sparse = isinstance(optimizer, torch.optim.SparseAdam) or p in sparse
+                p.grad = zeros.to_sparse(1) if is_sparse else zeros
 
 
 class _Place:
@@ -108,7 +134,7 @@ def broadcast_object(
     process_set: ProcessSet = global_process_set,
 ) -> Any:
     """Return `root_rank`'s object on every rank."""
-    if process_set.ranks is not None and process_set.ranks[process_set.rank()] == root_rank:
+    if world.rank() == root_rank:
         data = _to_tensor(obj)
         sizes = torch.tensor([data.numel()])
     else:

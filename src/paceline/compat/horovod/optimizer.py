@@ -16,7 +16,7 @@ from paceline.compat.horovod import operations as o
 from paceline.compat.horovod.compression import Compression, Compressor
 from paceline.compat.horovod.constants import Adasum, Average, Operation
 from paceline.compat.horovod.functions import broadcast_object
-from paceline.compat.horovod.world import ProcessSet, global_process_set
+from paceline.compat.horovod.world import ProcessSet, global_process_set, members
 from paceline.schedule.program import chunk_offsets
 
 Groups = int | list[list[Tensor]] | None
@@ -47,9 +47,12 @@ class _Reducer:
         self.remaining = dict.fromkeys(self.parameters, passes)
         self.ready: dict[tuple[Tensor, ...], set[Tensor]] = {}
         self.handles: dict[tuple[Tensor, ...], Any] = {}
+        self.made_dense: set[Tensor] = set()
         self.hooks: list[Any] = []
         # An elastic job may start alone and grow.
-        if process_set.included() and (process_set.size() > 1 or os.environ.get("HOROVOD_ELASTIC") == "1"):
+        if process_set.included() and (
+            len(members(process_set)) > 1 or os.environ.get("HOROVOD_ELASTIC") == "1"
+        ):
             self.hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self.parameters]
 
     def _form_groups(self, groups: Groups) -> dict[Tensor, tuple[Tensor, ...]]:
@@ -66,8 +69,8 @@ class _Reducer:
         elif groups not in (None, 0):
             raise ValueError("groups should be a non-negative integer or a list of lists of parameters")
         of: dict[Tensor, tuple[Tensor, ...]] = {p: (p,) for p in self.parameters}
-        for members in lists:
-            group = tuple(p for p in members if p.requires_grad)
+        for listed in lists:
+            group = tuple(p for p in listed if p.requires_grad)
             of.update(dict.fromkeys(group, group))
         return of
 
@@ -92,6 +95,7 @@ class _Reducer:
                 p.grad = torch.zeros_like(p)
             elif p.grad.is_sparse and self.sparse_as_dense:
                 p.grad = p.grad.to_dense()
+                self.made_dense.add(p)
         name = self.names[group[0]]
         if any(p.grad is not None and p.grad.is_sparse for p in group):
             if len(group) > 1:
@@ -122,14 +126,18 @@ class _Reducer:
             else:
                 for p, output, context in zip(group, o.synchronize(handle), contexts, strict=True):
                     restored = self.compression.decompress(output, context)
-                    if p.grad is None or restored.data_ptr() != p.grad.data_ptr():
-                        assert p.grad is not None
+                    assert p.grad is not None
+                    if restored.data_ptr() != p.grad.data_ptr():
                         p.grad.copy_(restored)
+                    if p in self.made_dense:
+                        # The optimizer may know sparse gradients only.
+                        p.grad = p.grad.to_sparse(1)
         self.reset()
 
     def reset(self) -> None:
         """Expect `passes` backward passes again."""
         self.handles.clear()
+        self.made_dense.clear()
         self.ready.clear()
         self.remaining = dict.fromkeys(self.parameters, self.passes)
 
@@ -139,7 +147,8 @@ def _names(
 ) -> dict[Tensor, str]:
     every = [p for g in optimizer.param_groups for p in g["params"]]
     if named_parameters is None:
-        return {p: f"allreduce.noname.{i}" for i, p in enumerate(every)}
+        groups = enumerate(optimizer.param_groups)
+        return {p: f"allreduce.noname.{i}.{j}" for i, g in groups for j, p in enumerate(g["params"])}
     named = list(named_parameters)
     if any(not isinstance(n, tuple) for n in named):
         raise ValueError(
@@ -167,6 +176,11 @@ class _Distributed:
     gradient_reducer: _Reducer
     _is_synchronized = False
     _must_synchronize = True
+
+    @property
+    def _parameter_names(self) -> dict[Tensor, str]:
+        """Names by parameter; scripts for Horovod read it."""
+        return self.gradient_reducer.names
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Change how many backward passes precede a step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from paceline.compat.horovod.constants import BY_NAME, Adasum, Average
 from paceline.compat.horovod.request import Request, Response, dtype_of
 from paceline.schedule.program import chunk_offsets
+from paceline.train.modules.flat_tensors import unflatten
 from paceline.types import Communicator
 
 
@@ -28,10 +30,25 @@ class SubmittedOperation:
     received: list[int] = field(default_factory=list)
     """alltoall: rows that came from each rank."""
     is_list: bool = False
+    in_inference_mode: bool = field(default_factory=torch.is_inference_mode_enabled)
+    """Whether the caller was in torch.inference_mode(), which belongs to its thread."""
 
 
 def perform(comm: Communicator, response: Response, entries: Sequence[SubmittedOperation]) -> None:
     """Run `response` and leave results in `entries`, which follow its requests."""
+    with _mode_of(entries):
+        _perform(comm, response, entries)
+
+
+def _mode_of(entries: Sequence[SubmittedOperation]) -> AbstractContextManager[object]:
+    """Return the context in which tensors made in inference mode may be changed, if there are any."""
+    if any(e.in_inference_mode or any(t.is_inference() for t in e.outputs) for e in entries):
+        return torch.inference_mode()
+    # inference_mode(False) would turn gradients on.
+    return nullcontext()
+
+
+def _perform(comm: Communicator, response: Response, entries: Sequence[SubmittedOperation]) -> None:
     kind = response.requests[0].kind
     if kind == "allreduce":
         _all_reduce(comm, entries)
@@ -53,14 +70,20 @@ def stand_in(request: Request) -> SubmittedOperation:
     return SubmittedOperation(request, zeros, zeros)
 
 
-def scale(tensor: Tensor, factor: float) -> None:
-    """Multiply in place; integers are truncated towards zero."""
-    if factor == 1.0:
-        return
+def scale(tensor: Tensor, factor: float, divisor: int = 1) -> None:
+    """Multiply by `factor / divisor` in place, with Horovod's rounding.
+
+    Integers are scaled in float64 and truncated towards zero. 16-bit floats are scaled in float32 and rounded
+    once, so the product with `factor` alone need not fit their range. Without a factor, tensors are divided
+    rather than multiplied by a reciprocal, which is rounded: a third of 3 is 1.
+    """
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
-        tensor.mul_(factor)
-    else:
-        tensor.copy_((tensor.double() * factor).trunc())
+        if factor != 1.0:
+            tensor.mul_(factor / divisor)
+        elif divisor != 1:
+            tensor.div_(divisor)
+    elif factor != 1.0 or divisor != 1:
+        tensor.copy_((tensor.double() * factor / divisor).trunc())
 
 
 def _all_reduce(comm: Communicator, entries: Sequence[SubmittedOperation]) -> None:
@@ -81,10 +104,9 @@ def _all_reduce(comm: Communicator, entries: Sequence[SubmittedOperation]) -> No
             torch.cat([t.reshape(-1) for t in sources], out=flat)
         scale(flat, request.prescale)
         comm.all_reduce(flat, op=op.reduce_op).wait()
-        scale(flat, request.postscale / comm.size if op is Average else request.postscale)
+        scale(flat, request.postscale, comm.size if op is Average else 1)
         if not alone:
-            for target, part in zip(targets, torch.split(flat, [t.numel() for t in targets]), strict=True):
-                target.copy_(part.view(target.shape))
+            unflatten(flat, targets)
     for entry in entries:
         entry.results = list(entry.outputs)
 
@@ -95,8 +117,6 @@ def adasum(comm: Communicator, tensor: Tensor) -> Tensor:
     Source: Maleki et al., MLSys 2021. Every rank gathers all gradients and folds them pairwise in rank order,
     so the results are equal bit for bit; P must be a power of two.
     """
-    if comm.size & (comm.size - 1):
-        raise ValueError(f"Adasum needs a power of two of ranks; this process set has {comm.size}")
     gathered = tensor.new_empty((comm.size, tensor.numel()))
     comm.all_gather(gathered.view(-1), tensor.contiguous().view(-1)).wait()
     parts = list(gathered.double())
@@ -162,5 +182,5 @@ def _reduce_scatter(comm: Communicator, entry: SubmittedOperation) -> None:
         output = tensor.new_empty((sizes[comm.rank], *tensor.shape[1:]))
         counts = [n * row for n in sizes]
         comm.reduce_scatter_v(output.view(-1), source, counts=counts, op=op.reduce_op).wait()
-        scale(output, request.postscale / comm.size if op is Average else request.postscale)
+        scale(output, request.postscale, comm.size if op is Average else 1)
         entry.results.append(output)

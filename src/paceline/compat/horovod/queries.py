@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 
 
@@ -58,17 +56,3 @@ def cuda_built() -> bool:
 def rocm_built() -> bool:
     """Whether torch has ROCm."""
     return torch.version.hip is not None
-
-
-def start_timeline(file_path: str, mark_cycles: bool = False) -> NoReturn:
-    """Not supported: use torch.profiler, whose traces show the collectives."""
-    raise NotImplementedError(
-        "hvd.start_timeline: use torch.profiler.profile(); its trace shows the collectives"
-    )
-
-
-def stop_timeline() -> NoReturn:
-    """Not supported: use torch.profiler, whose traces show the collectives."""
-    raise NotImplementedError(
-        "hvd.stop_timeline: use torch.profiler.profile(); its trace shows the collectives"
-    )

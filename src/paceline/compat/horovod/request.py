@@ -13,7 +13,11 @@ from torch import Tensor
 from paceline.errors import ProtocolError
 from paceline.types import Message
 
-KINDS = ("allreduce", "allgather", "broadcast", "alltoall", "reducescatter", "barrier", "join")
+MEMBERSHIP_KINDS = ("add_process_set", "remove_process_set")
+KINDS = (
+    *("allreduce", "allgather", "broadcast", "alltoall", "reducescatter", "barrier", "join"),
+    *MEMBERSHIP_KINDS,
+)
 _MAX_BYTES = 64 << 20
 
 
@@ -31,13 +35,14 @@ class Request:
     postscale: float = 1.0
     process_set: int = 0
     splits: list[int] = field(default_factory=list)
-    """alltoall: rows for each rank."""
+    """alltoall: rows for each rank. add_process_set: its ranks. remove_process_set: its number."""
 
     def signature(self) -> tuple[object, ...]:
         """What must be equal on all ranks."""
         may_differ = 1 if self.kind in ("allgather", "alltoall") else 0  # the first dimension
         shapes = [s[may_differ:] for s in self.shapes]
-        return (self.kind, shapes, self.dtypes, self.op, self.root, self.prescale, self.postscale)
+        same = self.splits if self.kind in MEMBERSHIP_KINDS else []
+        return (self.kind, shapes, self.dtypes, self.op, self.root, self.prescale, self.postscale, same)
 
     def num_bytes(self) -> int:
         """Return the size of the tensors."""
@@ -81,6 +86,18 @@ def pack(items: Sequence[Request] | Sequence[Response]) -> Message:
     """Return a Message that carries `items`."""
     data = json.dumps([asdict(i) for i in items]).encode()
     return Message({}, [torch.frombuffer(bytearray(data), dtype=torch.uint8)])
+
+
+def pack_text(text: str) -> Message:
+    """Return a Message that carries a text."""
+    return Message({}, [torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)])
+
+
+def unpack_text(message: Message) -> str:
+    """Return the text of a message; ProtocolError if it holds something else."""
+    if len(message.tensors) != 1 or message.tensors[0].dtype != torch.uint8:
+        raise ProtocolError("a text travels as one tensor of bytes")
+    return bytes(message.tensors[0].numpy()).decode(errors="replace")
 
 
 def _unpack(message: Message) -> list[dict[str, Any]]:

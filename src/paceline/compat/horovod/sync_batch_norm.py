@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from paceline.compat.horovod import operations as o
 from paceline.compat.horovod.constants import Sum
-from paceline.compat.horovod.differentiable import allreduce
-from paceline.compat.horovod.world import ProcessSet, global_process_set
+from paceline.compat.horovod.world import ProcessSet, global_process_set, members
+from paceline.train.modules.shared_statistics import forward
 
 
 class SyncBatchNorm(_BatchNorm):
     """`nn.BatchNorm` whose training statistics are those of the whole batch over the ranks.
 
-    Sums and counts are reduced, so ranks may have different batch sizes; gradients flow through the
-    reduction.
+    Ranks may have different batch sizes, also none; gradients flow through the statistics.
     """
 
     def __init__(self, *args: Any, process_set: ProcessSet = global_process_set, **kwargs: Any) -> None:
@@ -32,28 +31,24 @@ class SyncBatchNorm(_BatchNorm):
         """Normalise `input`, shape [N, C, …]."""
         self._check_input_dim(input)
         use_batch = self.training or self.running_mean is None
-        if not use_batch or self.process_set.size() == 1:
+        if not use_batch or len(members(self.process_set)) == 1:
             return super().forward(input)
-        dims = [0, *range(2, input.dim())]
-        count = input.new_tensor([input.numel() / input.shape[1]])
-        sums = torch.cat([input.sum(dims), input.square().sum(dims), count])
-        sums = allreduce(sums, op=Sum, process_set=self.process_set)
-        total, squares, n = sums[: self.num_features], sums[self.num_features : -1], sums[-1]
-        mean = total / n
-        variance = squares / n - mean.square()
-        if self.track_running_stats and self.training:
-            self._update(mean.detach(), variance.detach(), n)
-        shape = [1, -1, *[1] * (input.dim() - 2)]
-        normal = (input - mean.view(shape)) * torch.rsqrt(variance.clamp(min=0) + self.eps).view(shape)
-        if self.affine:
-            normal = normal * self.weight.view(shape) + self.bias.view(shape)
-        return normal
+        return forward(self, input, _Members(self.process_set))
 
-    @torch.no_grad()
-    def _update(self, mean: Tensor, variance: Tensor, n: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, factor)
-        self.running_var.lerp_(variance * (n / (n - 1).clamp(min=1)), factor)
+
+class _Members:
+    """A process set's ranks: see `shared_statistics.Exchange`."""
+
+    def __init__(self, process_set: ProcessSet) -> None:
+        self._set = process_set
+
+    def gather(self, own: Tensor) -> Tensor:
+        gathered: Tensor = o.synchronize(o.allgather_async(own[None], process_set=self._set))
+        return gathered
+
+    def add_up(self, own: Tensor) -> Tensor:
+        total: Tensor = o.synchronize(o.allreduce_async(own, op=Sum, process_set=self._set))
+        return total
+
+    def factor(self) -> float:
+        return 1.0  # Horovod's ranks count alike

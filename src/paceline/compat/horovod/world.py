@@ -7,6 +7,10 @@ import os
 from collections.abc import Callable, Sequence
 
 from paceline.compat.horovod.engine import OperationThread
+from paceline.compat.horovod.membership import Membership
+from paceline.compat.horovod.perform import SubmittedOperation
+from paceline.compat.horovod.request import Request
+from paceline.compat.horovod.timeline import Timeline
 from paceline.errors import ConfigError
 from paceline.train.job import Job
 from paceline.train.joining import init as init_job
@@ -25,27 +29,44 @@ class ProcessSet:
         self.ranks: list[int] | None = sorted(set(ranks))
         self.process_set_id: int | None = None
 
-    def included(self) -> bool:
-        """Whether this process belongs to it."""
-        return rank() in self._known()
+    def included(self) -> bool | None:
+        """Whether this process belongs to it; None while its ranks are unknown."""
+        return None if self.ranks is None else rank() in self.ranks
 
-    def rank(self) -> int:
-        """Return this process's place in it."""
-        return self._known().index(rank())
+    def rank(self) -> int | None:
+        """Return this process's place in it, None before it is added.
 
-    def size(self) -> int:
-        """Return the number of its ranks."""
-        return len(self._known())
-
-    def _known(self) -> list[int]:
+        Raises:
+            ValueError: This process does not belong to it.
+        """
         if self.process_set_id is None or self.ranks is None:
-            raise ValueError(
-                "this process set is not registered: give it to hvd.init() or hvd.add_process_set()"
-            )
-        return self.ranks
+            return None
+        if rank() not in self.ranks:
+            raise ValueError(f"rank {rank()} is not in {self}")
+        return self.ranks.index(rank())
+
+    def size(self) -> int | None:
+        """Return the number of its ranks, None before it is added."""
+        return None if self.process_set_id is None or self.ranks is None else len(self.ranks)
 
     def __repr__(self) -> str:
         return f"ProcessSet(process_set_id={self.process_set_id}, ranks={self.ranks})"
+
+
+def members(process_set: ProcessSet) -> list[int]:
+    """Return the ranks of a process set; ValueError if it was not added."""
+    if process_set.process_set_id is None or process_set.ranks is None:
+        raise ValueError(f"{process_set} is not registered: give it to hvd.init() or hvd.add_process_set()")
+    current()
+    return process_set.ranks
+
+
+def place_in(process_set: ProcessSet) -> int:
+    """Return this process's place in a process set; ValueError if it was not added or this is no member."""
+    ranks = members(process_set)
+    if rank() not in ranks:
+        raise ValueError(f"rank {rank()} is not in {process_set}")
+    return ranks.index(rank())
 
 
 global_process_set = ProcessSet([])
@@ -58,43 +79,60 @@ class World:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.comm: Communicator = job.comm
-        self.communicators: dict[int, Communicator] = {0: self.comm}
-        self.ranks: dict[int, list[int]] = {0: list(range(self.comm.size))}
+        self.membership = Membership(self.comm)
         self.registered: dict[int, ProcessSet] = {0: global_process_set}
-        self.next_id = 1
-        global_process_set.ranks = self.ranks[0]
+        global_process_set.ranks = self.membership.ranks[0]
         setting = os.environ.get
+        self.timeline = Timeline(self.comm.now)
+        path = setting("HOROVOD_TIMELINE", "")
+        if path not in ("", "DYNAMIC"):
+            self.start_timeline(
+                path, mark_cycles=setting("HOROVOD_TIMELINE_MARK_CYCLES", "0") not in ("0", "")
+            )
         self.engine = OperationThread(
             self.comm,
-            self.communicators,
-            self.ranks,
+            self.membership,
+            timeline=self.timeline,
             fusion_bytes=int(setting("HOROVOD_FUSION_THRESHOLD", str(64 << 20))),
             stall_warning_s=_stall_warning_s(),
             stall_shutdown_s=float(setting("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "0")),
         )
 
-    def register(self, process_set: ProcessSet) -> None:
-        """Give `process_set` an id and a communicator; every rank must call it."""
-        assert process_set.ranks is not None
-        outside = [r for r in process_set.ranks if not 0 <= r < self.comm.size]
-        if outside or not process_set.ranks:
+    def start_timeline(self, path: str, *, mark_cycles: bool) -> None:
+        """Record a timeline, if this is rank 0."""
+        if self.comm.rank == 0:
+            self.timeline.start(path, mark_cycles=mark_cycles)
+
+    def add(self, process_set: ProcessSet) -> None:
+        """Give `process_set` a number and a communicator; every rank must call it.
+
+        Raises:
+            ValueError: Its ranks are not some of the job's, or a process set of these ranks exists.
+        """
+        ranks = process_set.ranks or []
+        if not ranks or not all(0 <= r < self.comm.size for r in ranks):
+            raise ValueError(f"{process_set}: ranks 0..{self.comm.size - 1} expected, got {ranks}")
+        known = self.membership.find(ranks)
+        if known is not None:
             raise ValueError(
-                f"{process_set}: ranks 0..{self.comm.size - 1} expected, got {process_set.ranks}"
+                f"Attempted to add a duplicate process set: {process_set}; the set with number {known} has "
+                "these ranks: use hvd.process_set_by_id"
             )
-        for process_set_id, ranks in self.ranks.items():
-            if ranks == process_set.ranks:
-                process_set.process_set_id = process_set_id
-                return
-        process_set.process_set_id = self.next_id
-        self.next_id += 1
-        # The engine's thread uses these communicators: it must be idle while ranks form a new one.
-        part = self.comm.split(process_set.ranks)
-        if part is not None:
-            self.communicators[process_set.process_set_id] = part
-        self.ranks[process_set.process_set_id] = process_set.ranks
-        self.registered[process_set.process_set_id] = process_set
-        # Requests for it must not reach rank 0 before rank 0 knows it.
-        self.comm.barrier().wait()
+        number = self._change("add_process_set", ranks)
+        process_set.process_set_id = number
+        self.registered[number] = process_set
+
+    def remove(self, process_set_id: int) -> None:
+        """Forget a process set; every rank must call it, and all return when all have."""
+        self._change("remove_process_set", [process_set_id])
+        # The object that was added becomes void, also where another one was given.
+        self.registered.pop(process_set_id).process_set_id = None
+
+    def _change(self, kind: str, numbers: list[int]) -> int:
+        request = Request(f"{kind}.{'.'.join(map(str, numbers))}", kind, splits=numbers)
+        handle = self.engine.submit(SubmittedOperation(request))
+        handle.wait()
+        return handle.number
 
 
 def _stall_warning_s() -> float:
@@ -126,16 +164,20 @@ def init(comm: Sequence[int] | None = None, process_sets: Sequence[ProcessSet] |
     global _world  # noqa: PLW0603  (one world per process, as the interface has it)
     if comm is not None:
         raise NotImplementedError("hvd.init(comm=…): start only the ranks you need, or use process_sets")
+    if isinstance(process_sets, str) and process_sets.lower() != "dynamic":
+        raise ConfigError(f'process_sets takes a list or "dynamic"; got {process_sets!r}')
+    given = [] if process_sets is None or isinstance(process_sets, str) else list(process_sets)
     if _world is not None:
         return
     _world = World(init_job(progress=False))
     for callback in _on_init:
         callback()
-    if process_sets is not None and not isinstance(process_sets, str):
-        for process_set in process_sets:
-            _world.register(process_set)
-    elif isinstance(process_sets, str) and process_sets != "dynamic":
-        raise ConfigError(f'process_sets takes a list or "dynamic"; got {process_sets!r}')
+    for process_set in given:
+        if process_set.ranks is not None and _world.membership.find(process_set.ranks) is None:
+            _world.add(process_set)
+        else:
+            # Of two equal sets the first counts.
+            process_set.process_set_id = None
 
 
 def shutdown() -> None:
@@ -145,9 +187,7 @@ def shutdown() -> None:
         return
     world, _world = _world, None
     world.engine.stop()
-    for process_set_id, communicator in list(world.communicators.items()):
-        if process_set_id != 0:
-            communicator.close()
+    world.membership.close(goodbye=not world.engine.has_failed, whole_job=False)
     world.job.close()
     for process_set_id, process_set in world.registered.items():
         if process_set_id != 0:
@@ -216,21 +256,38 @@ def is_homogeneous() -> bool:
 
 
 def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
-    """Register a process set after `init`; every rank calls it with the same ranks and nothing in flight."""
+    """Add a process set after `init`; every rank calls it with the same ranks.
+
+    Args:
+        process_set: A set, or its ranks.
+
+    Returns:
+        The set, with its number.
+
+    Raises:
+        ValueError: Ranks that the job does not have, or a set with the same ranks exists.
+        HorovodInternalError: Ranks disagree about the set.
+    """
     added = process_set if isinstance(process_set, ProcessSet) else ProcessSet(process_set)
-    current().register(added)
+    current().add(added)
     return added
 
 
 def remove_process_set(process_set: ProcessSet) -> bool:
-    """Forget a process set on every rank; False for the global one or one that is not registered."""
+    """Forget a process set; every rank of the job calls it, in the set or not, and waits for the others.
+
+    Operations of the set that are in flight fail.
+
+    Args:
+        process_set: A set that was added.
+
+    Returns:
+        Whether it was removed: False for the global one and for one that is not registered.
+    """
     world, process_set_id = current(), process_set.process_set_id
-    if process_set_id is None or process_set_id == 0 or process_set_id not in world.ranks:
+    if not process_set_id or process_set_id not in world.registered:
         return False
-    communicator = world.communicators.pop(process_set_id, None)
-    if communicator is not None:
-        communicator.close()
-    del world.ranks[process_set_id], world.registered[process_set_id]
+    world.remove(process_set_id)
     process_set.process_set_id = None
     return True
 
@@ -241,3 +298,21 @@ def process_set_by_id(process_set_id: int) -> ProcessSet:
         return current().registered[process_set_id]
     except KeyError:
         raise ValueError(f"no process set has id {process_set_id}") from None
+
+
+def start_timeline(file_path: str | os.PathLike[str], mark_cycles: bool = False) -> None:
+    """Record the operations of this job into a Chrome trace, on rank 0; other ranks write nothing.
+
+    Args:
+        file_path: File of rank 0, which is overwritten; a recording under way ends and goes on in it.
+        mark_cycles: Also mark when the background thread begins a round; default no.
+
+    Raises:
+        ValueError: `init` was not called.
+    """
+    current().start_timeline(os.fspath(file_path), mark_cycles=mark_cycles)
+
+
+def stop_timeline() -> None:
+    """End the recording and close its file; ValueError if `init` was not called."""
+    current().timeline.stop()

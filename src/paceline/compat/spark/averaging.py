@@ -24,6 +24,7 @@ from paceline.compat.spark.worker import NO_ROWS, EpochOrder
 from paceline.errors import ConfigError, WorkerFailed
 from paceline.launchers.spark.session import explain
 from paceline.tasks.task import Task
+from paceline.train.modules.flat_tensors import unflatten
 
 if TYPE_CHECKING:
     from pyspark.broadcast import Broadcast
@@ -129,9 +130,8 @@ class _State:
         self.make_optimizer_state()
         vector, counters = self._split()
         mean = torch.from_numpy(sums[0] / sums[2])
+        unflatten(mean, vector)
         with torch.no_grad():
-            for part, tensor in zip(torch.split(mean, [t.numel() for t in vector]), vector, strict=True):
-                tensor.copy_(part.view(tensor.shape))
             for value, tensor in zip(sums[1], counters, strict=True):
                 tensor.fill_(value)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from paceline.errors import CommError, ConfigError, Timeout
 from paceline.launchers.job import JobSpec
-from paceline.launchers.processes import signals
+from paceline.launchers.processes import signals, this_host
 from paceline.launchers.processes.console import Console
 from paceline.launchers.processes.outcome import Outcome
 from paceline.launchers.runner import Runner
@@ -28,8 +28,6 @@ LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 class LocalRunner(Runner):
     """Processes on this host, or on `--nodes` hosts, by torch's elastic agent. No options of its own.
 
-    Constructing it loads torch, unless it is loaded already.
-
     Example:
         paceline run -n 4 train.py
         paceline run --nodes 2 --rendezvous 10.0.0.1:29400 -n 4 train.py  (the same on each host)
@@ -38,11 +36,14 @@ class LocalRunner(Runner):
     needs_rendezvous = True
     is_elastic = True  # downwards only: jobs continue without workers that died
 
-    def __init__(self) -> None:
+    def load(self) -> None:
         _load_torch_quietly()
 
     def check(self, job: JobSpec) -> None:
-        """Refuse to add workers or to reserve resources: only cpus count, as a number of threads."""
+        """Refuse to add workers or to reserve resources: only cpus count, as a number of threads.
+
+        The workers run on this host, so that interfaces and folders are looked at too.
+        """
         super().check(job)
         if job.max_workers is not None:
             raise ConfigError("engine local adds no workers to a running job; leave out --max-workers")
@@ -50,34 +51,35 @@ class LocalRunner(Runner):
             raise ConfigError(
                 "engine local reserves neither gpus nor memory; of --resources only cpus= counts"
             )
+        this_host.check(job)
 
     def run(self, job: JobSpec, *, console: Console) -> Outcome:
         """Start the workers with torch's elastic agent and wait for their end."""
+        self.load()
         from torch.distributed.elastic.multiprocessing import SignalException
 
         from paceline.launchers.processes.elastic_agent import ElasticAgent
-        from paceline.launchers.processes.elastic_rendezvous import worker_spec
+        from paceline.launchers.processes.elastic_rendezvous import open_rendezvous
 
         # torch's agent knows its own exception only.
         with _quiet_elastic_logs(), signals.raised(lambda n: SignalException(f"received {n.name}", n)):
             agent: ElasticAgent | None = None
-            handler = None
+            rendezvous = None
             try:
-                spec = worker_spec(job, console)
-                handler = spec.rdzv_handler
-                agent = ElasticAgent(spec, job, console)
+                rendezvous = open_rendezvous(job, console)
+                agent = ElasticAgent(rendezvous, job, console)
                 return _run_agent(agent, job, console)
             except SignalException as error:
                 return Outcome.stopped_by(error.sigval)
             finally:
                 if agent is not None:
                     agent.close()
-                if handler is not None:
-                    with contextlib.suppress(Exception):  # the other hosts may have gone already
-                        handler.shutdown()
+                if rendezvous is not None:
+                    rendezvous.shutdown()
 
 
 def _run_agent(agent: ElasticAgent, job: JobSpec, console: Console) -> Outcome:
+    from torch.distributed import DistNetworkError
     from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
 
     try:
@@ -87,7 +89,7 @@ def _run_agent(agent: ElasticAgent, job: JobSpec, console: Console) -> Outcome:
             f"fewer than {job.nodes} hosts came to {job.rendezvous} within {job.join_timeout_s:g} s; "
             "start `paceline run` on each of them with the same --nodes and --rendezvous"
         ) from None
-    except RendezvousError as error:
+    except (RendezvousError, DistNetworkError) as error:
         console.note(f"the launcher at {job.rendezvous}, where the hosts meet, has ended: see its output")
         if (failure := agent.find_failure()) is None:
             raise CommError(f"the rendezvous at {job.rendezvous} broke: {error}") from error

@@ -18,13 +18,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar
 
+from paceline.comm.security.keys import read_secret
 from paceline.errors import ConfigError
-from paceline.launchers.job import JobSpec, read_secret
+from paceline.launchers.job import JobSpec
 from paceline.launchers.processes.child_process import ChildProcess, MarkedPieces, RankSplitter, TaggedLines
 from paceline.launchers.processes.console import Console
 from paceline.launchers.processes.outcome import Outcome
 from paceline.launchers.runner import Runner
 from paceline.options import new_secret
+from paceline.user_input import read_text
 
 _MARK = "\x1e"
 _OPEN_MPI_TAG = rb"\[[^\]]*?(\d+)\](?:<std\w+>)?: "
@@ -170,11 +172,8 @@ def _hosts(job: JobSpec) -> list[str]:
     if "hosts" in job.engine_options:
         return [h.strip().split(":")[0] for h in job.engine_options["hosts"].split(",") if h.strip()]
     if "hostfile" in job.engine_options:
-        path = Path(job.engine_options["hostfile"])
-        try:
-            lines = [line.split("#")[0].split() for line in path.read_text().splitlines()]
-        except OSError as error:
-            raise ConfigError(f"engine mpi: hostfile {path} cannot be read: {error}") from None
+        text = read_text(job.engine_options["hostfile"], what="engine mpi: hostfile")
+        lines = [line.split("#")[0].split() for line in text.splitlines()]
         return [words[0].split(":")[0] for words in lines if words]
     return []
 

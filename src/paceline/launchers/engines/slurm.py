@@ -75,7 +75,10 @@ class SlurmRunner(Runner):
                     f"engine slurm: {name}= is written from -n, --nodes, --resources and --name; leave it out"
                 )
         if job.secret_file is not None:
-            raise ConfigError("engine slurm: the job makes its own secret; leave out --secret-file")
+            raise ConfigError(
+                "engine slurm: workers read PACELINE_SECRET_FILE, else ~/.config/paceline/key, on their"
+                " hosts, because others can read the batch script; leave out --secret-file"
+            )
 
     def preview(self, job: JobSpec) -> str:
         return batch_script(job)

@@ -1,14 +1,12 @@
 """torch's elastic agent, with worker processes of our own.
 
-Rendezvous, ranks, restarts and the final barrier are `SimpleElasticAgent`'s. This differs from torchrun in
-how workers are started and ended, and in how their output and failures are shown.
+Rendezvous, ranks and restarts are `SimpleElasticAgent`'s. This differs from torchrun in how workers are
+started and ended, in how their output and failures are shown, and in the wait of launchers for each other.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import hmac
 import math
 import os
 import signal
@@ -20,35 +18,41 @@ from torch.distributed.elastic.agent.server.api import (
     RunResult,
     SimpleElasticAgent,
     WorkerGroup,
-    WorkerSpec,
     WorkerState,
 )
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from paceline.comm.rendezvous.interfaces import interface_of
-from paceline.launchers.job import JobSpec, read_secret
+from paceline.launchers.job import JobSpec
 from paceline.launchers.processes.console import Console
+from paceline.launchers.processes.elastic_rendezvous import HostRendezvous, worker_spec
 from paceline.launchers.processes.failure import JobFailure, first_failure
+from paceline.launchers.processes.host_beats import HostBeats
+from paceline.launchers.processes.loss_watch import LossWatch
 from paceline.launchers.processes.worker_process import WorkerCommand, WorkerProcess
 from paceline.launchers.processes.workers import Workers
-from paceline.options import new_secret
+from paceline.options import new_job_id
 
 _FAILURE_GRACE_S = 3.0
-_EXIT_BARRIER_S = 60.0
 
 
 class ElasticAgent(SimpleElasticAgent):
     """Starts, watches and ends the workers of one host."""
 
-    def __init__(self, spec: WorkerSpec, job: JobSpec, console: Console) -> None:
+    def __init__(self, rendezvous: HostRendezvous, job: JobSpec, console: Console) -> None:
         super().__init__(
-            spec, exit_barrier_timeout=_EXIT_BARRIER_S, shutdown_timeout=math.ceil(job.stop_grace_s)
+            worker_spec(job, rendezvous),
+            shutdown_timeout=math.ceil(job.stop_grace_s),
         )
+        self._hosts = rendezvous
         self._job = job
         self._console = console
         self._workers = Workers(console)
+        self._job_id = new_job_id()
         self.failure: JobFailure | None = None
         self._lost: set[int] = set()
+        self._losses: LossWatch | None = None
+        self._beats: HostBeats | None = None
 
     @property
     def lost(self) -> frozenset[int]:
@@ -84,7 +88,17 @@ class ElasticAgent(SimpleElasticAgent):
             for w in worker_group.workers
         }
         self._workers.start(commands, directory=self._job.working_directory)
+        self._losses = LossWatch(
+            self._hosts.lost_ranks(self._attempt), is_elastic=self._job.min_workers is not None
+        )
+        # torch declares both numbers as None.
+        own, size = cast(int, worker_group.group_rank), cast(int, worker_group.group_world_size)
+        self._beats = HostBeats(_store(worker_group), own, size, self._attempt)
         return {local: w.pid for local, w in enumerate(self._workers.all)}
+
+    @property
+    def _attempt(self) -> int:
+        return int(self._worker_group.spec.max_restarts - self._remaining_restarts)
 
     def _words(self, local_rank: int) -> tuple[str, ...]:
         option = self._job.local_rank_option
@@ -95,7 +109,9 @@ class ElasticAgent(SimpleElasticAgent):
         spec = group.spec
         options = dataclasses.replace(
             self._job.options,
-            secret=self._secret(group),
+            job_id=self._job_id,
+            secret=self._hosts.secret,
+            store=self._hosts.address,
             min_workers=self._job.min_workers or 0,
             bar_columns=self._console.bar_columns,
         )
@@ -108,7 +124,7 @@ class ElasticAgent(SimpleElasticAgent):
             "GROUP_WORLD_SIZE": str(group.group_world_size),
             "MASTER_ADDR": str(group.master_addr),
             "MASTER_PORT": str(group.master_port),
-            "TORCHELASTIC_RESTART_COUNT": str(spec.max_restarts - self._remaining_restarts),
+            "TORCHELASTIC_RESTART_COUNT": str(self._attempt),
             "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
             "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
             "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
@@ -116,28 +132,18 @@ class ElasticAgent(SimpleElasticAgent):
             "PYTHONFAULTHANDLER": "1",  # a crash in C++ shows the Python line that led to it
             **options.to_environment(),
         }
-        if self._job.nodes > 1 and (name := interface_of(spec.local_addr or "")):
-            # Gloo would look up the host's name, which often leads to a loopback address.
+        if name := interface_of(self._hosts.local_address):
+            # Gloo would look up the host's name: on one host, that often leads to an address that others can
+            # reach, and on several to one that they cannot.
             environment.setdefault("GLOO_SOCKET_IFNAME", name)
         return environment
 
-    def _secret(self, group: WorkerGroup) -> str:
-        """One secret for all workers of the job.
-
-        One host: made here. Several: derived from the secret file if there is one; else made by the first
-        host and shared through the rendezvous store, so anyone who can reach that port could learn it.
-        """
-        if self._job.nodes == 1:
-            return new_secret()
-        if self._job.secret_file is not None:
-            key = read_secret(self._job.secret_file).encode()
-            job = f"{group.master_addr}:{group.master_port}".encode()
-            return hmac.new(key, job, hashlib.sha256).hexdigest()
-        return str(_store(group).compare_set("paceline/secret", "", new_secret()).decode())
-
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        assert self._losses is not None and self._beats is not None
+        self._beats.beat()
+        self._losses.look(self._workers.all)
         ended = [w for w in self._workers.all if w.exit_code is not None]
-        failed = [w for w in ended if w.exit_code]
+        failed = [w for w in ended if w.exit_code or w.rank in self._losses.lost]
         if failed and not self._continues_without(failed):
             return self._fail()
         if len(ended) < len(self._workers.all):
@@ -154,16 +160,26 @@ class ElasticAgent(SimpleElasticAgent):
         num_lost = len(self._lost)
         if self._job.nodes > 1:
             num_lost = _store(self._worker_group).add("paceline/lost", len(new))
-        if size - num_lost < self._job.min_workers:
+        if size - num_lost < self._job.min_workers and any(w.exit_code for w in failed):
             return False
         for worker in new:
+            assert self._losses is not None
+            self._losses.add_ended(worker.rank)
             failure = first_failure([worker.exit_reason], size)
             if failure is not None:
                 failure.show(self._console)
+            elif worker.exit_code == 0:
+                why = self._losses.lost[worker.rank]
+                self._console.note(f"rank {worker.rank} left in the middle of training, exit code 0: {why}")
             self._console.note(
                 f"continuing without rank {worker.rank}: {size - num_lost} of {size} workers live"
             )
         return True
+
+    def _exit_barrier(self) -> None:
+        """The launcher that holds the store stays until the others need it no more."""
+        if self._beats is not None:
+            self._beats.wait_for_others()
 
     def _fail(self) -> RunResult:
         self._workers.stop(_FAILURE_GRACE_S)

@@ -7,12 +7,14 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from paceline.errors import PacelineError, WorkerFailed, named_in, reference
 from paceline.launchers.processes.console import Console
 
 # What a worker prints when another one has gone: a consequence, hardly ever the cause.
 _CONSEQUENCE = re.compile(
     r"PeerLost|Timeout|[Tt]imed out|Connection (closed|reset|refused)|Broken pipe|DistNetworkError"
-    r"|DistBackendError|KeyboardInterrupt"
+    r"|DistBackendError|KeyboardInterrupt|communicator cannot be used|may not go on without"
+    r"|block of job\.main_first failed on"
 )
 
 
@@ -90,9 +92,19 @@ class JobFailure:
         """Print the consequences first, and the cause last."""
         for line in self.followers:
             console.note(line)
-        console.note(self.headline)
-        for line in self.traceback:
+        more = "" if (kind := self._kind) is None else f" {reference(kind)}"
+        console.note(self.headline + ("" if self.traceback else more))
+        for line in self.traceback[:-1]:
             console.line(self.rank, line, error=True)
+        for line in self.traceback[-1:]:
+            console.line(self.rank, line + more, error=True)
+
+    @property
+    def _kind(self) -> type[PacelineError] | None:
+        """The class that explains this failure: the error's own, or that of workers which were ended."""
+        if self.traceback:
+            return named_in(self.error_line)
+        return WorkerFailed if self.lost or self.exit_code < 0 else None
 
 
 def first_failure(exit_reasons: Sequence[ExitReason], world_size: int) -> JobFailure | None:
@@ -129,7 +141,10 @@ def error_line(traceback: Sequence[str]) -> str:
 
 
 def _order(reason: ExitReason) -> tuple[bool, float, int]:
-    return bool(_CONSEQUENCE.search(error_line(reason.traceback))), reason.began_s, reason.rank
+    error = error_line(reason.traceback)
+    # The launcher's own signal may have ended it while it was still printing.
+    is_cut = reason.was_told_to_stop and error.startswith("Traceback (most recent call last)")
+    return is_cut or bool(_CONSEQUENCE.search(error)), reason.began_s, reason.rank
 
 
 def _follower(reason: ExitReason) -> str:

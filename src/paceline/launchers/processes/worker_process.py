@@ -53,6 +53,7 @@ class WorkerProcess:
         """As subprocess gives it: negative for a signal; None while running."""
         self.ended_s = 0.0
         self.was_told_to_stop = False
+        self._given_up = ""
         for fd in (self.out_fd, self.err_fd):
             os.set_blocking(fd, False)
 
@@ -65,8 +66,13 @@ class WorkerProcess:
         """Signal the worker and its process group, unless it has ended."""
         if self.exit_code is None:
             self.was_told_to_stop = True
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, number)
+            _signal_group(self.pid, number)
+
+    def give_up(self, why: str) -> None:
+        """Kill the worker, because the job goes on without it, or cannot go on with it."""
+        self._given_up = why
+        if self.exit_code is None:
+            _signal_group(self.pid, signal.SIGKILL)
 
     @property
     def exit_reason(self) -> ExitReason:
@@ -81,6 +87,7 @@ class WorkerProcess:
             traceback=lines,
             began_s=(self.traceback_keeper.began_s if lines else None) or self.ended_s,
             was_told_to_stop=self.was_told_to_stop,
+            lost=self._given_up,
         )
 
     def close(self) -> None:
@@ -89,3 +96,9 @@ class WorkerProcess:
             if stream is not None:
                 stream.close()
         os.close(self.death_fd)
+
+
+def _signal_group(pid: int, number: signal.Signals) -> None:
+    """Signal the process group of `pid`, if it is still there."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)

@@ -13,6 +13,7 @@ from typing import Any
 from paceline.errors import ConfigError
 from paceline.launchers.job import JobSpec, Resources
 from paceline.launchers.processes.console import Console
+from paceline.user_input import digits
 
 _OBJECT_STORE_BYTES = 128 << 20  # of a cluster of our own: only output lines and results go through it
 _PROBE_S = 10.0
@@ -59,7 +60,7 @@ def connected(job: JobSpec, console: Console) -> Iterator[None]:
 def _probe(address: str) -> None:
     """Raise ConnectionError at once where Ray itself would wait for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
+    if not host or digits(port) is None:
         raise ConfigError(
             f"engine ray: option address={address}: HOST:PORT, ray://HOST:PORT, auto or local expected"
         )

@@ -66,8 +66,8 @@ class RayDriver(Driver):
             self._place(count)
         return self._locations()
 
-    def open_store(self, index: int) -> int:
-        return int(self._get(self._actors[index].open_store.remote()))
+    def open_store(self, index: int, secret: str, address: str | None) -> str:
+        return str(self._get(self._actors[index].open_store.remote(secret, address)))
 
     def start(self, index: int, command: StartCommand) -> None:
         self._get(self._actors[index].start.remote(command))

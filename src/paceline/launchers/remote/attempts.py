@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import secrets
 import signal
 import sys
 import time
@@ -30,7 +31,7 @@ from paceline.launchers.remote.events import (
     ProgressEvent,
 )
 from paceline.launchers.remote.supervisor import StartCommand, WorkerLocation
-from paceline.options import new_secret
+from paceline.options import JobOptions, new_job_id, new_secret
 
 _FAILURE_GRACE_S = 3.0
 _SLACK_S = 20.0
@@ -39,6 +40,7 @@ _SLACK_S = 20.0
 def run_job(job: JobSpec, driver: Driver, console: Console) -> Outcome:
     """Run `job` on the driver's supervisors to its end, with its restarts, and close the driver."""
     outcome = Outcome(1)
+    job = dataclasses.replace(job, options=dataclasses.replace(job.options, job_id=new_job_id()))
     try:
         with signals.noted():
             outcome = _run_attempts(job, driver, console)
@@ -123,8 +125,13 @@ class _Attempt:
         return [self._reasons[rank] for rank in range(len(placed))]
 
     def _start(self, indices: Sequence[int]) -> None:
-        port = self._driver.open_store(indices[0])
-        environments = _environments(self._job, self._locations, port, self._number, self._console)
+        several = len({location.host for location in self._locations}) > 1
+        secret = new_secret()
+        store = self._driver.open_store(indices[0], secret, self._locations[0].address if several else None)
+        options = dataclasses.replace(
+            self._job.options, secret=secret, store=store, bar_columns=self._console.bar_columns
+        )
+        environments = _environments(self._job, options, self._locations, self._number)
         for rank, index in enumerate(indices):
             command = _start_command(self._job, rank, self._number, environments[rank], self.progress)
             self._driver.start(index, command)
@@ -189,19 +196,18 @@ def _start_command(
 
 
 def _environments(
-    job: JobSpec, locations: Sequence[WorkerLocation], port: int, attempt: int, console: Console
+    job: JobSpec, options: JobOptions, locations: Sequence[WorkerLocation], attempt: int
 ) -> list[dict[str, str]]:
     """The environment of each rank; names as torchrun's."""
-    options = dataclasses.replace(job.options, secret=new_secret(), bar_columns=console.bar_columns)
     hosts = list(dict.fromkeys(location.host for location in locations))
     shared = {
         "WORLD_SIZE": str(len(locations)),
         "GROUP_WORLD_SIZE": str(len(hosts)),
         "MASTER_ADDR": locations[0].address,
-        "MASTER_PORT": str(port),
+        # For scripts that read it: the workers meet in the job's own store.
+        "MASTER_PORT": str(20000 + secrets.randbelow(10000)),
         "TORCHELASTIC_RESTART_COUNT": str(attempt),
         "TORCHELASTIC_RUN_ID": job.name,
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "OMP_NUM_THREADS": str(job.remote_worker_threads),
         "PYTHONFAULTHANDLER": "1",
         "PYTHONUNBUFFERED": "1",

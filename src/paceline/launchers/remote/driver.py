@@ -24,7 +24,7 @@ class Driver(ABC):
         """Wait until all supervisors of an attempt are there. Raises CommError if they do not come."""
 
     @abstractmethod
-    def open_store(self, index: int) -> int:
+    def open_store(self, index: int, secret: str, address: str | None) -> str:
         """`Supervisor.open_store` of one supervisor."""
 
     @abstractmethod

@@ -27,7 +27,7 @@ from paceline.launchers.processes.workers import Workers
 from paceline.launchers.remote.events import BarEvent, Event, ExitEvent, LineEvent, ProgressEvent
 
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import TCPStore
+    from paceline.comm.rendezvous.store_server import StoreServer
 
 _POLL_S = 0.05
 
@@ -72,17 +72,23 @@ class Supervisor:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._rank = -1
         self._is_running = False
-        self._store: TCPStore | None = None
+        self._store: StoreServer | None = None
         self._attempt = -1
         self._changing = threading.Lock()  # starting, stopping and ending exclude each other
 
-    def open_store(self) -> int:
-        """Open a store in which the workers meet; returns its port. An earlier one is closed."""
-        from torch._C._distributed_c10d import TCPStore
+    def open_store(self, secret: str, address: str | None) -> str:
+        """Open a store in which the workers meet; returns where it listens. An earlier one is closed.
 
-        self._store = None
-        self._store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
-        return int(self._store.port)
+        Args:
+            secret: The key of the job, in hexadecimal.
+            address: This host's address for the others; None: all workers are on this host.
+        """
+        from paceline.comm.rendezvous.store_server import StoreServer
+
+        if self._store is not None:
+            self._store.close()
+        self._store = StoreServer(bytes.fromhex(secret), host=address)
+        return self._store.address
 
     def start(self, command: StartCommand) -> None:
         """Start the worker. Raises ConfigError if its folder or its program is not on this host."""
@@ -148,7 +154,8 @@ class Supervisor:
     def close(self) -> None:
         """End the worker and close the store."""
         self._workers.close()
-        self._store = None
+        if self._store is not None:
+            self._store.close()
         if self._folder is not None:
             self._folder.cleanup()
 

@@ -2,7 +2,7 @@
 
     frame   header_bytes u32 · blob_bytes u64 · header (UTF-8 JSON object) · blob
 
-Mutual challenge-response (`comm.messages.authentication`) comes first. Frames are not encrypted.
+Mutual challenge-response (`comm.security.authentication`) comes first. Frames are not encrypted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import struct
 import threading
 from typing import Any
 
-from paceline.comm.messages.authentication import Acceptor, Initiator
+from paceline.comm.security.authentication import Acceptor, Initiator, authenticate
+from paceline.comm.security.receive import receive_exactly
 from paceline.errors import CommError, ProtocolError
 
 _HEAD = struct.Struct("<IQ")
@@ -26,20 +27,13 @@ MAX_SUPERVISORS = 1 << 20
 
 
 class Wire:
-    """One end of the socket. `send` may be called from any thread, `receive` from one."""
+    """One end of the authenticated socket. `send` may be called from any thread, `receive` from one."""
 
-    def __init__(self, sock: socket.socket, handshake: Initiator | Acceptor) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._lock = threading.Lock()
-        sock.settimeout(_HANDSHAKE_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if opening := handshake.start():
-            sock.sendall(opening)
-        while not handshake.is_done:
-            if answer := handshake.feed(bytes(self._read(handshake.needs))):
-                sock.sendall(answer)
-        sock.settimeout(None)
 
     def send(self, header: dict[str, object], blob: bytes = b"") -> None:
         """Send one frame. Raises OSError when the other end is gone."""
@@ -50,11 +44,11 @@ class Wire:
 
     def receive(self) -> tuple[dict[str, Any], bytes]:
         """The next frame. Raises OSError if the other end is gone, ProtocolError for absurd sizes."""
-        header_bytes, blob_bytes = _HEAD.unpack(self._read(_HEAD.size))
+        header_bytes, blob_bytes = _HEAD.unpack(receive_exactly(self._sock, _HEAD.size))
         if header_bytes > _MAX_HEADER_BYTES or blob_bytes > _MAX_BLOB_BYTES:
             raise ProtocolError(f"a frame announces {header_bytes} and {blob_bytes} bytes")
-        header = json.loads(self._read(header_bytes))
-        return header, bytes(self._read(blob_bytes))
+        header = json.loads(receive_exactly(self._sock, header_bytes))
+        return header, bytes(receive_exactly(self._sock, blob_bytes))
 
     def close(self) -> None:
         """Close the socket; a waiting `receive` ends."""
@@ -62,22 +56,13 @@ class Wire:
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
 
-    def _read(self, count: int) -> bytearray:
-        data = bytearray(count)
-        view = memoryview(data)
-        while view:
-            got = self._sock.recv_into(view)
-            if got == 0:
-                raise ConnectionResetError("the connection was closed")
-            view = view[got:]
-        return data
-
 
 def connect(host: str, port: int, secret: bytes, index: int) -> Wire:
     """The supervisor's end. Raises CommError when the driver cannot be reached."""
     try:
         sock = socket.create_connection((host, port), timeout=_HANDSHAKE_S)
-        return Wire(sock, Initiator(secret, rank=index, peer=_DRIVER))
+        authenticate(sock, Initiator(secret, rank=index, peer=_DRIVER), timeout_s=_HANDSHAKE_S)
+        return Wire(sock)
     except OSError as error:
         raise CommError(
             f"host {socket.gethostname()}: the launcher at {host}:{port} cannot be reached: {error}; can this"
@@ -85,8 +70,6 @@ def connect(host: str, port: int, secret: bytes, index: int) -> Wire:
         ) from None
 
 
-def accept(sock: socket.socket, secret: bytes) -> tuple[Wire, int]:
-    """The driver's end of a new connection, and the supervisor's index. Raises OSError, ProtocolError."""
-    handshake = Acceptor(secret, rank=_DRIVER, size=MAX_SUPERVISORS)
-    wire = Wire(sock, handshake)
-    return wire, handshake.peer
+def acceptor(secret: bytes) -> Acceptor:
+    """The driver's side of a handshake; its `peer` is then the supervisor's index."""
+    return Acceptor(secret, rank=_DRIVER, size=MAX_SUPERVISORS)

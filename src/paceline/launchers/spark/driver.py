@@ -14,6 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from paceline.comm.rendezvous.interfaces import listening_address
+from paceline.comm.security.authentication import Acceptor
+from paceline.comm.security.threaded_listener import ThreadedListener
 from paceline.errors import CommError, ConfigError, ProtocolError
 from paceline.launchers.job import JobSpec
 from paceline.launchers.processes import signals
@@ -131,9 +134,16 @@ class SparkDriver(Driver):
         self._stage_error: BaseException | None = None
         self._secret = secrets.token_bytes(32)
         host = context.getConf().get("spark.driver.host", "") or socket.gethostname()
-        self._server = socket.create_server(("", 0))
-        address = DriverAddress(host, self._server.getsockname()[1], self._secret, code)
-        threading.Thread(target=self._accept, daemon=True, name="paceline-accept").start()
+        if str(context.master).startswith("local["):  # all tasks run in this process's own Java
+            host = "127.0.0.1"
+        self._listener = ThreadedListener(
+            socket.create_server((listening_address(host), 0)),
+            "driver of the Spark job",
+            guard=lambda: wire.acceptor(self._secret),
+            serve=self._serve,
+            num_expected=job.total_workers,
+        )
+        address = DriverAddress(host, self._listener.port, self._secret, code)
         self._stage = self._start_stage(address)
 
     def _start_stage(self, address: DriverAddress) -> threading.Thread:
@@ -152,22 +162,12 @@ class SparkDriver(Driver):
         thread.start()
         return thread
 
-    def _accept(self) -> None:
-        """Body of the thread that accepts connections, until the server is closed."""
-        while True:
-            try:
-                sock, _ = self._server.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
-
-    def _serve(self, sock: socket.socket) -> None:
+    def _serve(self, sock: socket.socket, guard: Acceptor) -> None:
         """Body of the thread that reads one task's reports."""
+        connection, index = wire.Wire(sock), guard.peer
         try:
-            connection, index = wire.accept(sock, self._secret)
             hello, _ = connection.receive()
         except (OSError, ProtocolError, ValueError):
-            sock.close()
             return
         location = WorkerLocation(hello["host"], hello["name"], hello["address"])
         task = _TaskConnection(connection, location)
@@ -209,8 +209,8 @@ class SparkDriver(Driver):
             self._attempt = [self._connections[i] for i in range(count)]
         return [task.location for task in self._attempt]
 
-    def open_store(self, index: int) -> int:
-        return int(self._attempt[index].ask({"do": "store"}))
+    def open_store(self, index: int, secret: str, address: str | None) -> str:
+        return str(self._attempt[index].ask({"do": "store", "secret": secret, "address": address}))
 
     def start(self, index: int, command: StartCommand) -> None:
         values, blob = tasks.write_start_command(command)
@@ -241,7 +241,7 @@ class SparkDriver(Driver):
         if self._stage.is_alive():
             self._context.cancelJobGroup(self._job_group)
             self._stage.join(_END_S)
-        self._server.close()
+        self._listener.close()
 
     def _tell_all(self, header: dict[str, object]) -> None:
         with self._changed:

@@ -15,6 +15,7 @@ from paceline.launchers.job import JobSpec
 from paceline.launchers.processes.console import Console
 from paceline.launchers.processes.failure import error_line
 from paceline.launchers.remote.driver import DEFAULT_RESTARTS
+from paceline.user_input import digits
 
 if TYPE_CHECKING:
     from pyspark import SparkConf, SparkContext
@@ -97,7 +98,7 @@ def _probe(master: str) -> None:
     reasons = []
     for place in master.removeprefix(_STANDALONE).split(","):
         host, _, port = place.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or digits(port) is None:
             raise ConfigError(f"engine spark: option master={master}: spark://HOST:PORT expected")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S).close()

@@ -88,19 +88,23 @@ class _Task:
     def _answer(self, command: dict[str, Any]) -> dict[str, object]:
         try:
             if command["do"] == "store":
-                return {"answer": self._supervisor.open_store()}
+                secret = self._own_secret(command["secret"])
+                return {"answer": self._supervisor.open_store(secret, command["address"])}
             start = _read_start_command(command["order"], command["blob"])
             self._supervisor.start(self._completed(start))
             return {"answer": None}
         except ConfigError as error:
             return {"answer": None, "refused": str(error)}
 
+    def _own_secret(self, given: str) -> str:
+        """The job's secret. It never travels over the driver's socket, which is not encrypted."""
+        return hmac.new(self._driver.secret, given.encode(), hashlib.sha256).hexdigest()
+
     def _completed(self, start: StartCommand) -> StartCommand:
         """The command with what only this task knows: the secret, the partition, the code's folder."""
         environment = dict(start.environment)
         options = JobOptions.from_environment(environment)
-        # The secret never travels over the driver's socket, which is not encrypted.
-        secret = hmac.new(self._driver.secret, options.secret.encode(), hashlib.sha256).hexdigest()
+        secret = self._own_secret(options.secret)
         environment |= dataclasses.replace(options, secret=secret).to_environment()
         if self._partition is not None:
             environment[PARTITION] = self._partition

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -66,18 +66,65 @@ class PeriodicStrategy(TrainingStrategy):
         self._done = self._real = 0
 
 
+_FEWEST_ROUNDS = 15
+_WANTED_ROUNDS = 30
+_MOST_MINIBATCHES_PER_SAMPLE = 10
+_WANTED_MINIBATCHES_PER_SAMPLE = 4
+
+
+def wanted_period(num_steps: int, batch_size: int) -> int:
+    """The longest period with enough rounds to learn from, in which workers do not drift apart.
+
+    They drift by the noise of their gradients, which grows with the minibatches, and as batches get smaller.
+
+    Args:
+        num_steps: Minibatches of the whole run.
+        batch_size: Samples in a minibatch of one worker; 0 if that is not known.
+    """
+    longest = num_steps // _WANTED_ROUNDS
+    if batch_size:
+        longest = min(longest, _WANTED_MINIBATCHES_PER_SAMPLE * batch_size)
+    return max(1, longest)
+
+
+def check_period(period: int, num_steps: int, num_workers: int, batch_size: int) -> str:
+    """Return a warning if a run averages too rarely with `period`, else ""."""
+    rounds = num_steps // period
+    if num_workers == 1 or period == 1:
+        return ""
+    advice = f"use period={wanted_period(num_steps, batch_size)}"
+    if rounds < _FEWEST_ROUNDS:
+        return (
+            f"{num_steps} minibatches at period {period} are {rounds} averages, too few to learn from: "
+            f"{advice}, or train for longer"
+        )
+    if batch_size and period > _MOST_MINIBATCHES_PER_SAMPLE * batch_size:
+        samples = "1 sample" if batch_size == 1 else f"{batch_size} samples"
+        return f"workers drift apart in {period} minibatches of {samples} each: {advice}, or larger batches"
+    return ""
+
+
 class AveragingStrategy(PeriodicStrategy):
     """Periods are rounds that end with a mean of the workers' models, weighted by their minibatches.
 
     Args:
-        period: Minibatches of a round, at least 1.
+        period: Minibatches of a round, at least 1; None: `default_period`, or less if the run is short or a
+            worker's minibatches are small.
         codec: A codec for what the workers have learned in a round, such as `int8`; None sends the models
             uncompressed.
     """
 
-    def __init__(self, *, period: int, codec: str | Spec | None) -> None:
-        super().__init__(period=period)
+    default_period: ClassVar[int] = 16
+
+    def __init__(self, *, period: int | None, codec: str | Spec | None) -> None:
+        super().__init__(period=self.default_period if period is None else period)
+        self._is_period_given = period is not None
         self._sums = None if codec is None else FlatSums(codecs.make_reducer(codec))
+
+    def fit(self, num_steps: int, num_workers: int, batch_size: int = 0) -> str:
+        if not self._is_period_given:
+            self.period = min(self.default_period, wanted_period(num_steps, batch_size))
+        return check_period(self.period, num_steps, num_workers, batch_size)
 
     @abc.abstractmethod
     def close_round(self, *, finishing: bool) -> bool:

@@ -30,6 +30,9 @@ class Slices:
                 offset += buffer.numel()
             self._ranges.append(ranges)
 
+    def __len__(self) -> int:
+        return len(self._ranges)
+
     def of(self, buffers: Sequence[torch.Tensor], index: int) -> list[torch.Tensor]:
         """Views of `buffers`, shaped like those cut, that belong to slice `index`."""
         return [buffers[i][low:high] for i, low, high in self._ranges[index]]

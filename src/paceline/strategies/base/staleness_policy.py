@@ -43,6 +43,10 @@ class StalenessPolicy(abc.ABC):
     def transform(self, index: int, update: torch.Tensor) -> None:  # noqa: B027
         """Change piece `index` of an update (1-D, one per flat buffer) in place, before it is scaled."""
 
+    def describe(self) -> str:
+        """Its name: what decides how long `transform` takes."""
+        return type(self).__module__.rpartition(".")[2]
+
     def state_dict(self) -> dict[str, Any]:
         """What a continued run needs: tensors and plain values only."""
         return {}
@@ -85,6 +89,9 @@ class JoinedPolicy(StalenessPolicy):
     def transform(self, index: int, update: torch.Tensor) -> None:
         for part in self.parts:
             part.transform(index, update)
+
+    def describe(self) -> str:
+        return "+".join(part.describe() for part in self.parts)
 
     def state_dict(self) -> dict[str, Any]:
         return {str(i): part.state_dict() for i, part in enumerate(self.parts)}

@@ -49,10 +49,18 @@ class TrainingStrategy(abc.ABC):
     bucket_bytes: int = 25 << 20
     """Gradient buckets are closed at this size (the first at 1 MiB, so that sending starts early)."""
 
+    scope: str = "0"
+    """Set before `attach`: which of the job's models this is."""
+
     @property
     def name(self) -> str:
         """The name of the method: its file's."""
         return type(self).__module__.rsplit(".", 1)[-1]
+
+    @property
+    def channel(self) -> str:
+        """The name of this method's message channel, which the job's other models do not use."""
+        return f"{self.name}/{self.scope}"
 
     def attach(self, replica: Replica, comm: Communicator) -> None:
         """Meet the model. Called once, by all ranks, before the first minibatch.
@@ -67,6 +75,22 @@ class TrainingStrategy(abc.ABC):
         """
         self.replica = replica
         self.comm = comm
+
+    def fit(self, num_steps: int, num_workers: int, batch_size: int = 0) -> str:
+        """Learn how long the run is, and set arguments that were left to their defaults accordingly.
+
+        `job.epochs` calls this on all ranks alike, before the first minibatch; comparisons also call it
+        without training. A loop that does not use `job.epochs` never does: defaults must then stand alone.
+
+        Args:
+            num_steps: Minibatches of the whole run, on every worker.
+            num_workers: Number of ranks that train.
+            batch_size: Samples in a minibatch of one worker; 0 if that is not known.
+
+        Returns:
+            What does not suit such a run and which number to change, as one sentence; "" if nothing is wrong.
+        """
+        return ""
 
     def gradient_ready(self, bucket: Bucket) -> None:  # noqa: B027  optional hooks have empty bodies
         """`bucket.gradient` is complete on this rank. Must not wait for other ranks."""

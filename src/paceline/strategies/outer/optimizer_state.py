@@ -1,4 +1,4 @@
-"""Averaging of optimizer state: which tensors are averaged, and that all ranks have as many."""
+"""What outer methods read from the state of the workers' optimizers: its kind, and what is averaged."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from paceline.types import Communicator, ReduceOp, Replica, Work
 def averaged_tensors(replica: Replica) -> list[torch.Tensor]:
     """State that can be averaged: floating-point tensors that are not scalars (step counters are)."""
     return [tensor for _, tensor in replica.optimizer_state() if _is_averaged(tensor)]
+
+
+_ADAPTIVE = {"exp_avg_sq", "exp_inf", "square_avg", "sum"}
+
+
+def is_adaptive(replica: Replica) -> bool:
+    """Whether the optimizer divides gradients by their size, as Adam does; known after its first step."""
+    return any(key in _ADAPTIVE for key, _ in replica.optimizer_state())
 
 
 def check_count(work: Work, totals: torch.Tensor, count: int, comm: Communicator) -> None:

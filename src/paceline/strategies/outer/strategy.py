@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from paceline.errors import ConfigError
+from paceline import local_work
 from paceline.spec import Spec
 from paceline.strategies.base.periodic import AveragingStrategy
-from paceline.strategies.outer.optimizer import OuterSGD
+from paceline.strategies.outer import optimizer_state
+from paceline.strategies.outer.optimizer import OuterArguments, OuterSGD
 from paceline.types import Communicator, Replica
 
 
@@ -18,29 +19,30 @@ class OuterStrategy(AveragingStrategy):
     """Every worker trains alone for a block; then an outer optimizer moves the common start of blocks.
 
     Args:
-        period: Minibatches of a block, at least 1.
-        rate: Outer learning rate, above 0.
-        momentum: Outer momentum, from 0 to below 1.
+        period: Minibatches of a block, at least 1; None: the default.
+        rate: Outer learning rate, above 0; None: as `OuterArguments` says.
+        momentum: Outer momentum, from 0 to below 1; None: as `OuterArguments` says.
         nesterov: Nesterov's momentum instead of the classical one.
         codec: Encodes a worker's progress in a block; None sends it uncompressed.
     """
 
+    follows_optimizer: ClassVar[bool] = False
+    """Whether defaults of rate and momentum depend on the kind of the workers' optimizer."""
     ends_with_global_model: ClassVar[bool]
     """Whether the final model is the global model W_g (BMUF) or the start of the next block (DiLoCo)."""
 
     def __init__(
         self,
         *,
-        period: int,
-        rate: float,
-        momentum: float,
+        period: int | None,
+        rate: float | None,
+        momentum: float | None,
         nesterov: bool,
         codec: str | Spec | None,
     ) -> None:
         super().__init__(period=period, codec=codec)
-        if not rate > 0 or not 0 <= momentum < 1:
-            raise ConfigError(f"rate={rate}, momentum={momentum}: rate > 0 and 0 <= momentum < 1 expected")
-        self._rate, self._momentum, self._nesterov = rate, momentum, nesterov
+        self._arguments = OuterArguments(rate, momentum)
+        self._nesterov = nesterov
 
     @abc.abstractmethod
     def start_block(self) -> None:
@@ -49,9 +51,8 @@ class OuterStrategy(AveragingStrategy):
     def attach(self, replica: Replica, comm: Communicator) -> None:
         """Start from the equal parameters that all ranks hold."""
         super().attach(replica, comm)
-        self.outer = OuterSGD(
-            replica.parameters, rate=self._rate, momentum=self._momentum, nesterov=self._nesterov
-        )
+        rate, momentum = self._arguments.values(is_adaptive=False)
+        self.outer = OuterSGD(replica.parameters, rate=rate, momentum=momentum, nesterov=self._nesterov)
         if self._sums is not None:
             self._sums.attach(replica.parameters, replica.trained)
 
@@ -68,7 +69,8 @@ class OuterStrategy(AveragingStrategy):
         """Outer step on the mean of the replicas, weighted by the minibatches that they did."""
         self.replica.adopt()
         weight = self._real / self.period
-        totals = torch.tensor([weight, float(finishing)], dtype=torch.float64)
+        is_adaptive = self.follows_optimizer and optimizer_state.is_adaptive(self.replica)
+        totals = torch.tensor([weight, float(finishing), float(is_adaptive)], dtype=torch.float64)
         works = [self.comm.all_reduce(totals)]
         starts = self.outer.start
         if self._sums is None:
@@ -81,7 +83,11 @@ class OuterStrategy(AveragingStrategy):
                 self._sums.sum(means, self.comm)
         for work in works:
             work.wait()
-        total, num_finishing = totals.tolist()
+        # Weighing, dividing, and copying the new start; with a codec also two differences.
+        local_work.charge_passes(means, 3 if self._sums is None else 5)
+        total, num_finishing, num_adaptive = totals.tolist()
+        # Of any rank: one without data has no state yet, and all must make the same step.
+        self.outer.rate, self.outer.momentum = self._arguments.values(is_adaptive=num_adaptive > 0)
         if total > 0:
             torch._foreach_div_(means, total)
             if self._sums is not None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from paceline import local_work
 from paceline.codecs.kernel.codec import Codec
 from paceline.errors import PeerLost
 from paceline.strategies.base.slices import Slices
 from paceline.strategies.server.encoding import PushEncoder
 from paceline.strategies.server.ownership import owner
 from paceline.strategies.server.protocol import (
-    CHANNEL,
     Presence,
     RankView,
     ServerOperation,
@@ -40,7 +40,7 @@ class ShardClient:
         comm: The ranks that host the shards.
         flats: The worker's flat parameters.
         slices: How they are cut into shards.
-        num_shards: Number of shards.
+        channel: Where the hosts of the shards listen.
         view: Shared with this rank's host.
         push_every: Minibatches between two pushes.
         pull_every: Minibatches between two pulls.
@@ -55,7 +55,7 @@ class ShardClient:
         flats: Sequence[torch.Tensor],
         slices: Slices,
         *,
-        num_shards: int,
+        channel: str,
         view: RankView,
         push_every: int,
         pull_every: int,
@@ -63,18 +63,18 @@ class ShardClient:
         sends_gradients: bool,
         codec: Codec | None,
     ) -> None:
-        self._comm, self._flats, self._slices = comm, flats, slices
-        self._num_shards, self._view = num_shards, view
+        self._comm, self._flats, self._slices, self._channel = comm, flats, slices, channel
+        self._num_shards, self._view = len(slices), view
         self._push_every, self._pull_every, self._prefetch = push_every, pull_every, prefetch
         self._sends_gradients = sends_gradients
         self._codec = codec
-        self.pushes = None if codec is None else PushEncoder(codec)
+        self.pushes = None if codec is None else PushEncoder(codec, comm.rank)
         self._base = [flat.clone() for flat in flats]
         """The weights from which the update that is not pushed yet is counted."""
         self._gradients: list[torch.Tensor] | None = None
         self._pulled = [flat.clone() for flat in flats]
-        self._progress = [torch.zeros(2, comm.size, dtype=torch.int64) for _ in range(num_shards)]
-        self._versions = [0] * num_shards
+        self._progress = [torch.zeros(2, comm.size, dtype=torch.int64) for _ in range(len(slices))]
+        self._versions = [0] * len(slices)
         """Each shard's clock at the last pull."""
         self._number = 0
         self._steps = 0
@@ -95,6 +95,7 @@ class ShardClient:
         """Accumulate the mean gradient of this worker's own samples; `gradients` are `weight` times that."""
         if weight > 0:
             own = [gradient / weight for gradient in gradients]
+            local_work.charge_passes(self._flats, 1 if self._gradients is None else 2)
             if self._gradients is not None:
                 torch._foreach_add_(own, self._gradients)
             self._gradients = own
@@ -165,6 +166,7 @@ class ShardClient:
             gradients, self._gradients = self._gradients, None
             return gradients
         update = self._unpushed()
+        local_work.charge_passes(self._flats, 2)
         torch._foreach_copy_(self._base, list(self._flats))
         return update
 
@@ -176,7 +178,7 @@ class ShardClient:
         while True:
             target = owner(shard, self._num_shards, self._comm.size, self._lost | self._view.lost)
             try:
-                return _PendingCall(message, target, self._comm.call(target, CHANNEL, message))
+                return _PendingCall(message, target, self._comm.call(target, self._channel, message))
             except PeerLost:
                 self._lost.add(target)
 
@@ -200,6 +202,7 @@ class ShardClient:
         self.staleness = sum(max(0, gap - self._own_pushes) for gap in gaps) / max(1, len(gaps))
         self._own_pushes = 0
         unpushed = self._unpushed()
+        local_work.charge_passes(self._flats, 5)  # this difference, is it zero, and three copies
         # With gradients, local steps only stand in for the shards' optimizer: they are overwritten.
         is_clean = self._sends_gradients or not any(bool(piece.any()) for piece in unpushed)
         for j, answer in enumerate(answers):

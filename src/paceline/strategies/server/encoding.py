@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 
+from paceline import local_work
 from paceline.codecs.kernel import ledger
 from paceline.codecs.kernel.codec import Codec
+from paceline.codecs.kernel.random_stream import use_stream
 from paceline.errors import ConfigError
+from paceline.local_work import WorkKind
 from paceline.types import Rank
 
 
@@ -51,8 +54,8 @@ def measured_bytes(counts: Mapping[str, float], num_shards: int) -> float:
 class PushEncoder:
     """The worker's side: payloads of updates, and a codec state for each piece of each shard's slice."""
 
-    def __init__(self, codec: Codec) -> None:
-        self._codec = codec
+    def __init__(self, codec: Codec, rank: Rank) -> None:
+        self._codec, self._rank = codec, rank
         self.states: dict[str, dict[str, Any]] = {}
 
     def encode(self, shard: int, pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -60,6 +63,7 @@ class PushEncoder:
         payloads = []
         for i, piece in enumerate(pieces):
             state = self.states.setdefault(f"{shard}.{i}", {})
+            use_stream(state, "push", self._rank, shard, i)
             payloads.append(self._codec.encode(piece, state).clone())
         return payloads
 
@@ -67,8 +71,10 @@ class PushEncoder:
 class PullEncoder:
     """A shard's side: decodes updates; what each worker knows, and the difference that it gets."""
 
-    def __init__(self, codec: Codec, weights: Sequence[torch.Tensor], workers: Sequence[Rank]) -> None:
-        self._codec = codec
+    def __init__(
+        self, codec: Codec, shard: int, weights: Sequence[torch.Tensor], workers: Sequence[Rank]
+    ) -> None:
+        self._codec, self._shard = codec, shard
         self.known = {str(rank): [w.clone() for w in weights] for rank in workers}
         self.states: dict[str, dict[str, Any]] = {}
 
@@ -93,6 +99,8 @@ class PullEncoder:
             # What is not sent stays in the difference to `known`: a residual of the codec's own starts empty.
             residual = torch.zeros_like(weight) if self._codec.keeps_residual else None
             state = self.states.setdefault(f"{rank}.{i}", {})
+            use_stream(state, "pull", rank, self._shard, i)
+            local_work.charge_passes([weight], 1, WorkKind.SERVER)
             payload = self._codec.encode_with_residual(weight - has, residual, state).clone()
             self._codec.decode(payload, has, accumulate=True)
             payloads.append(payload)

@@ -15,7 +15,6 @@ import torch
 
 from paceline.strategies.server.ownership import owner
 from paceline.strategies.server.protocol import (
-    CHANNEL,
     Presence,
     RankView,
     ServerOperation,
@@ -32,6 +31,7 @@ class ShardHost:
 
     Args:
         comm: The ranks that host shards and train.
+        channel: Where it listens; the same on all ranks.
         num_shards: Number of shards of all ranks together.
         make_shard: Makes a shard from its index and its weights.
         initial: Weights of a shard at the start of training.
@@ -45,6 +45,7 @@ class ShardHost:
         self,
         comm: Communicator,
         *,
+        channel: str,
         num_shards: int,
         make_shard: Callable[[int, Sequence[torch.Tensor]], Shard],
         initial: Callable[[int], list[torch.Tensor]],
@@ -53,7 +54,8 @@ class ShardHost:
         backup_every: int,
         recording: Recording,
     ) -> None:
-        self._comm, self._num_shards, self._make_shard = comm, num_shards, make_shard
+        self._comm, self._channel = comm, channel
+        self._num_shards, self._make_shard = num_shards, make_shard
         self._remembered, self._backup_every, self._recording = remembered, backup_every, recording
         self._view = view
         self._backups: dict[int, ShardCopy] = {}
@@ -63,7 +65,7 @@ class ShardHost:
         """Messages to shards that this rank is about to take over."""
         mine = [j for j in range(num_shards) if self._owner(j) == comm.rank]
         self.shards = {j: make_shard(j, initial(j)) for j in mine}
-        comm.serve(CHANNEL, self.handle)
+        comm.serve(channel, self.handle)
         comm.on_lost(self._on_lost)
 
     def handle(self, src: Rank, message: Message) -> Message | Reply | None:
@@ -128,7 +130,7 @@ class ShardHost:
                 "shard": j,
                 "version": copy.version,
             }
-            self._comm.post(target, CHANNEL, Message(header, [*copy.weights, copy.progress]))
+            self._comm.post(target, self._channel, Message(header, [*copy.weights, copy.progress]))
 
     def _keep(self, j: int, backup: ShardCopy) -> None:
         if j not in self._backups or backup.version >= self._backups[j].version:
@@ -173,7 +175,7 @@ class ShardHost:
 
         for peer in peers:
             request = Message({"op": ServerOperation.COPY.value, "shard": j})
-            call = self._comm.call(peer, CHANNEL, request)
+            call = self._comm.call(peer, self._channel, request)
             call.then(lambda outcome, peer=peer: arrived(peer, outcome))  # type: ignore[misc]
 
     def _take_over(self, j: int, answers: dict[Rank, Message]) -> None:

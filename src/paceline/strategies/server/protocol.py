@@ -23,8 +23,6 @@ import torch
 from paceline.errors import ProtocolError
 from paceline.types import Message, Rank
 
-CHANNEL = "parameter_server"
-
 
 class ServerOperation(enum.Enum):
     """What a message asks for; the value is what travels."""

@@ -6,16 +6,21 @@ in the simulated fabric repeats a recorded run of real processes bit for bit.
 
 from __future__ import annotations
 
+import glob
 import json
 from collections import defaultdict, deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from paceline import user_input
 from paceline.errors import ConfigError
 from paceline.strategies.server.protocol import ShardExchange
 from paceline.types import Rank, Reply
+
+_MOST_THREADS = 4096
 
 
 @dataclass(frozen=True)
@@ -94,10 +99,11 @@ class Recording:
 
 def recorded_threads(path: str) -> int:
     """Intra-op threads of the recorded run: another number gives other bits. Raises ConfigError."""
-    try:
-        return int(json.loads(_files(path)[0].read_text())["threads"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not a recording of parameter_server: {error}") from None
+    file = _files(path)[0]
+    threads = _content(file).get("threads")
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 0 < threads <= _MOST_THREADS:
+        raise ConfigError(f"{file} is not a recording of parameter_server: threads: {threads!r:.80}")
+    return threads
 
 
 def load(path: str) -> dict[int, list[tuple[Rank, int]]]:
@@ -105,12 +111,23 @@ def load(path: str) -> dict[int, list[tuple[Rank, int]]]:
     order: dict[int, list[tuple[Rank, int]]] = {}
     for file in _files(path):
         try:
-            for j, entries in json.loads(file.read_text())["shards"].items():
+            for j, entries in _content(file)["shards"].items():
                 order[int(j)] = [(int(src), int(number)) for src, number in entries]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ConfigError(f"{file} is not a recording of parameter_server: {error}") from None
     return order
 
 
+def _content(file: Path) -> dict[str, Any]:
+    content = user_input.read_json(file, what="recording")
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} is not a recording of parameter_server: {content!r:.80}")
+    return content
+
+
 def _files(path: str) -> list[Path]:
-    return sorted(Path(path).parent.glob(f"{Path(path).name}.[0-9]*")) or [Path(path)]
+    folder, name = Path(path).parent, glob.escape(Path(path).name)
+    try:
+        return sorted(folder.glob(f"{name}.[0-9]*")) or [Path(path)]
+    except (OSError, ValueError):  # no name of a file; reading it says why
+        return [Path(path)]

@@ -6,13 +6,16 @@ time. Reads that a policy holds back are deferred replies.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from paceline import local_work
 from paceline.codecs.kernel.codec import Codec
+from paceline.local_work import WorkKind
 from paceline.strategies.base.staleness_policy import StalenessPolicy
 from paceline.strategies.server.encoding import PullEncoder
 from paceline.strategies.server.protocol import Presence, ShardCopy, ShardExchange
@@ -32,6 +35,10 @@ class ShardOptimizer:
     momentum: float
     """For gradients only."""
     buffers: list[torch.Tensor] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """What decides how long `apply` takes."""
+        return ("momentum" if self.momentum else "SGD") if self.is_gradient else "added"
 
     def apply(self, weights: list[torch.Tensor], update: list[torch.Tensor]) -> None:
         """Change `weights` in place."""
@@ -65,6 +72,7 @@ class Shard:
         num_workers: Number of ranks, all of which are workers.
         deferred: Makes a reply that is set later.
         codec: Encodes updates and answers; None sends both uncompressed.
+        number: Which shard this is, so that its encoder's random numbers are its own.
     """
 
     def __init__(
@@ -75,6 +83,7 @@ class Shard:
         num_workers: int,
         deferred: Callable[[], Reply],
         codec: Codec | None = None,
+        number: int = 0,
     ) -> None:
         self.weights = [w.clone() for w in weights]
         self.clock = 0
@@ -90,7 +99,7 @@ class Shard:
         self.lost: set[Rank] = set()
         self._policy, self._optimizer, self._deferred = policy, optimizer, deferred
         self._num_workers = num_workers
-        self.pulls = None if codec is None else PullEncoder(codec, self.weights, range(num_workers))
+        self.pulls = None if codec is None else PullEncoder(codec, number, self.weights, range(num_workers))
         self._collected: list[_Update] = []
         self._waiting: list[tuple[Rank, Reply]] = []
 
@@ -159,13 +168,13 @@ class Shard:
     def _answer(self, src: Rank) -> Message:
         """What a worker pulls: a snapshot, with encoded weights if there is a codec; whole at the end."""
         message = self.snapshot()
-        if self.pulls is None:
-            return message
-        if self._all_finished():
+        payloads = None
+        if self.pulls is not None and self._all_finished():
             self.pulls.sent_whole(src, self.weights)
-            return message
-        payloads = self.pulls.encode(src, self.weights)
+        elif self.pulls is not None:
+            payloads = self.pulls.encode(src, self.weights)
         if payloads is None:
+            local_work.charge_passes(self.weights, 1, WorkKind.SERVER)  # the copy that travels
             return message
         return Message({**message.header, "encoded": True}, [*payloads, *message.tensors[len(payloads) :]])
 
@@ -220,21 +229,21 @@ class Shard:
     def _apply_collected(self) -> None:
         """Apply the mean of the collected updates, each scaled by its staleness: one tick of the clock."""
         batch, self._collected = self._collected, []
-        total: list[torch.Tensor] | None = None
         for update in batch:
-            staleness = self.clock - update.version
-            self.tally.add(update.src, staleness)
-            factor = self._policy.scale(staleness) / len(batch)
-            for i, piece in enumerate(update.pieces):
-                self._policy.transform(i, piece)
-                piece.mul_(factor)
-            if total is None:
-                total = update.pieces
-            else:
-                torch._foreach_add_(total, update.pieces)
-        assert total is not None
-        self._optimizer.apply(self.weights, total)
+            self.tally.add(update.src, self.clock - update.version)
+        # Below 0: a backup took over, and is behind the shard from which the worker read.
+        late = [(update.pieces, max(0, self.clock - update.version)) for update in batch]
+        _apply(self._policy, self._optimizer, self.weights, late)
         self.clock += 1
+        if not local_work.is_heard():
+            return
+
+        def rehearsal() -> Callable[[], object]:
+            own = copy.deepcopy((self._policy, self._optimizer, self.weights, late))
+            return lambda: _apply(*own)
+
+        what = f"{self._policy.describe()}, {self._optimizer.describe()}, {len(batch)} updates"
+        local_work.charge(WorkKind.SERVER, what, sum(w.numel() for w in self.weights), rehearsal)
 
     def _may_read(self, src: Rank) -> bool:
         if src in self.finished:
@@ -250,3 +259,24 @@ class Shard:
 
     def _all_finished(self) -> bool:
         return len(self.finished | self.lost) == self._num_workers
+
+
+def _apply(
+    policy: StalenessPolicy,
+    optimizer: ShardOptimizer,
+    weights: list[torch.Tensor],
+    batch: Sequence[tuple[list[torch.Tensor], int]],
+) -> None:
+    """Change `weights` by the mean of updates, each scaled by its staleness; the updates are used up."""
+    total: list[torch.Tensor] | None = None
+    for pieces, staleness in batch:
+        factor = policy.scale(staleness) / len(batch)
+        for i, piece in enumerate(pieces):
+            policy.transform(i, piece)
+            piece.mul_(factor)
+        if total is None:
+            total = pieces
+        else:
+            torch._foreach_add_(total, pieces)
+    assert total is not None
+    optimizer.apply(weights, total)

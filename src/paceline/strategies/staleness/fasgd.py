@@ -3,8 +3,8 @@
     n ← γn + (1−γ)g²     b ← γb + (1−γ)g     v ← βv + (1−β)·√(n − b² + ε)     step ← step / v
 
 This follows the paper's prose, which its equation (it averages 1/√…) and its code contradict;
-`average_inverse` follows the equation. v is taken relative to its mean over the shard, so that the learning
-rate keeps its meaning.
+`average_inverse` follows the equation. v is taken relative to its mean over the shard's coordinates that
+were ever updated, so that the learning rate keeps its meaning.
 """
 
 from __future__ import annotations
@@ -68,7 +68,11 @@ class FASGD(StalenessPolicy):
         deviation = (n - b * b).clamp_(min=0).add_(self._epsilon).sqrt_()
         target = deviation.reciprocal() if self._average_inverse else deviation
         v.copy_(target) if is_first else v.lerp_(target, 1 - self._beta)
-        relative = v / v.mean()
+        # Padding between tensors, and what no update has reached, would shift the mean.
+        has_moved = n > 0
+        if not bool(has_moved.any()):
+            return
+        relative = v / v[has_moved].mean()
         if self._average_inverse:
             update.mul_(relative)
         else:

@@ -10,7 +10,7 @@ class Inverse(StalenessPolicy):
 
     Args:
         plus_one: Use the other common rule, λ(s) = 1 / (s + 1); default false, as in the paper. It halves
-            updates of staleness 1 too: for learning rates at the edge of stability.
+            updates of staleness 1 too, so that two workers also make the step of their mean.
 
     Example:
         `parameter_server(staleness=inverse)`

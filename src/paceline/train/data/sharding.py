@@ -1,26 +1,89 @@
 """Which samples a rank trains on: pure arithmetic, the same on every rank.
 
-An epoch is a list of rounds, one per minibatch. A round's samples are divided over the ranks as evenly as
-possible, the first ranks taking one more; every rank has at least one sample in every round, so all ranks
-make the same number of steps. No sample is padded or repeated: a last round with fewer samples than ranks
-joins the round before it.
+An epoch is a list of rounds, one per minibatch: as many as one process would make. A round's samples are
+divided over the ranks as evenly as possible, the first ranks taking one more. In a round with fewer samples
+than ranks, the others get a batch that they have had before, which counts for nothing: all ranks make the
+same number of steps, and no sample is trained twice.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from torch.utils.data import BatchSampler, DistributedSampler
 
 from paceline.errors import ConfigError
 
+_UNENDING = 1_000_000
+"""Indices beyond those of ten epochs, after which a sampler is taken to be endless."""
+
+
+def busy_ranks(count: int, size: int) -> int:
+    """On how many ranks a short round of `count` samples is spent: two or more each, for BatchNorm."""
+    return min(size, max(1, count // 2))
+
 
 def share(count: int, rank: int, size: int) -> tuple[int, int]:
-    """Half-open range of `count` things that belongs to `rank` of `size`."""
+    """Half-open range of `count` things that belongs to `rank` of `size`; empty for ranks above."""
+    if rank >= size:
+        return count, count
     base, extra = divmod(count, size)
     start = rank * base + min(rank, extra)
     return start, start + base + (rank < extra)
+
+
+def is_distributed(sampler: Any) -> bool:
+    """Whether it is torch's DistributedSampler, of which only the wishes are taken: shuffle or not."""
+    return type(sampler) is DistributedSampler
+
+
+def divides_itself(sampler: Any) -> bool:
+    """Whether a sampler, or the one inside a batch sampler, gives each rank a share by rules of its own."""
+    inner = getattr(sampler, "sampler", None)
+    if is_distributed(sampler) or (type(sampler) is BatchSampler and is_distributed(inner)):
+        return False
+    return any(getattr(one, "num_replicas", 1) not in (1, None) for one in (sampler, inner))
+
+
+def finite(sampler: Any, count: int) -> Iterator[Any]:
+    """What a sampler over `count` samples gives.
+
+    Raises:
+        ConfigError: It does not say how much, and gives many times the data set.
+    """
+    try:
+        most = math.inf if len(sampler) >= 0 else 0
+    except TypeError:
+        most = 10 * count + _UNENDING
+    given = 0
+    for one in sampler:
+        given += len(one) if isinstance(one, (list, tuple)) else 1
+        if given > most:
+            raise ConfigError(
+                f"the sampler {type(sampler).__name__} has no length, and has given {given} indices for"
+                f" {count} samples: an epoch must end. Give it a length, such as RandomSampler(data,"
+                " replacement=True, num_samples=…), or make an IterableDataset of it"
+            )
+        yield one
+
+
+def plain_key(one: Any) -> Any:
+    """NumPy's and torch's whole numbers as Python's; strings and tuples as they are."""
+    if isinstance(one, str):
+        return one
+    if isinstance(one, (list, tuple)):
+        return type(one)(plain_key(part) for part in one)
+    if getattr(one, "ndim", 0) == 1:
+        return [plain_key(part) for part in one]
+    try:
+        return operator.index(one)
+    except TypeError:
+        raise TypeError(f"it yields {type(one).__name__}; whole numbers, strings or lists expected") from None
 
 
 class Rounds(abc.ABC):
@@ -30,8 +93,19 @@ class Rounds(abc.ABC):
     def __len__(self) -> int: ...
 
     @abc.abstractmethod
-    def local(self, index: int) -> list[int]:
-        """Sample indices of this rank in round `index`."""
+    def own(self, index: int) -> list[int]:
+        """Sample indices of this rank in round `index`; perhaps none."""
+
+    def batch(self, index: int) -> list[int]:
+        """What this rank loads in round `index`: its own samples, or others that count for nothing."""
+        for earlier in range(index, -1, -1):
+            if own := self.own(earlier):
+                return own
+        return self.everyone(index)
+
+    @abc.abstractmethod
+    def everyone(self, index: int) -> list[int]:
+        """Sample indices of all ranks in round `index`."""
 
     @abc.abstractmethod
     def total(self, index: int) -> int:
@@ -45,16 +119,13 @@ class OrderedRounds(Rounds):
         self, order: torch.Tensor, round_size: int, rank: int, size: int, *, drop_last: bool
     ) -> None:
         count = order.numel()
-        if count < size:
-            raise ConfigError(
-                f"{count} samples cannot be divided over {size} workers without repeating any; use at most"
-                f" {max(count, 1)} workers"
-            )
+        if not count:
+            raise ConfigError("the data set has no samples, or its sampler gives none")
         full, rest = divmod(count, round_size)
-        if drop_last and rest:
+        if drop_last:
             count -= rest
-        elif rest >= size or (rest and not full):
-            full += 1  # a short round of its own; a shorter rest joins the last full round
+        elif rest:
+            full += 1
         if not full:
             raise ConfigError(
                 f"{order.numel()} samples make no full batch of {round_size} over all workers and"
@@ -70,12 +141,20 @@ class OrderedRounds(Rounds):
         start = index * self._round_size
         return start, self._count if index == self._rounds - 1 else start + self._round_size
 
-    def local(self, index: int) -> list[int]:
+    def own(self, index: int) -> list[int]:
         """This rank's sample indices in round `index`."""
         start, stop = self._range(index)
-        low, high = share(stop - start, self._rank, self._size)
+        is_short = stop - start < self._round_size
+        size = busy_ranks(stop - start, self._size) if is_short else self._size
+        low, high = share(stop - start, self._rank, size)
         chosen: list[int] = self._order[start + low : start + high].tolist()
         return chosen
+
+    def everyone(self, index: int) -> list[int]:
+        """All sample indices of round `index`."""
+        start, stop = self._range(index)
+        every: list[int] = self._order[start:stop].tolist()
+        return every
 
     def total(self, index: int) -> int:
         """Number of samples of all ranks in round `index`."""
@@ -91,32 +170,30 @@ class BatchRounds(Rounds):
     """
 
     def __init__(self, batches: Sequence[list[int]], rank: int, size: int, *, whole: bool) -> None:
-        self._rank, self._size = rank, size
+        self._rank = rank
         self._rounds: list[list[list[int]]] = []  # round → rank → indices
         step = size if whole else 1
         for start in range(0, len(batches), step):
             group = list(batches[start : start + step])
-            if whole and len(group) == size:
-                self._rounds.append(group)
-            else:
-                self._append_pool([i for batch in group for i in batch])
-        if not self._rounds:
+            if not whole or len(group) < size:
+                pool = [i for batch in group for i in batch]
+                busy = busy_ranks(len(pool), size)
+                ranges = [share(len(pool), r, busy) for r in range(size)]
+                group = [pool[low:high] for low, high in ranges]
+            self._rounds.append(group)
+        if not any(part for group in self._rounds for part in group):
             raise ConfigError("the batch sampler gave no batch for this epoch")
-
-    def _append_pool(self, pool: list[int]) -> None:
-        if len(pool) < self._size:
-            if not self._rounds:
-                raise ConfigError(f"{len(pool)} samples cannot be divided over {self._size} workers")
-            pool = [i for part in self._rounds.pop() for i in part] + pool
-        ranges = [share(len(pool), r, self._size) for r in range(self._size)]
-        self._rounds.append([pool[low:high] for low, high in ranges])
 
     def __len__(self) -> int:
         return len(self._rounds)
 
-    def local(self, index: int) -> list[int]:
+    def own(self, index: int) -> list[int]:
         """This rank's sample indices in round `index`."""
         return self._rounds[index][self._rank]
+
+    def everyone(self, index: int) -> list[int]:
+        """All sample indices of round `index`."""
+        return [i for part in self._rounds[index] for i in part]
 
     def total(self, index: int) -> int:
         """Number of samples of all ranks in round `index`."""

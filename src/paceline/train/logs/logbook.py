@@ -14,12 +14,14 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from paceline import registry
 from paceline.errors import ConfigError
+from paceline.train.logs.trackers import Trackers
 from paceline.types import Store
 
 FORMATS = ("jsonl", "csv")
@@ -65,7 +67,7 @@ class TrainingCounts:
 
 
 class Logbook:
-    """Writes rows; nothing is made before the first row.
+    """Writes rows; nothing is made before the first row. A file that cannot be written is a warning, once.
 
     Args:
         rank: This rank; rank 0 writes the files.
@@ -94,6 +96,8 @@ class Logbook:
         self._before = TrainingCounts()
         self._is_summed_up = False
         self._num_summaries = 0
+        self._has_warned = False
+        self.trackers = Trackers(is_main=rank == 0)
 
     @property
     def folder(self) -> Path:
@@ -113,10 +117,8 @@ class Logbook:
             return
         row = self.measure(counts)
         row.update((key, plain(value)) for key, value in values.items())
-        if self._logs is None:
-            self._logs = self._open("log")
-        for log in self._logs:
-            log.write(row)
+        self._write("log", [row])
+        self.trackers.log(row, counts.step)
 
     def sum_up(self, statistics: Mapping[str, Any]) -> None:
         """Write one row per rank. All ranks call it at the end of training, and once more before they leave.
@@ -129,19 +131,50 @@ class Logbook:
         self._is_summed_up, self._num_summaries = True, self._num_summaries + 1
         rows = self._collect({k: v for k, v in statistics.items() if _is_scalar(v)})
         if self._rank == 0 and (self._logs is not None or self._folder is not None):
-            logs = self._open("ranks")
-            for log in logs:
-                for row in rows:
-                    log.write(row)
-                log.close()
+            self._write("ranks", rows)
 
     def close(self, statistics: Mapping[str, Any]) -> None:
         """End the files. A process that dies of an exception does not wait for the others."""
         if self._store is not None and getattr(sys, "last_value", None) is None:
             self.sum_up(statistics)
-        for log in self._logs or ():
-            log.close()
-        self._logs = None
+        logs, self._logs = self._logs or (), None
+        self._close_files(logs)
+        self.trackers.finish()
+        self._gather = None  # a job's own method: both could only be freed together, some time later
+
+    def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows to the files called `name`. A full disk must not end a training: rows are then lost."""
+        logs = self._logs if name == "log" else None
+        try:
+            if logs is None:
+                logs = self._open(name)
+            for log in logs:
+                for row in rows:
+                    log.write(row)
+        except OSError as error:
+            self._warn(error)
+            self._close_files(logs or ())
+            logs = None  # opened again for the next row: perhaps there is room then
+        if name == "log":
+            self._logs = logs
+        else:
+            self._close_files(logs or ())
+
+    def _close_files(self, logs: Sequence[LogFile]) -> None:
+        for log in logs:
+            try:
+                log.close()
+            except OSError as error:  # what was buffered is lost
+                self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"rank {self._rank}: the log in {self.folder} cannot be written: {error}. Training goes on"
+                " and rows are lost until it can; is there room on the disk?",
+                stacklevel=4,
+            )
 
     def _open(self, name: str) -> list[LogFile]:
         modules = [registry.load(_PACKAGE, n, kind="log format") for n in self._formats]

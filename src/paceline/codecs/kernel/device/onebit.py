@@ -50,21 +50,41 @@ def _value(x, residual, index, inside, HAS_RESIDUAL: tl.constexpr):
 
 
 @triton.jit
-def _mean(x, residual, left, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Mean |value| of each row. The order of the sum is part of the format: 16 lanes, then their halves."""
+def _sums(
+    x,
+    residual,
+    left,
+    FACTOR: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """FACTOR · Σ |value| of each row. The order is part of the format: 16 lanes, then their halves."""
     row = tl.arange(0, ROWS)
     start = row[:, None] * BLOCK + tl.arange(0, 16)[None, :]
     lanes = tl.zeros([ROWS, 16], tl.float32)
     for group in tl.range(0, BLOCK // 16, loop_unroll_factor=8):
         index = start + group * 16
         value = _value(x, residual, index, index < left, HAS_RESIDUAL)
-        lanes += magnitude_of(value).to(tl.float32, bitcast=True)
+        lanes += magnitude_of(value).to(tl.float32, bitcast=True) * FACTOR
     lanes = tl.sum(tl.reshape(lanes, [ROWS, 2, 8]), axis=1)
     lanes = tl.sum(tl.reshape(lanes, [ROWS, 2, 4]), axis=1)
     lanes = tl.sum(tl.reshape(lanes, [ROWS, 2, 2]), axis=1)
-    total = tl.sum(lanes, axis=1)
+    return tl.sum(lanes, axis=1)
+
+
+@triton.jit
+def _mean(x, residual, left, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Mean |value| of each row; where the sum overflows, of values divided by the longest block."""
+    row = tl.arange(0, ROWS)
+    total = _sums(x, residual, left, 1.0, HAS_RESIDUAL, BLOCK, ROWS)
     length = tl.minimum(tl.maximum(left - row * BLOCK, 1), BLOCK)
-    return tl.div_rn(total, length.to(tl.float32))
+    mean = tl.div_rn(total, length.to(tl.float32))
+    is_too_large = total == float("inf")
+    if tl.max(is_too_large.to(tl.int32), axis=0) > 0:
+        smaller = _sums(x, residual, left, 1.0 / 4096, HAS_RESIDUAL, BLOCK, ROWS)
+        mean = tl.where(is_too_large, tl.div_rn(smaller, length.to(tl.float32)) * 4096.0, mean)
+    return mean
 
 
 @triton.jit
@@ -76,7 +96,10 @@ def _encode(
     x += base
     if HAS_RESIDUAL:
         residual += base
-    scale = bfloat_of(_mean(x, residual, left, HAS_RESIDUAL, BLOCK, ROWS))
+    mean = _mean(x, residual, left, HAS_RESIDUAL, BLOCK, ROWS)
+    scale = bfloat_of(mean)
+    # A finite mean stays finite where rounding to nearest would not.
+    scale = tl.where((scale == 0x7F80) & (mean < float("inf")), 0x7F7F, scale)
     row = tl.arange(0, ROWS)
     scales = body.to(tl.pointer_type(tl.int16)) + base // BLOCK
     tl.store(scales + row, scale.to(tl.int16), mask=row * BLOCK < left)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from paceline.train.logs.lines import cut_unfinished_line
+
+_KEEP = "surrogateescape"
 
 
 def open_log(folder: Path, name: str, first_step: int | None) -> Table:
@@ -24,8 +27,11 @@ class Table:
         cut_unfinished_line(path)
         self._columns: list[str] = []
         if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                self._columns = next(csv.reader(file), [])
+            with self._opened("r") as file:
+                try:
+                    self._columns = next(csv.reader(file), [])
+                except csv.Error as error:
+                    raise self._is_no_table(error) from error
         self._open()
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -42,16 +48,26 @@ class Table:
         self._file.close()
 
     def _open(self) -> None:
-        self._file = self._path.open("a", newline="", encoding="utf-8")
+        self._file = self._opened("a")
         self._writer = csv.DictWriter(self._file, self._columns, restval="", lineterminator="\n")
+
+    def _opened(self, mode: str) -> TextIO:
+        # A user may have edited the file in another encoding: such bytes are kept as they are.
+        return cast(TextIO, self._path.open(mode, newline="", encoding="utf-8", errors=_KEEP))
+
+    def _is_no_table(self, error: csv.Error) -> OSError:
+        return OSError(errno.EINVAL, f"it is no table ({error}); move the file away", str(self._path))
 
     def _widen(self, new: list[str]) -> None:
         self._file.close()
-        with self._path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        with self._opened("r") as file:
+            try:
+                rows = list(csv.DictReader(file))
+            except csv.Error as error:
+                raise self._is_no_table(error) from error
         self._columns += new
         partial = self._path.with_name(f".{self._path.name}.tmp")
-        with partial.open("w", newline="", encoding="utf-8") as file:
+        with partial.open("w", newline="", encoding="utf-8", errors=_KEEP) as file:
             writer = csv.DictWriter(
                 file, self._columns, restval="", extrasaction="ignore", lineterminator="\n"
             )

@@ -4,7 +4,8 @@
     PATH/7.rank0.pt, …        shards of generation 7, written by torch.save, read with weights_only
 
 A shard is written to a temporary file, fsynced and renamed; when every rank has done so, rank 0 does the same
-with the manifest; only then are the shards of the generation before removed. At every moment, also on a full
+with the manifest; only then is all removed that the manifest does not name: the shards of the generation
+before, and what killed saves left. At every moment, also on a full
 disk or after a kill, the manifest names one complete checkpoint. All ranks must see the same folder.
 """
 
@@ -19,10 +20,12 @@ from typing import Any
 import torch
 
 import paceline
+from paceline import user_input
 from paceline._core import crc32c
-from paceline.errors import CheckpointError
+from paceline.errors import CheckpointError, ConfigError
 from paceline.train import plain
-from paceline.types import Communicator
+from paceline.train.saving.storable import storable
+from paceline.types import Communicator, named
 
 _FORMAT = 1
 _WRITTEN, _FAILED = 1, 2  # and 0 from ranks that are dead
@@ -41,19 +44,26 @@ def write(path: str | os.PathLike[str], shard: dict[str, Any], comm: Communicato
 
     Raises CheckpointError on all ranks if any of them failed; the checkpoint that was there stays valid.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(
+            f"job.save({path!r}): the path of a folder expected; job.checkpoint is one only with"
+            " init(checkpoint=…) or --checkpoint"
+        )
     folder = Path(path)
     generation = _next_generation(folder, comm)
     name = f"{generation}.rank{comm.rank}.pt"
     failure, size_bytes, crc = "", 0, 0
     try:
         payload = io.BytesIO()
-        torch.save(shard, payload)
+        torch.save({key: storable(part, key) for key, part in shard.items()}, payload)
         view = payload.getbuffer()
         size_bytes, crc = view.nbytes, crc32c(view)
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(folder / name, view)
     except Exception as error:  # whatever it was, the other ranks must hear of it
         failure = f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError):
+            failure += "; is there room on the disk?"
     facts = torch.zeros(comm.size, 3, dtype=torch.int64)
     facts[comm.rank] = torch.tensor([_FAILED if failure else _WRITTEN, size_bytes, crc])
     comm.all_reduce(facts).wait()
@@ -64,10 +74,10 @@ def write(path: str | os.PathLike[str], shard: dict[str, Any], comm: Communicato
     comm.broadcast(done).wait()
     if not done:
         (folder / name).unlink(missing_ok=True)
-        own = f" here: {failure}." if failure else ""
+        own = f" here: {failure}" if failure else ""
         raise CheckpointError(
-            f"rank {comm.rank}: checkpoint {folder} was not written (failed on ranks {failed or [0]});{own}"
-            " The checkpoint that was there before is kept. Is there room on the disk?"
+            f"rank {comm.rank}: checkpoint {folder} was not written (failed on {named(failed or [0])}), and"
+            f" the one that was there before is kept;{own}"
         )
     _remove_older(folder, generation, comm)
 
@@ -96,7 +106,7 @@ def read(path: str | os.PathLike[str], comm: Communicator) -> tuple[dict[str, An
     if failed.any():
         ranks = failed.nonzero().flatten().tolist()
         raise CheckpointError(
-            f"rank {comm.rank}: checkpoint {folder} cannot be read (on ranks {ranks}):"
+            f"rank {comm.rank}: checkpoint {folder} cannot be read (on {named(ranks)}):"
             f" {failure or 'it is fine here'}"
         )
     return own, first, manifest["size"]
@@ -152,12 +162,31 @@ def _write_manifest(folder: Path, generation: int, facts: torch.Tensor) -> str:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        if manifest["format"] != _FORMAT:
-            return {"failure": f"it has format {manifest['format']}, this version reads {_FORMAT}"}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return {"failure": f"{folder / MANIFEST}: {type(error).__name__}: {error}"}
+        manifest = user_input.read_json(folder / MANIFEST, what="manifest")
+    except ConfigError as error:
+        return {"failure": str(error)}
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        return {"failure": f"{folder / MANIFEST} is not a manifest"}
+    if manifest["format"] != _FORMAT:
+        return {"failure": f"it has format {manifest['format']!r:.80}, this version reads {_FORMAT}"}
+    files, size, generation = (manifest.get(key) for key in ("files", "size", "generation"))
+    # A job that had lost ranks saved fewer shards, and writes 0.
+    is_fine = (
+        isinstance(files, list)
+        and files
+        and all(isinstance(file, dict) and _is_entry(file) for file in files)
+        and all(isinstance(n, int) and 0 <= n < 1 << 62 for n in (size, generation))
+        and size in (0, len(files))
+    )
+    if not is_fine:
+        return {"failure": f"{folder / MANIFEST} is damaged; restore it or an older checkpoint"}
     return manifest
+
+
+def _is_entry(file: dict[str, Any]) -> bool:
+    return isinstance(file.get("name"), str) and all(
+        isinstance(file.get(key), int) and file[key] >= 0 for key in ("bytes", "crc32c")
+    )
 
 
 def _read_shard(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
@@ -174,10 +203,45 @@ def _read_shard(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _remove_older(folder: Path, generation: int, comm: Communicator) -> None:
-    """Each rank removes its own old shards; rank 0 also those of ranks that no longer exist."""
-    for file in folder.glob("*.rank*.pt"):
-        number, _, rank = file.name.removesuffix(".pt").partition(".rank")
-        if number.isdigit() and rank.isdigit() and int(number) < generation:
-            owner = int(rank) if int(rank) < comm.size else 0
-            if owner == comm.rank:
-                file.unlink(missing_ok=True)
+    """Each rank removes its own old shards; rank 0 also all else that no manifest names.
+
+    No rank writes here meanwhile: the next save begins with a broadcast from rank 0.
+    """
+    if comm.rank == 0:
+        clean(folder)
+        return
+    for file in folder.glob(f"*.rank{comm.rank}.pt"):
+        number = user_input.digits(file.name.partition(".")[0])
+        if number is not None and number < generation:
+            file.unlink(missing_ok=True)
+
+
+def clean(path: str | os.PathLike[str]) -> list[str]:
+    """Remove what killed saves left in a checkpoint's folder, while no job saves there.
+
+    Args:
+        path: The checkpoint's folder.
+
+    Returns:
+        Names of the removed files: temporary ones, and shards that the manifest does not name. Shards stay
+        where there is no readable manifest.
+
+    Raises:
+        CheckpointError: It is not a folder.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint {folder}: a folder expected; there is none (in {Path.cwd()})")
+    found = [f for f in folder.glob(".*.tmp") if _is_shard(f.name[1:-4]) or f.name == f".{MANIFEST}.tmp"]
+    manifest = _read_manifest(folder)
+    if "failure" not in manifest:
+        named = {entry["name"] for entry in manifest["files"]}
+        found += [f for f in folder.glob("*.rank*.pt") if _is_shard(f.name) and f.name not in named]
+    for file in found:
+        file.unlink(missing_ok=True)
+    return sorted(file.name for file in found)
+
+
+def _is_shard(name: str) -> bool:
+    number, _, rank = name.removesuffix(".pt").partition(".rank")
+    return name.endswith(".pt") and None not in (user_input.digits(number), user_input.digits(rank))

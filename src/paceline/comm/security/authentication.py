@@ -10,7 +10,7 @@ that an unknown peer sends decides how much is read. It authenticates; it does n
 WireGuard between sites).
 
 The two classes are state machines without input or output: `feed` takes received bytes and returns what to
-send.
+send. `authenticate` runs one on a blocking socket.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import socket
 import struct
+import time
 
+from paceline.comm.security.receive import receive_exactly
 from paceline.errors import ProtocolError
 
 MAGIC = b"PACELN\x01\x00"
@@ -91,3 +94,18 @@ class Acceptor:
             )
         self.needs, self.is_done = 0, True
         return b""
+
+
+def authenticate(sock: socket.socket, guard: Initiator | Acceptor, *, timeout_s: float) -> None:
+    """Perform one side of the handshake on a blocking socket, within `timeout_s` seconds in all.
+
+    Raises OSError when the other side hangs up or is too slow, ProtocolError when it does not know the
+    secret. The socket has no timeout afterwards.
+    """
+    deadline = time.monotonic() + timeout_s
+    if opening := guard.start():
+        sock.sendall(opening)
+    while not guard.is_done:
+        if answer := guard.feed(bytes(receive_exactly(sock, guard.needs, deadline=deadline))):
+            sock.sendall(answer)
+    sock.settimeout(None)

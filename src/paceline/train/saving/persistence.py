@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from paceline.errors import CheckpointError
 from paceline.train import random_state
 from paceline.train.attachment import Attachment
 from paceline.train.data.loader import ShardedLoader
+from paceline.train.optimizer_steps import stateful
+from paceline.train.replica import compact
 
 
 class Stateful(Protocol):
@@ -42,6 +45,14 @@ class JobParts:
     attachments: Sequence[Attachment]
     loaders: Sequence[ShardedLoader]
     registered: Mapping[str, Stateful]
+
+
+def free_name(registered: Mapping[str, Stateful], name: str, thing: object) -> str:
+    """`name`, or with the first number behind it that no other thing is registered under."""
+    number = 0
+    while registered.get(f"{name}{number or ''}", thing) is not thing:
+        number += 1
+    return f"{name}{number or ''}"
 
 
 def collect(parts: JobParts, position: JobPosition, extra: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -79,7 +90,7 @@ def _collect_model(attachment: Attachment, rank: int) -> dict[str, Any]:
             key: value.detach().clone() if isinstance(value, torch.Tensor) else value
             for key, value in replica.module.state_dict().items()
         }
-        state["optimizers"] = [o.state_dict() for o in replica.optimizers]
+        state["optimizers"] = [stateful(o).state_dict() for o in replica.optimizers]
     consensus = strategy.consensus()
     if consensus is not None and rank == 0:
         state["consensus"] = consensus
@@ -91,7 +102,8 @@ def restore(
 ) -> tuple[JobPosition, dict[str, Any]]:
     """Put a checkpoint's state into a prepared job; returns its position, and what was saved as `extra`.
 
-    From another number of ranks only the model, optimizers, registered objects and the epoch are taken.
+    From another number of ranks only the model, optimizers, registered objects and the position in the data
+    are taken.
     """
     _check_fits(parts, first)
     same_size = saved_size == parts.size
@@ -110,6 +122,19 @@ def restore(
     saved = own["job"]
     fields = {f.name: saved[f.name] for f in dataclasses.fields(JobPosition)}
     return JobPosition(**fields), own["extra"]
+
+
+def _load_module(module: nn.Module, state: dict[str, Any]) -> None:
+    """As `load_state_dict`, which cannot write to expanded buffers."""
+    expanded = {n: b for n, b in module.named_buffers() if n in state and compact(b) is not b}
+    found = module.load_state_dict({k: v for k, v in state.items() if k not in expanded}, strict=False)
+    missing = set(found.missing_keys) - set(expanded)
+    if missing or found.unexpected_keys:
+        raise KeyError(f"missing {sorted(missing)}, unexpected {found.unexpected_keys}")
+    with torch.no_grad():
+        for name, buffer in expanded.items():
+            small = compact(buffer)
+            small.copy_(state[name][tuple(slice(0, size) for size in small.shape)])
 
 
 def _check_fits(parts: JobParts, first: dict[str, Any]) -> None:
@@ -132,9 +157,12 @@ def _restore_model(
     replica = attachment.replica
     source = own if "model" in own else first
     try:
-        replica.module.load_state_dict(source["model"])
-        for optimizer, state in zip(replica.optimizers, source["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+        _load_module(replica.module, source["model"])
+        if replica.optimizers:
+            for optimizer, state in zip(map(stateful, replica.optimizers), source["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        else:
+            replica.late_states = list(source["optimizers"])  # for one that is made after prepare
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"the checkpoint does not fit this model or optimizer: {error}") from error
     replica.adopt()
@@ -162,15 +190,12 @@ def _placed(value: Any, device: torch.device) -> Any:
 
 
 def _restore_elsewhere(parts: JobParts, first: dict[str, Any], saved_size: int) -> None:
-    epochs = [position["epoch"] for position in first["loaders"]]
-    for loader, epoch in zip(parts.loaders, epochs, strict=True):
-        loader.epoch, loader.step = epoch, 0
+    for loader, position in zip(parts.loaders, first["loaders"], strict=True):
+        loader.load_elsewhere(position)
     if parts.rank == 0:
-        mid = any(position["step"] for position in first["loaders"])
         ranks = f"{saved_size} ranks" if saved_size else "a job that had lost ranks"
         warnings.warn(
-            f"checkpoint of {ranks} loaded into {parts.size}: model, optimizer and epoch are taken"
-            " over, random states and the strategy's state start fresh"
-            + ("; the epoch that was interrupted starts again" if mid else ""),
+            f"checkpoint of {ranks} loaded into {parts.size}: model, optimizer and position in the data are"
+            " taken over, random states and the strategy's state start fresh",
             stacklevel=4,
         )

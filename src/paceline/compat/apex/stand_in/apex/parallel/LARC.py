@@ -1,0 +1,5 @@
+"""Where scripts import `LARC` from."""
+
+from paceline.compat.apex.larc import LARC
+
+__all__ = ["LARC"]

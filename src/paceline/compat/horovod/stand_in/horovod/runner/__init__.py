@@ -1,0 +1,3 @@
+"""`horovod.run` from Python."""
+
+from paceline.compat.horovod.common.launch import run  # noqa: F401

@@ -1,0 +1,3 @@
+"""Where scripts import `SyncBatchNorm` from."""
+
+from paceline.compat.horovod.sync_batch_norm import SyncBatchNorm  # noqa: F401

@@ -1,0 +1,172 @@
+"""The loaders of a job, and which models learn the sizes of their batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from paceline.errors import ConfigError
+from paceline.train.data.batch_sizes import BatchSizeOf
+from paceline.train.data.loader import BatchBegins, ShardedLoader
+from paceline.train.data.shard import shard
+from paceline.types import Communicator
+
+
+class Follower(Protocol):
+    """A prepared model."""
+
+    has_loader: bool
+    minibatches: int
+
+    @property
+    def is_mid_window(self) -> bool: ...
+    @property
+    def module(self) -> nn.Module: ...
+    def batch_begins(self, own_samples: int, all_samples: int, is_last: bool) -> None: ...
+    def data_ends(self) -> None: ...
+
+
+class Loaders(Sequence[ShardedLoader]):
+    """A job's prepared loaders, in order.
+
+    Models prepared together with a loader follow it; a model prepared without one follows all. What is handed
+    out without gradients, while all followers are in evaluation mode, is no training.
+
+    Args:
+        comm: The job's communicator.
+        seed: Of the order of samples; None: rank 0's seed of torch.
+        followers: The job's prepared models, now and later.
+        on_batch: Called after the followers, for each batch to train on.
+        on_boundary: Called before each batch.
+        on_dropped: Called with batches, and samples of all ranks, that were only looked at.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        seed: int | None,
+        followers: Sequence[Follower],
+        *,
+        on_batch: BatchBegins,
+        on_boundary: Callable[[], None],
+        on_dropped: Callable[[int, int], None],
+    ) -> None:
+        self._comm, self._followers = comm, followers
+        self.seed = seed
+        """Of the order of samples in loaders that are added from now on; None: rank 0's seed of torch."""
+        self._on_batch, self._on_boundary, self._on_dropped = on_batch, on_boundary, on_dropped
+        self._all: list[ShardedLoader] = []
+        self._own: dict[int, list[ShardedLoader]] = {}  # by model
+        self._is_closed = False
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._all[index]
+
+    def add(
+        self,
+        source: Any,
+        models: Sequence[nn.Module],
+        *,
+        per_worker: bool,
+        divided: bool,
+        batch_size_of: BatchSizeOf | None = None,
+    ) -> ShardedLoader:
+        """Stand in for a DataLoader; ConfigError if it cannot be divided.
+
+        Args:
+            source: The DataLoader, or a loader that was prepared before.
+            models: The models that are prepared with it.
+            per_worker: Whether its batch size counts per worker.
+            divided: Whether its samples are divided over the ranks.
+            batch_size_of: The number of samples of a ready-made batch; None: it is found out.
+        """
+        if isinstance(source, ShardedLoader):
+            source = source.source
+        loader = shard(
+            source,
+            self._comm,
+            seed=self._next_seed(),
+            per_worker=per_worker,
+            divided=divided,
+            batch_size_of=batch_size_of,
+        )
+        loader.on_batch.append(lambda own, every, is_last: self._begin(loader, own, every, is_last))
+        loader.on_end.append(lambda: self._end(loader))
+        loader.on_boundary.append(self._at_boundary)
+        loader.on_dropped.append(self._on_dropped)
+        loader.progress = lambda: self._progress(loader)
+        loader.evaluates = lambda: self._evaluates(loader)
+        self._all.append(loader)
+        for model in models:
+            self._own.setdefault(id(model), []).append(loader)
+        for follower in self._following(loader):
+            follower.has_loader = True
+        return loader
+
+    def welcome(self, follower: Follower) -> None:
+        """A model was prepared, perhaps again: it follows the loaders that there are."""
+        follower.has_loader = bool(self._own.get(id(follower.module)) or self._all)
+
+    def close(self) -> None:
+        """Hand out no more batches: each rank would go on training alone."""
+        self._is_closed = True
+
+    def _at_boundary(self) -> None:
+        if self._is_closed:
+            raise ConfigError(
+                "the job of this loader is closed, and its models are no longer trained together: call"
+                " job.close() after the last batch, or paceline.init() and prepare for another training"
+            )
+        self._on_boundary()
+
+    def untrained(self) -> tuple[int, int]:
+        """Batches, and samples of all ranks, that were counted and that nothing was trained on so far."""
+        each = [loader.untrained() for loader in self._all]
+        return sum(batches for batches, _ in each), sum(samples for _, samples in each)
+
+    def in_hand(self) -> ShardedLoader | None:
+        """The loader of the last batch of a pass that is not over; None outside passes."""
+        found = [(number, loader) for loader in self._all for number, _ in loader.in_hand]
+        return max(found, key=lambda one: one[0])[1] if found else None
+
+    def _begin(self, loader: ShardedLoader, own: int, every: int, is_last: bool) -> bool:
+        following = [one for one in self._following(loader) if one.module.training or torch.is_grad_enabled()]
+        for one in following:
+            one.batch_begins(own, every, is_last)
+        if following or not self._followers:
+            self._on_batch(own, every, is_last)
+            return True
+        return False
+
+    def _evaluates(self, loader: ShardedLoader) -> bool:
+        concerned = self._following(loader) or self._followers
+        return bool(concerned) and not any(one.module.training for one in concerned)
+
+    def _progress(self, loader: ShardedLoader) -> object:
+        """Another value after each backward pass of those that follow; without any, always another."""
+        return [(one.minibatches, one.is_mid_window) for one in self._following(loader)] or object()
+
+    def _end(self, loader: ShardedLoader) -> None:
+        for one in self._following(loader):
+            one.data_ends()
+
+    def _following(self, loader: ShardedLoader) -> list[Follower]:
+        found = []
+        for one in self._followers:
+            own = self._own.get(id(one.module))
+            if own is None or loader in own:
+                found.append(one)
+        return found
+
+    def _next_seed(self) -> int:
+        """Rank 0's seed on every rank, so that all draw the same order."""
+        own = self.seed if self.seed is not None else torch.initial_seed()
+        seed = torch.tensor([own & (2**62 - 1)])
+        self._comm.broadcast(seed).wait()
+        return int(seed) + len(self._all)

@@ -1,0 +1,1 @@
+"""Gradients of a prepared model: what they count, and where they go."""

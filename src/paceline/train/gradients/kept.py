@@ -1,0 +1,49 @@
+"""Gradients that wait for the end of their window in `job.accumulate`: whether the loop has changed them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+# ruff: noqa: SLF001  torch's counts of changes in place, and of what a tensor is a view
+
+
+class KeptGradients:
+    """What backward left, to be compared with what is there later."""
+
+    def __init__(self) -> None:
+        self._all: list[tuple[nn.Parameter, torch.Tensor | None, int]] = []
+
+    def note(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Keep the gradients as they are now."""
+        self._all = [(p, p.grad, 0 if p.grad is None else p.grad._version) for p in parameters]
+
+    def forget(self) -> None:
+        """They are reduced, or a further backward pass changes them."""
+        self._all = []
+
+    def are_changed(self, arrived: nn.Parameter | None = None) -> bool:
+        """Whether one of them was replaced or changed in place.
+
+        Args:
+            arrived: A parameter whose next gradient backward has just added; None: no backward pass runs.
+        """
+        return any(not _is_same(*one, arrived) for one in self._all)
+
+
+def _is_same(
+    parameter: nn.Parameter, before: torch.Tensor | None, version: int, arrived: nn.Parameter | None
+) -> bool:
+    now = parameter.grad
+    if before is None:
+        return now is None or parameter is arrived
+    if parameter is arrived and now is not None and now.requires_grad:
+        return True  # create_graph=True: the sum is a new tensor
+    if now is not before or parameter is arrived:
+        return now is before
+    added = None if arrived is None else arrived.grad
+    # Views of one buffer, as zero_grad(set_to_none=False) leaves them, share their count.
+    shares = added is not None and added._base is not None and added._base is before._base
+    return now._version == version + shares

@@ -1,0 +1,122 @@
+"""What the gradient of each backward pass counts in the mean over all ranks.
+
+A reduced gradient is Σ unit · (what a rank has accumulated); the units of all ranks add up to 1. A backward
+pass that is reduced by itself needs no more: its unit is this rank's share of the samples. Where several
+passes are summed up before they are reduced, each has a share of its own: the unit is 1/P, and the gradient
+of each pass is multiplied by P · share before autograd adds it to `grad`. That costs nothing where all ranks
+have equally many samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.autograd.graph import get_gradient_edge
+
+from paceline.errors import ConfigError
+from paceline.train.replica import FlatReplica
+
+LOSS_REDUCTIONS = ("mean", "sum")
+
+
+def check_reduction(name: str) -> None:
+    """ConfigError for another name."""
+    if name not in LOSS_REDUCTIONS:
+        raise ConfigError(f"loss_reduction={name!r}: 'mean' or 'sum' expected")
+
+
+class GradientWeights:
+    """The weights of one model's backward passes on this rank.
+
+    Args:
+        replica: The model; its `weight` is the unit.
+        size: P.
+        loss_reduction: Whether the loss is a "mean" over samples or tokens, or their "sum".
+        reduces: Whether gradients are summed over the ranks; otherwise they stay this rank's own.
+    """
+
+    def __init__(self, replica: FlatReplica, size: int, *, loss_reduction: str, reduces: bool) -> None:
+        self._replica, self._size, self._reduces = replica, size, reduces
+        self._is_sum = loss_reduction == "sum"
+        self.repeats = False
+        """Whether this rank ran out of data, and its batch counts nothing."""
+        self.is_shared = False
+        """Whether samples of this rank are part of other ranks' losses too: through SyncBatchNorm."""
+        self.is_cut = False
+        """Whether the gradient ends at the model's outputs: only other ranks' losses have a gradient here."""
+        self._nodes: list[Any] = []  # autograd keeps a hook while its node is referred to
+        self._handles: list[Any] = []
+        self.clear()
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether the loss is a sum, which needs no counts."""
+        return self._is_sum
+
+    @property
+    def factor(self) -> float:
+        """By what the gradient of the coming pass is multiplied before it is added up."""
+        return self._factor
+
+    @property
+    def share(self) -> float:
+        """By what this rank's loss is multiplied so that all ranks' add up to that of one process."""
+        return self._scaled_share() / self._size
+
+    def clear(self) -> None:
+        """All ranks count alike from now on."""
+        self.repeats = False
+        self.set(1.0, float(self._size), is_alone=True)
+
+    def set(self, own: float, every: float, *, is_alone: bool) -> None:
+        """Say how many samples or tokens the coming backward passes stand for.
+
+        Args:
+            own: Those of this rank.
+            every: Those of all ranks.
+            is_alone: Whether the next pass is reduced by itself, without others before it.
+        """
+        self._own, self._all = own, every
+        self.weigh(is_alone=is_alone)
+
+    def weigh(self, *, is_alone: bool) -> None:
+        """Choose unit and factor for the counts that were set; `is_alone` as for `set`."""
+        is_alone = is_alone and not self.is_shared and not self._is_sum and self._all > 0
+        if is_alone:
+            self._replica.weight, self._factor = self._own / self._all, 1.0
+        else:
+            self._replica.weight, self._factor = 1.0 / self._size, self._scaled_share()
+        if not self._reduces:
+            self._factor = 1.0 if self._own > 0 else 0.0
+        self.is_cut = self.is_shared and self._factor == 0.0 and not self.repeats
+        if self.is_cut:
+            self._factor = 1.0
+        if self._factor != 1.0 and not self._handles:
+            self._hook()
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._nodes = [], []
+
+    def _scaled_share(self) -> float:
+        if self._is_sum:
+            return float(self._size) if self._own > 0 else 0.0
+        return self._own * self._size / self._all if self._all > 0 else 0.0
+
+    def _hook(self) -> None:
+        with torch.enable_grad():
+            self._nodes = [get_gradient_edge(p).node for p in self._replica.trained]
+        self._handles = [node.register_prehook(self._multiply) for node in self._nodes]
+
+    def _multiply(self, gradients: Sequence[torch.Tensor | None]) -> Any:
+        """What autograd is about to add to a parameter's `grad`."""
+        factor = self._factor
+        if factor == 1.0:
+            return None
+        if factor == 0.0:  # not 0 · gradient: the mean over no tokens is NaN
+            return tuple(None if g is None else torch.zeros_like(g) for g in gradients)
+        return tuple(None if g is None else g * factor for g in gradients)

@@ -1,0 +1,1 @@
+"""What prepared modules do beside training: statistics over the ranks, hooks."""
