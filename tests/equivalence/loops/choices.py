@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -64,6 +63,7 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
         "streaming_diloco(period=4, fragments=2)", "gossip(mode=synchronous)", "parameter_server",
         "decentralized_threshold(tau=0.01)",
     ),
+    "aside": (None, "main_first", "on_main", "set_seed", "track"),
 }  # fmt: skip
 SIMPLEST = {
     "habit": 0.9, "codec": 0.6, "precision": 0.3, "data": 0.5, "prepares": 0.7, "loss": 0.3, "model": 0.2,
@@ -205,8 +205,3 @@ def shrunk(choices: Choices) -> Iterator[Choices]:
 def told(choices: Choices) -> str:
     """What is not the simplest, as one line."""
     return ", ".join(f"{k}={v!r}" for k, v in choices.items() if v != DIMENSIONS[k][0]) or "the simplest loop"
-
-
-def pairs(choices: Choices) -> set[tuple[str, Any, str, Any]]:
-    """Every two choices of one loop, for the table of what was covered."""
-    return {(a, choices[a], b, choices[b]) for a, b in itertools.combinations(DIMENSIONS, 2)}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from asides import Asides
 from choices import Choices, is_exact
 from habits import at_epoch, at_step, once_prepared
 from models import make, output
+from plain import PlainJob
 from runs import state
 from sources import Samples, batch_size_of, collate, loader_of, parts
 from stepping import optimizers_of
@@ -38,11 +38,13 @@ class Run:
         self.seen: list[Any] = []
         self.kept: list[Any] = []
         self.counts: list[list[int]] = []
+        self.asides = Asides(c["aside"], folder)
         self.build()
 
     def build(self) -> None:
         """Models, optimizers and everything else, new, and prepared."""
         c, job = self.c, self.job
+        self.asides.begin(job)
         self.loader: Any = loader_of(c, job)  # a split draws from what `init` seeded
         self.models = [make(c["model"], seed, self.dtype) for seed in range(c["num_models"])]
         self.optimizers = optimizers_of(c, self.models)
@@ -372,6 +374,7 @@ class Run:
         return loader
 
     def note(self, epoch: int) -> None:
+        self.asides.note(self.job, epoch)
         self.counts.append([epoch, self.job.step, self.job.samples])
         self.seen += [[g["lr"] for g in o.param_groups] for o in self.optimizers]
         if self.c["evaluate"] == "epoch":
@@ -393,90 +396,6 @@ class Run:
             "minibatches": [a.minibatches for a in self.job.attachments],
             "seen": self.seen,
             "constants": [b.tolist() for m in self.models for n, b in m.named_buffers() if n == "table"],
+            "asides": self.asides.result(self.job),
             "kept": [gradient.detach().clone() for gradient in self.kept],
         }
-
-
-class PlainJob:
-    """One process with nothing but PyTorch, for loops whose order of samples needs no generator of ours."""
-
-    def __init__(self) -> None:
-        self.step = self.samples = self.rank = 0
-        self.attachments: list[Any] = []
-        self.size = 1
-
-    def prepare(self, *things: Any, batch_size_of: Any = None, **_: Any) -> Any:
-        found = tuple(_Counted(t, self, batch_size_of) if isinstance(t, DataLoader) else t for t in things)
-        return found[0] if len(found) == 1 else found
-
-    def weight(self, count: Any) -> None:
-        """One process has all of it."""
-
-    def register(self, **things: Any) -> None:
-        """Nothing is saved here."""
-
-    def accumulate(self) -> Any:
-        return contextlib.nullcontext()
-
-    def backward(self, loss: Any, **keywords: Any) -> None:
-        loss.backward(**keywords)
-
-    def gather_for_metrics(self, values: Any) -> Any:
-        return values
-
-    def skip_first_batches(self, loader: Any, count: int) -> Any:
-        loader.skipped = count
-        return loader
-
-    def save_model(self, model: nn.Module, path: Path) -> None:
-        torch.save(model.state_dict(), path)
-
-    def epochs(self, count: int) -> Iterator[int]:
-        yield from range(count)
-
-    def evaluate(
-        self, model: nn.Module, data: Any, metrics: Any, *, forward: Any, average: bool = False
-    ) -> dict[str, float]:
-        data = DataLoader(data, 5) if isinstance(data, Samples) else getattr(data, "loader", data)
-        was, buffers = model.training, copy.deepcopy(dict(model.named_buffers()))
-        model.eval()
-        with torch.no_grad():
-            rows = [metrics["squared"](*forward(model, batch)) for batch in data]
-        model.train(was)
-        for name, buffer in model.named_buffers():
-            if not torch.equal(buffer, buffers[name]):
-                buffer.copy_(buffers[name])
-        return {"squared": sum(a for a, _ in rows) / sum(b for _, b in rows)}
-
-
-class _Counted:
-    def __init__(self, loader: Any, job: PlainJob, batch_size_of: Any) -> None:
-        self.loader, self.job, self.batch_size_of = loader, job, batch_size_of
-        self.skipped = 0
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        skipped, self.skipped = self.skipped, 0
-        for batch in itertools.islice(self.loader, skipped, None):
-            self.job.step += 1
-            count = self.batch_size_of or (lambda batch: len(parts(batch)[0]))
-            self.job.samples += count(batch)
-            yield batch
-
-
-def is_plain(c: Choices) -> bool:
-    """Whether PyTorch alone trains on the same samples in the same order."""
-    is_ours = c["order"] == "shuffle" or c["data"] in ("split", "by_hand")
-    if c["order"] == "batch_sampler" and (c["leaves_early"] or c["resume"]):
-        return False  # torch's random sampler draws once more at its end, which PyTorch alone does not reach
-    return not (is_ours or c["habit"] or c["codec"])
-
-
-def covered(all_pairs: set[Any]) -> float:
-    """Share of all pairs of choices that are in `all_pairs`."""
-    from choices import DIMENSIONS
-
-    total = sum(len(DIMENSIONS[a]) * len(DIMENSIONS[b]) for a, b in itertools.combinations(DIMENSIONS, 2))
-    return len(all_pairs) / total

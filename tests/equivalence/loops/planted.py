@@ -27,8 +27,9 @@ from test_loops import difference  # noqa: E402
 from paceline.codecs.reducers import reducer  # noqa: E402
 from paceline.errors import ConfigError  # noqa: E402
 from paceline.strategies.base.strategy import TrainingStrategy  # noqa: E402
-from paceline.train import evaluate, joining, preparation, replica  # noqa: E402
+from paceline.train import evaluate, joining, preparation, random_state, replica  # noqa: E402
 from paceline.train.attachment import Attachment  # noqa: E402
+from paceline.train.calls.ranks import RankCalls  # noqa: E402
 from paceline.train.data import evaluation, map_loader, shard, streams  # noqa: E402
 from paceline.train.data.batch_sizes import Measured  # noqa: E402
 from paceline.train.data.following import Loaders  # noqa: E402
@@ -202,6 +203,10 @@ FAULTS: dict[str, Fault] = {
     "a sampler without an end is cut": instead(
         map_loader, "finite", lambda sampler, count: itertools.islice(sampler, 2 * count)
     ),
+    "what rank 0 is to do, all ranks do": instead(RankCalls, "on_main", lambda self, function: function),
+    "set_seed seeds ranks differently": instead(
+        RankCalls, "set_seed", lambda self, seed: random_state.seed_worker(seed, self.comm.rank)
+    ),
     "unused gradients are zero": after(Attachment, "_return_unused", lambda self, _: _zeros(self)),
 }
 
@@ -272,6 +277,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "a resumed pass begins at its start": {"resume": ("epoch", "middle")},
     "a resumed run forgets the optimizer": {"resume": ("epoch", "middle")},
     "a sampler without an end is cut": {"habit": "endless"},
+    "what rank 0 is to do, all ranks do": {"aside": "on_main"},
+    "set_seed seeds ranks differently": {"aside": "set_seed"},
     "unused gradients are zero": {"model": "unused"},
     "two iterators at once": {"habit": "zip"},
     "a look ahead counts": {"looks": True},

@@ -1,19 +1,14 @@
 """Generated loops: by several ranks as by one process, or refused in words that mend it.
 
-    python tests/equivalence/loops/test_loops.py 1000 --seed 0
-
-runs that many loops, shrinks what differs to a few choices, and tells which pairs of choices were covered.
+`many.py` beside it runs as many as one likes.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import tempfile
-import time
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # also as a script
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # also for scripts
 
-from choices import Choices, draw, is_exact, pairs, shrunk, told  # noqa: E402
+from choices import Choices, draw, is_exact, shrunk, told  # noqa: E402
 from habits import REFUSALS  # noqa: E402
-from loop import PlainJob, Run, covered, is_plain  # noqa: E402
+from loop import Run  # noqa: E402
+from plain import PlainJob, is_plain  # noqa: E402
 from runs import assert_equal  # noqa: E402
 
 import paceline  # noqa: E402
@@ -39,14 +35,15 @@ COUNTS = ("schedulers", "length", "counts")
 class ThreadJob:
     """A rank's job, which can be started again in the same thread."""
 
-    def __init__(self) -> None:
-        self.__dict__["job"] = paceline.init(seed=0)
+    def __init__(self, logs: Path | None) -> None:
+        self.__dict__["job"] = paceline.init(seed=0, log_dir=logs)
+        self.__dict__["logs"] = logs
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.job, name)
 
     def again(self) -> ThreadJob:
-        return ThreadJob()
+        return ThreadJob(self.logs)
 
 
 def by(size: int, c: Choices) -> list[Any]:
@@ -55,7 +52,8 @@ def by(size: int, c: Choices) -> list[Any]:
         warnings.simplefilter("ignore", UserWarning)
 
         def rank() -> Any:
-            return Run(c, ThreadJob(), Path(folder))()
+            logs = Path(folder) / "logs" if c["aside"] == "track" else None
+            return Run(c, ThreadJob(logs), Path(folder))()
 
         return list(simulate(rank, num_workers=size))
 
@@ -150,27 +148,3 @@ def test_a_loop(seed: int) -> None:
 def test_many_loops(first: int) -> None:
     for seed in range(first, first + 400):
         test_a_loop(seed)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("count", type=int)
-    parser.add_argument("--seed", type=int, default=0, help="of the first loop")
-    options = parser.parse_args()
-    met: set[Any] = set()
-    found: Counter[str] = Counter()
-    began = time.monotonic()
-    for seed in range(options.seed, options.seed + options.count):
-        c = draw(seed)
-        met |= pairs(c)
-        if wrong := difference(c):
-            small = smallest(c)
-            found[told(small)] += 1
-            if found[told(small)] == 1:
-                print(f"seed {seed}: {told(small)}: {difference(small) or wrong}", flush=True)
-    rate = options.count / (time.monotonic() - began)
-    print(f"{options.count} loops, {sum(found.values())} wrong, {rate:.1f}/s; {covered(met):.0%} of pairs")
-
-
-if __name__ == "__main__":
-    main()

@@ -69,6 +69,29 @@ def test_rows_by_step_and_by_rank(tmp_path: Path, strategy: str) -> None:
 
 
 @pytest.mark.xdist_group("processes")
+def test_in_a_simulation_without_a_folder_no_rank_waits_for_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def body() -> list[Any]:
+        job = paceline.init(seed=0)
+        model = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loader = DataLoader(TensorDataset(torch.ones(8, 2)), batch_size=4)
+        model, optimizer, loader = job.prepare(model, optimizer, loader, batch="global")
+        for _ in job.epochs(1):
+            for (x,) in loader:
+                model(x).sum().backward()
+                optimizer.step()
+                job.log(loss=1.0)
+        return job.gather_objects(job.rank)
+
+    assert paceline.simulate(body, num_workers=2).results == [[0, 1], [0, 1]]
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["log.csv", "log.jsonl"]
+
+
 def test_ranks_that_are_processes_hand_over_their_counts(tmp_path: Path) -> None:
     paceline.launch(train, num_workers=2, args=(tmp_path, "local_sgd(period=2)"))
     assert [(row["rank"], row["steps"]) for row in rows(tmp_path / "ranks.jsonl")] == [(0, 12), (1, 12)]

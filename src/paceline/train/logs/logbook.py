@@ -3,7 +3,8 @@
 `log.jsonl` and `log.csv` (rank 0) have one row per call: `epoch`, `step`, `seconds` of training, then what
 happened since the row before: `samples_per_s` (all ranks), `payload_bytes` and `wait_s` (this rank, training
 only), `staleness` (updates by others that the last pull brought; empty where the strategy has none); then the
-caller's values. `ranks.jsonl` and `ranks.csv` have one row per rank with what `job.stats()` counts.
+caller's values. `ranks.jsonl` and `ranks.csv` have one row per rank with what `job.stats()` counts (in a
+simulation only with `init(log_dir=)`).
 A resumed run appends; where steps repeat, the later row counts.
 """
 
@@ -90,6 +91,8 @@ class Logbook:
     ) -> None:
         self._rank, self._size, self._store, self._gather = rank, size, store, gather
         self._folder = None if folder is None else Path(folder)
+        # Decided alike on all ranks, while the default folder is that of rank 0 alone, once it has a row.
+        self._can_collect = size == 1 or store is not None or (folder is not None and gather is not None)
         self._formats = check_formats(formats)
         self._logs: list[LogFile] | None = None
         self._first_step: int | None = None
@@ -126,7 +129,7 @@ class Logbook:
         Ranks hand their counts over through the job's store, not by a collective: one that died is missing
         from the file and does not delay the others for long.
         """
-        if self._is_summed_up or statistics["steps"] == 0:
+        if self._is_summed_up or statistics["steps"] == 0 or not self._can_collect:
             return
         self._is_summed_up, self._num_summaries = True, self._num_summaries + 1
         rows = self._collect({k: v for k, v in statistics.items() if _is_scalar(v)})
@@ -201,9 +204,7 @@ class Logbook:
             return [mine]
         store = self._store
         if store is None:  # as in a simulation
-            if self._folder is None or self._gather is None:
-                return [mine]
-            return self._gather(mine)
+            return [mine] if self._gather is None else self._gather(mine)
         keys = [f"summary/{self._num_summaries}/{r}" for r in range(self._size)]
         try:
             store.set(keys[self._rank], json.dumps(mine))
