@@ -44,6 +44,28 @@ def test_gradients_that_the_loop_keeps_do_not_change(to_none: bool) -> None:
     same_as_one_process(loop)
 
 
+def test_a_gradient_from_before_prepare_stays_the_same_object() -> None:
+    """A loop that clears gradients in place sees them through what it kept; also after a second prepare."""
+
+    def loop(job: Job) -> Any:
+        net = model()
+        functional.cross_entropy(net(data()[:4][0]), data()[:4][1]).backward()
+        first = [p.grad for p in net.parameters()]
+        net, optimizer, loader = prepared(job, net)
+        seen = []
+        for i, (x, y) in enumerate(loader):
+            optimizer.zero_grad(set_to_none=False)
+            functional.cross_entropy(net(x), y).backward()
+            assert all(p.grad is kept for p, kept in zip(net.parameters(), first, strict=True))
+            seen.append([kept.clone() for kept in first if kept is not None])
+            optimizer.step()
+            if i == 1:
+                job.prepare(net, optimizer)
+        return seen, state(net)
+
+    same_as_one_process(loop)
+
+
 def test_ordinary_loops_cost_no_copies() -> None:
     """Gradients lie in the same views of the flat buffer in every step."""
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import ipaddress
+import itertools
 import os
 import re
 import socket
 import struct
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 _LISTEN = "0A"
+_NOBODY = 65534
 
 
 class Listener(NamedTuple):
@@ -69,8 +74,11 @@ def is_private(listener: Listener) -> bool:
 
 
 def annoy(address: str, port: int, kept: list[socket.socket], number: int) -> None:
-    """One stranger of a flood: idle, garbage, half a handshake, an oversized frame, or gone at once."""
-    payloads = (b"", os.urandom(300), b"PACELN\x01\x00" + b"\0" * 20, b"\xff" * 4096, None)
+    """One stranger of a flood: idle, garbage, half a handshake, an oversized frame, an echo, or gone at once.
+
+    One in four of those that are still connected sends another byte, so that its deadline might be put off.
+    """
+    payloads = (b"", os.urandom(300), b"PACELN\x01\x00" + b"\0" * 20, b"\xff" * 4096, "echo", None)
     payload = payloads[number % len(payloads)]
     with contextlib.suppress(OSError):
         sock = socket.create_connection((address, port), timeout=2)
@@ -78,33 +86,83 @@ def annoy(address: str, port: int, kept: list[socket.socket], number: int) -> No
             sock.close()
             return
         sock.setblocking(False)
-        with contextlib.suppress(OSError):
-            sock.send(payload)
         kept.append(sock)
+        for one in kept[number % 4 :: 40]:
+            with contextlib.suppress(OSError):
+                one.send(_told(one) if payload == "echo" else b"\0")
+        with contextlib.suppress(OSError):
+            sock.send(_told(sock) if isinstance(payload, str) else payload)
         if len(kept) > 400:
             kept.pop(0).close()
 
 
+def _told(sock: socket.socket) -> bytes:
+    """What the listener has said on this connection so far: sent back, it is a handshake of its own."""
+    try:
+        return sock.recv(65536)
+    except OSError:
+        return b""
+
+
+def reachable_keys(listeners: list[Listener]) -> int:
+    """In how many of the listeners torch's client can write a key, and read it again."""
+    from torch.distributed import TCPStore
+
+    count = 0
+    for x in listeners:
+        with contextlib.suppress(Exception):
+            store = TCPStore(x.address, x.port, is_master=False, timeout=datetime.timedelta(seconds=2))
+            store.set("stranger", "was here")
+            count += store.get("stranger") == b"was here"
+    return count
+
+
+def _own_listener() -> tuple[str, int]:
+    """One in this process that refuses whoever comes."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def refuse() -> None:
+        while True:
+            server.accept()[0].close()
+
+    threading.Thread(target=refuse, daemon=True).start()
+    return server.getsockname()
+
+
+def flood(places: list[tuple[str, int] | None], seconds: float = 0.0) -> None:
+    """A thousand strangers at each, and more until `seconds` are over; None: a listener of this process.
+
+    They are of another account if this one may become another.
+    """
+    importlib.import_module("encodings.idna")  # sockets need it, and that account may not read it
+    if os.getuid() == 0:
+        os.setgid(_NOBODY)
+        os.setuid(_NOBODY)
+    kept: list[socket.socket] = []
+    reached = [place or _own_listener() for place in places]
+    end = time.monotonic() + seconds
+    numbers = itertools.count()
+    for number in itertools.takewhile(lambda n: n < 1000 or time.monotonic() < end, numbers):
+        for address, port in reached:
+            annoy(address, port, kept, number)
+
+
 def main() -> None:
-    """`list`: the ports of this network namespace; `attack ADDRESS PORT…`: a thousand strangers from here."""
+    """`list`, `attack ADDRESS PORT…` or `flood SECONDS PLACE…`.
+
+    The ports of this network namespace; a thousand strangers from here, and in how many ports they reach
+    keys; the strangers alone, at places ADDRESS:PORT, or `own` for a listener in this process.
+    """
     what, *arguments = sys.argv[1:]
     if what == "list":
         print(" ".join(sorted({str(port) for address, port, _ in _listening() if address != "127.0.0.1"})))
-        return
-    address, *ports = arguments
-    kept: list[socket.socket] = []
-    for port in ports:
-        for number in range(1000):
-            annoy(address, int(port), kept, number)
-    reached = 0
-    for port in ports:
-        with contextlib.suppress(Exception):
-            from torch.distributed import TCPStore
-
-            store = TCPStore(address, int(port), is_master=False, timeout=datetime.timedelta(seconds=2))
-            store.set("stranger", "was here")
-            reached += 1
-    print(f"reached {reached}")
+    elif what == "flood":
+        split = [argument.rpartition(":") for argument in arguments[1:]]
+        flood([(a, int(port)) if a else None for a, _, port in split], float(arguments[0]))
+    else:
+        address, *ports = arguments
+        flood([(address, int(port)) for port in ports])
+        print(f"reached {reachable_keys([Listener(0, address, int(port)) for port in ports])}")
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ class FlatReplica:
         ]
         self.gradients = [flat[: own.numel()] for flat, own in zip(whole, self.parameters, strict=True)]
         self.used = whole[last_kind][self.parameters[last_kind].numel() :]
-        self.gradient_views = [self._gradient_view(i) for i in range(len(self.trained))]
+        self.gradient_views = [self._first_gradient(i, p.grad) for i, p in enumerate(self.trained)]
         self._gradient_addresses = [view.data_ptr() for view in self.gradient_views]
         for index, members in enumerate(plans):
             kind = where[members[0]][0]
@@ -211,6 +211,25 @@ class FlatReplica:
     def _gradient_view(self, index: int) -> torch.Tensor:
         kind, offset = self._where[index]
         return self._view(self.gradients[kind], offset, self.trained[index])
+
+    def _first_gradient(self, index: int, gradient: torch.Tensor | None) -> torch.Tensor:
+        """The view for a parameter; a `grad` that there is already moves there and stays the same object."""
+        view = self._gradient_view(index)
+        kind = (view.dtype, view.device, view.layout)
+        if (
+            gradient is None
+            or gradient.requires_grad
+            or kind
+            != (
+                gradient.dtype,
+                gradient.device,
+                gradient.layout,
+            )
+        ):
+            return view
+        view.copy_(gradient)
+        gradient.data = view
+        return gradient
 
     def _view(self, flat: torch.Tensor, offset: int, parameter: torch.Tensor) -> torch.Tensor:
         """A view of `flat` with the parameter's own shape and strides (channels_last stays so)."""

@@ -195,19 +195,22 @@ def test_the_socket_of_a_killed_process_is_replaced() -> None:
 
 
 def test_the_work_for_strangers_is_bounded() -> None:
+    """At first as much as a job's own ranks need, then a twentieth of the thread's time."""
     now = [0.0]
     strangers: Strangers[int] = Strangers("test", clock=lambda: now[0])
-    admitted = 0
-    while strangers.pause_s() == 0.0:
-        assert strangers.admit(admitted) == (None if len(strangers) <= MOST else min(strangers))
-        admitted += 1
+    spent = 0.0
+    while now[0] < 100.0:
+        while strangers.pause_s() == 0.0:
+            strangers.charge(1e-3)
+            spent += 1e-3
+        now[0] += strangers.pause_s() + 1e-9
+    assert spent == pytest.approx(0.25 + 0.05 * 100, rel=0.02)
+    for number in range(300):
+        assert strangers.admit(number) == (None if len(strangers) <= MOST else min(strangers))
         if len(strangers) > MOST:
             strangers.discard(min(strangers))
-    assert admitted < 300
-    now[0] += 1.0
-    assert strangers.pause_s() == 0.0
     now[0] += 11.0
-    assert len(strangers.overdue()) == len(strangers)
+    assert len(strangers.overdue()) == len(strangers) == MOST
 
 
 def test_a_refused_source_is_reported_once_a_minute(capsys: pytest.CaptureFixture[str]) -> None:

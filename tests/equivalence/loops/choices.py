@@ -181,7 +181,7 @@ def _strategy(fixed: Choices) -> None:
         fixed["resume"] = None  # their messages need a job of its own, which a thread has once
     if fixed["strategy"] != "all_reduce" or fixed["optimizer"] == "lbfgs":  # which magnifies roundings
         fixed["codec"] = None
-    if fixed["model"] == "mixed_dtype":
+    if fixed["model"] in ("mixed_dtype", "batch_norm"):  # statistics magnify the roundings of float32
         fixed["codec"] = None
     if fixed["codec"]:  # it needs float32, of which autocast makes less; float64 it leaves alone
         fixed["precision"] = None

@@ -96,7 +96,7 @@ class Service:
             self._selector,
             f"rank {rank}, messages",
             adopt=self._adopt_stranger,
-            drop=self._disconnect,
+            read=self._meet,
             num_expected=size,
         )
         self._selector.register(self._wake_out, selectors.EVENT_READ, None)
@@ -149,8 +149,8 @@ class Service:
         try:
             while not self._is_finished():
                 for key, events in self._selector.select(self._wait_s()):
-                    if key.fileobj is self._listener.sock:
-                        self._listener.accept()
+                    if key.data is self._listener:
+                        self._listener.serve()
                     elif key.fileobj is self._wake_out:
                         with contextlib.suppress(BlockingIOError):
                             self._wake_out.recv(4096)
@@ -173,10 +173,11 @@ class Service:
         return min(self._listener.wait_s(), max(0.01, self._next_heartbeat - time.monotonic()))
 
     def _close_sockets(self) -> None:
-        for connection in self._all_connections():
+        for connection in self._own_connections():
             connection.close()
-        for s in (self._listener.sock, self._wake_in, self._wake_out):
-            s.close()
+        self._listener.close()
+        self._wake_in.close()
+        self._wake_out.close()
 
     def _is_finished(self) -> bool:
         if self._stop_at is None:
@@ -184,8 +185,9 @@ class Service:
         is_done = self._outboxes.is_empty() and self._may_stop()
         return is_done or time.monotonic() >= self._stop_at
 
-    def _all_connections(self) -> list[PeerConnection]:
-        return [*self._outboxes.connections(), *self._listener.strangers, *self._opening]
+    def _own_connections(self) -> list[PeerConnection]:
+        """All but those of strangers, so that these cost nothing when the others are served."""
+        return [*self._outboxes.connections(), *self._opening]
 
     def _resolve(self, peer: int, pause_s: float) -> None:
         """Find a peer's address and connect; in a thread of its own, as it may have to wait for the peer."""
@@ -208,8 +210,9 @@ class Service:
         self.run(lambda: self._connected(peer, sock))
 
     def _connected(self, peer: int, sock: socket.socket) -> None:
-        guard = Initiator(self._secret, rank=self._rank, peer=peer)
-        self._opening[self._adopt(sock, guard)] = time.monotonic()
+        connection = self._adopt(sock, Initiator(self._secret, rank=self._rank, peer=peer))
+        self._selector.register(sock, selectors.EVENT_READ, connection)
+        self._opening[connection] = time.monotonic()
 
     def _connect_again(self, peer: int, why: str) -> None:
         """The peer had too many strangers, or a network dropped the connection."""
@@ -238,21 +241,28 @@ class Service:
 
     def _adopt(self, sock: socket.socket, guard: Initiator | Acceptor, source: str = "") -> PeerConnection:
         """Begin the handshake on a new socket."""
-        connection = PeerConnection(
-            sock,
-            guard,
-            max_payload_bytes=self._max_payload_bytes,
-            source=source,
-        )
-        self._selector.register(sock, selectors.EVENT_READ, connection)
-        return connection
+        return PeerConnection(sock, guard, max_payload_bytes=self._max_payload_bytes, source=source)
+
+    def _meet(self, connection: PeerConnection, events: int) -> None:
+        """A stranger can be read, or takes more of its answer."""
+        if events & selectors.EVENT_READ:
+            self._read(connection)
+        if connection in self._listener.strangers:
+            try:
+                connection.transmit()  # no other thread knows it
+            except OSError as error:
+                self._listener.drop(connection, str(error))
+                return
+            self._listener.watch(connection, _events(connection))
 
     def _introduce(self, connection: PeerConnection) -> None:
         """The handshake is over: a stranger becomes a peer."""
-        if connection in self._listener.strangers or connection in self._opening:
-            self._listener.strangers.discard(connection)
-            self._opening.pop(connection, None)
-            self._outboxes.attach(connection)
+        if connection in self._listener.strangers:
+            self._listener.release(connection)
+            self._selector.register(connection.sock, selectors.EVENT_READ, connection)
+        elif self._opening.pop(connection, None) is None:
+            return
+        self._outboxes.attach(connection)
 
     def _read(self, connection: PeerConnection) -> None:
         was_ready = connection.is_ready
@@ -283,7 +293,7 @@ class Service:
         self.near.add(connection.peer)
 
     def _write_all(self) -> None:
-        for connection in self._all_connections():
+        for connection in self._own_connections():
             try:
                 self._outboxes.transmit(connection)
             except OSError as error:
@@ -293,8 +303,7 @@ class Service:
             wants = connection.wants_to_write()
             if wants != connection.is_watched_for_writing:
                 connection.is_watched_for_writing = wants
-                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if wants else 0)
-                self._selector.modify(connection.sock, events, connection)
+                self._selector.modify(connection.sock, _events(connection), connection)
 
     def _keep_alive(self) -> None:
         """Let peers hear from this rank, and give up those from which nothing has come for too long."""
@@ -320,12 +329,12 @@ class Service:
             self._disconnect(connection, f"no handshake within {HANDSHAKE_S:g} s")
 
     def _disconnect(self, connection: PeerConnection, why: str) -> None:
+        if connection in self._listener.strangers:
+            self._listener.drop(connection, why)
+            return
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(connection.sock)
         connection.close()
-        if connection in self._listener.strangers:
-            self._listener.strangers.report(connection.source, why)
-            self._listener.strangers.discard(connection)
         if connection in self._opening:
             self._opening.pop(connection, None)
             self._connect_again(connection.peer, why)
@@ -337,3 +346,8 @@ class Service:
         elif connection.is_outgoing or not self._outboxes.has_outgoing(connection.peer):
             # While the outgoing connection lives, answers of the peer may still arrive on it.
             self._on_peer_left(connection.peer)
+
+
+def _events(connection: PeerConnection) -> int:
+    """What to wait for."""
+    return selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.wants_to_write() else 0)

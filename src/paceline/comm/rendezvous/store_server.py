@@ -80,7 +80,7 @@ class StoreServer:
         self._wake_in, self._wake_out = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         self._listener: Listener[_Client] = Listener(
-            listening, self._selector, "store of the job", adopt=self._adopt, drop=self._drop
+            listening, self._selector, "store of the job", adopt=self._adopt, read=self._turn
         )
         self._selector.register(self._wake_out, selectors.EVENT_READ, None)
         self._is_closed = False
@@ -107,8 +107,8 @@ class StoreServer:
         try:
             while not self._is_closed:
                 for key, events in self._selector.select(self._wait_s()):
-                    if key.fileobj is self._listener.sock:
-                        self._listener.accept()
+                    if key.data is self._listener:
+                        self._listener.serve()
                     elif isinstance(key.data, _Client):
                         self._turn(key.data, events)
                 self._end_waiting()
@@ -121,19 +121,18 @@ class StoreServer:
         return max(0.0, min([self._listener.wait_s(), *limits]))
 
     def _release(self) -> None:
-        for client in [*self._clients, *self._listener.strangers]:
+        for client in self._clients:
             client.sock.close()
         self._selector.close()
-        for sock in (self._listener.sock, self._wake_in, self._wake_out):
-            sock.close()
+        self._listener.close()
+        self._wake_in.close()
+        self._wake_out.close()
         if self._path:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
 
     def _adopt(self, sock: socket.socket, source: str) -> _Client:
-        client = _Client(sock, Acceptor(self._key, rank=0, size=1), source)
-        self._selector.register(sock, selectors.EVENT_READ, client)
-        return client
+        return _Client(sock, Acceptor(self._key, rank=0, size=1), source)
 
     def _turn(self, client: _Client, events: int) -> None:
         try:
@@ -153,7 +152,8 @@ class StoreServer:
         while client.guard.needs and (data := client.take(client.guard.needs)):
             client.to_send += client.guard.feed(data)
         if client.guard.is_done:
-            self._listener.strangers.discard(client)
+            self._listener.release(client)
+            self._selector.register(client.sock, selectors.EVENT_READ, client)
             self._clients.add(client)
 
     def _advance(self, client: _Client) -> None:
@@ -241,15 +241,18 @@ class StoreServer:
             while client.to_send:
                 del client.to_send[: client.sock.send(client.to_send)]
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.to_send else 0)
-        self._selector.modify(client.sock, events, client)
+        if client in self._clients:
+            self._selector.modify(client.sock, events, client)
+        else:
+            self._listener.watch(client, events)
 
     def _drop(self, client: _Client, why: str) -> None:
+        if client in self._listener.strangers:
+            self._listener.drop(client, why)
+            return
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(client.sock)
         client.sock.close()
-        if client in self._listener.strangers:
-            self._listener.strangers.report(client.source, why)
-        self._listener.strangers.discard(client)
         self._clients.discard(client)
         with contextlib.suppress(ValueError):
             self._waiting.remove(client)

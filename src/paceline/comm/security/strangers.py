@@ -1,8 +1,8 @@
 """Connections that have not proved the key yet: few, short-lived, and cheap for the process they reach.
 
 A listener admits each new connection here. When there are too many, the oldest goes, never the newest: honest
-processes finish their handshake within milliseconds, and those that were dropped try again. New connections
-are accepted at a limited rate, so that a flood of them costs the process a bounded share of its time.
+processes finish their handshake within milliseconds, and those that were dropped try again. The time that a
+thread spends on them is charged, and they wait once they have had their share of it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Generic, TypeVar
 MOST = 64
 """How many there may be at a time, besides the processes of the job."""
 HANDSHAKE_S = 10.0
-_PER_SECOND = 400.0
-_BURST = 256.0
+_SHARE = 0.05
+"""Of the thread's time: what strangers may cost for long."""
+_BURST_S = 0.25
+"""What they may cost at once, as when all ranks of a job connect."""
 _LOG_S = 60.0
 _MOST_SOURCES = 64
 
@@ -38,7 +40,7 @@ class Strangers(Generic[C]):
         self._who, self._most = who, MOST + num_expected
         self._clock = clock
         self._began: dict[C, float] = {}  # in the order of arrival
-        self._tokens, self._filled_at = _BURST, clock()
+        self._left_s, self._filled_at = _BURST_S, clock()
         self._reports: dict[str, tuple[float, int]] = {}  # source → when it was reported, refused since
 
     def __iter__(self) -> Iterator[C]:
@@ -51,15 +53,22 @@ class Strangers(Generic[C]):
         return connection in self._began
 
     def pause_s(self) -> float:
-        """Seconds until the next connection may be accepted; 0 if one may now."""
+        """Seconds until strangers may be served again; 0 if they may be now."""
         now = self._clock()
-        self._tokens = min(_BURST, self._tokens + (now - self._filled_at) * _PER_SECOND)
+        self._left_s = min(_BURST_S, self._left_s + (now - self._filled_at) * _SHARE)
         self._filled_at = now
-        return max(0.0, (1.0 - self._tokens) / _PER_SECOND)
+        return max(0.0, -self._left_s / _SHARE)
+
+    def charge(self, seconds: float) -> None:
+        """So much of the thread's time was spent on strangers."""
+        self._left_s -= seconds
+
+    def defer(self, seconds: float) -> None:
+        """Serve none for so long."""
+        self._left_s = min(self._left_s, -seconds * _SHARE)
 
     def admit(self, connection: C) -> C | None:
         """Take a new connection in; returns the one to drop for it, if there are too many."""
-        self._tokens -= 1.0
         self._began[connection] = self._clock()
         return next(iter(self._began)) if len(self._began) > self._most else None
 

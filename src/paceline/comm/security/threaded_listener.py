@@ -12,6 +12,9 @@ from paceline.comm.security.authentication import Acceptor, authenticate
 from paceline.comm.security.strangers import HANDSHAKE_S, Strangers
 from paceline.errors import ProtocolError
 
+_ACCEPT_S = 1e-4
+"""About what it takes to accept a connection and to start its thread."""
+
 
 class ThreadedListener:
     """Accepts connections until `close`, and serves those that prove the key. Strangers are limited.
@@ -56,6 +59,7 @@ class ThreadedListener:
                 return
             with self._lock:
                 surplus = self._strangers.admit(sock)
+                self._strangers.charge(_ACCEPT_S)
                 pause_s = self._strangers.pause_s()
             if surplus is not None:
                 with contextlib.suppress(OSError):
@@ -75,4 +79,5 @@ class ThreadedListener:
             finally:
                 with self._lock:
                     self._strangers.discard(sock)
+                    self._strangers.charge(time.thread_time())
             self._serve(sock, guard)

@@ -1,0 +1,86 @@
+"""Jobs of each launcher that run `attacked.py`, each on this host alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fake_slurm
+from attacked import MARK
+
+SCRIPT = str(Path(__file__).with_name("attacked.py"))
+RUN = (sys.executable, "-m", "paceline.cli.main", "run")
+ONE_HOST = ("run", "backend", "ray", "spark", "mpi", "torchrun")
+"""Jobs whose listeners other hosts must not reach; `nodes` and `slurm` are several hosts to Paceline."""
+KINDS = (*ONE_HOST, "nodes", "slurm", "torchrun, Gloo")
+
+
+def commands(kind: str, folder: Path, *, mpirun: str = "mpirun") -> list[tuple[str, ...]]:
+    """What starts the job, without the script's own arguments; `nodes` has two launchers."""
+    if kind == "nodes":
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+        return [(*RUN, "--nodes", "2", "--rendezvous", endpoint, "-n", "1", SCRIPT)] * 2
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    words = {
+        "run": (*RUN, "-n", "2"),
+        "backend": (*RUN, "-n", "2"),
+        "ray": (*RUN, "--on", "ray", "-o", "address=local", "-n", "2"),
+        "spark": (*RUN, "--on", "spark", "-o", "master=local[2]", "-n", "2"),
+        "mpi": (*RUN, "--on", "mpi", "-o", f"mpirun={mpirun}", "-n", "2"),
+        "slurm": (*RUN, "--on", "slurm", "--nodes", "2", "-n", "1"),
+        "torchrun": torchrun,
+        "torchrun, Gloo": torchrun,
+    }
+    return [(*words[kind], SCRIPT)]
+
+
+def attacked(kind: str, folder: Path, *, seconds: float = 8.0, mpirun: str = "mpirun") -> dict[str, Any]:
+    """Run such a job to its end, and return what its rank 0 tells; AssertionError if it fails.
+
+    Args:
+        kind: One of KINDS.
+        folder: An empty one, where the job writes.
+        seconds: How long it runs before strangers come.
+        mpirun: The program, for `mpi`.
+    """
+    token, result = secrets.token_hex(8), folder / "result.json"
+    how = {"torchrun, Gloo": "gloo", "backend": "paceline", "torchrun": "paceline"}.get(kind, "native")
+    environment = {**os.environ, MARK: token, "OMP_NUM_THREADS": "1"}
+    # torchrun's own store is torch's, and believes what it is told; Ray's driver has ports of Ray alone.
+    attacks_launcher = kind in ("run", "backend", "spark", "nodes", "slurm", "mpi")
+    if kind == "slurm":
+        environment = {k: v for k, v in environment.items() if not k.startswith("SLURM_")}
+        environment["PATH"] = fake_slurm.install(folder)
+    started = []
+    with (folder / "output").open("w") as output:
+        for words in commands(kind, folder, mpirun=mpirun):
+            own = (str(result), how, "--seconds", str(seconds))
+            own += ("--mark", token) if attacks_launcher else ()
+            started.append(
+                subprocess.Popen(
+                    [*words, *own],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    cwd=folder,
+                    start_new_session=True,
+                )
+            )
+    try:
+        codes = [process.wait(180) for process in started]
+    finally:
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+    text = (folder / "output").read_text()
+    assert codes == [0] * len(started) and text.count("went on to the end") == 2, text
+    return {**json.loads(result.read_text()), "lines": len(text.splitlines())}
