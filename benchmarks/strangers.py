@@ -3,8 +3,8 @@
     sudo python benchmarks/strangers.py            # root only to become another account
     sudo python benchmarks/strangers.py run nodes ray spark mpi slurm backend
 
-For each launcher: how many TCP ports the job listens on; whether torch's own TCPStore client can write and read
-keys at any of them; and how many steps a second the job makes (an all_reduce of 1 MB and a request to a peer)
+For each launcher: how many TCP ports the job listens on; at how many of them torch's own TCPStore client can
+write and read keys; and how many steps a second the job makes (an all_reduce of 1 MB and a request to a peer)
 without strangers, while a process floods listeners of its own (what that takes from the cores), and while it
 floods those of the job: idle connections, garbage, halves of handshakes, frames that are too long, what the
 listener said sent back, and bytes that come one by one. Nothing harmful is written.

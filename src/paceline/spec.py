@@ -148,7 +148,7 @@ def shown(signature: inspect.Signature) -> str:
         for p in signature.parameters.values()
         if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    return ", ".join(arguments) or "no arguments"
+    return ", ".join(arguments) or "none"
 
 
 def _is_chosen(parameter: inspect.Parameter) -> bool:

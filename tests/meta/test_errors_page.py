@@ -21,7 +21,7 @@ KINDS = {
     for name, kind in inspect.getmembers(errors, inspect.isclass)
     if kind.__module__ == errors.__name__
 }
-HEADINGS = ("Meaning", "Usual causes", "Find the cause", "Next move")
+HEADINGS = ("Meaning", "Usual causes", "Find the cause", "What to do")
 PACELINE = (sys.executable, "-m", "paceline.cli.main")
 
 

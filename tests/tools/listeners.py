@@ -118,7 +118,7 @@ def reachable_keys(listeners: list[Listener]) -> int:
 
 
 def _own_listener() -> tuple[str, int]:
-    """One in this process that refuses whoever comes."""
+    """One in this process that refuses all connections."""
     server = socket.create_server(("127.0.0.1", 0))
 
     def refuse() -> None:

@@ -11,7 +11,7 @@ from paceline import __version__, registry
 from paceline.errors import PacelineError, reference
 
 _VERBS = "paceline.cli.verbs"
-_HELP = "Train one PyTorch model on many workers, by any data-parallel method."
+_HELP = "Train one PyTorch model on many workers, with any data-parallel method."
 
 
 def make_app(only: str = "") -> typer.Typer:
@@ -43,7 +43,7 @@ def _print_version(wanted: bool) -> None:
 
 def _root(
     version: bool = typer.Option(
-        False, "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
     pass

@@ -19,7 +19,7 @@ from paceline.errors import ConfigError
 
 @final
 class Fp16(KernelCodec):
-    """Half precision: 2 bytes per element and 4 per block.
+    """Half precision: 2 bytes per element and 4 bytes per block.
 
     Args:
         block: Elements that share a scale, a power of two from 32 to 4096; default 1024. Smaller blocks

@@ -16,7 +16,7 @@ from paceline.codecs.kernel.quantize import Quantizer, dequantized
 
 @final
 class Int8(Quantizer):
-    """8-bit integers: 1 byte per element and 4 per block.
+    """8-bit integers: 1 byte per element and 4 bytes per block.
 
     Args:
         block: Elements that share a scale, a power of two from 32 to 4096; default 256. Smaller blocks follow

@@ -29,7 +29,7 @@ _SAMPLE = 65536
 
 @final
 class Threshold(KernelCodec):
-    """±τ for each element whose accumulated value has reached ±τ (a hit): at most 4 bytes per hit.
+    """±τ for each element whose accumulated value has reached it (0.1 %): at most 4 bytes each.
 
     Args:
         tau: τ, in units of the tensor, from 1e-30 to 1e30. Alone: τ is fixed. With `density`: the first τ.

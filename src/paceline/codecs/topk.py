@@ -24,7 +24,7 @@ from paceline.spec import whole_number
 
 @final
 class Topk(KernelCodec):
-    """The largest elements: at most 8 bytes per element sent.
+    """The largest elements, 1 % unless told otherwise: at most 8 bytes per element sent.
 
     Args:
         density: Share of elements to send, in (0, 1]; default 0.01. Not together with `k`. Raise it when

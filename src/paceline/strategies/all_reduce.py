@@ -41,7 +41,7 @@ class AllReduce(TrainingStrategy):
     Source: Li et al., PyTorch Distributed, VLDB 2020 (buckets and overlap).
     """
 
-    advice = "Same result as one big machine; needs a network that carries the model's size every step."
+    advice = "Same result as one big machine; needs a network that can carry the whole model every step."
     needs_gradients = True
 
     def __init__(self, *, bucket_mib: float = 25.0, codec: str | Spec | None = None) -> None:

@@ -40,9 +40,7 @@ class BMUF(OuterStrategy):
     Source: Chen & Huo, ICASSP 2016.
     """
 
-    advice = (
-        "local_sgd with block momentum: makes up for averaging where each worker has a full batch of its own."
-    )
+    advice = "local_sgd with block momentum: restores the step size that averaging takes from full batches."
     ends_with_global_model = True
 
     def __init__(

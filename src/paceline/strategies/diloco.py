@@ -38,7 +38,7 @@ class DiLoCo(OuterStrategy):
     """
 
     advice = (
-        "For very slow links between sites and long runs: every 100 to 500 minibatches, with AdamW inside."
+        "For very slow links between sites and long runs: period 100 to 500, AdamW as the inner optimizer."
     )
     default_period = 100
     follows_optimizer = True

@@ -42,7 +42,7 @@ class LocalSGD(AveragingStrategy):
     Source: Zinkevich et al., NIPS 2010; Stich, ICLR 2019.
     """
 
-    advice = "Sends the model once per period: for slow networks. 8 to 16 is usual; far more costs accuracy."
+    advice = "For slow networks: sends the model once per period, usually 8 to 16; more costs accuracy."
 
     def __init__(
         self, *, period: int | None = None, average_optimizer: bool = False, codec: str | Spec | None = None

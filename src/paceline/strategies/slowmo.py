@@ -34,7 +34,7 @@ class SlowMo(OuterStrategy):
     Source: Wang et al., ICLR 2020.
     """
 
-    advice = "local_sgd with slow momentum: better accuracy at the same period; 0.5 to 0.7 is usual."
+    advice = "local_sgd with slow momentum: better accuracy at the same period; momentum 0.5 to 0.7 is usual."
     default_period = 12
     ends_with_global_model = True
 

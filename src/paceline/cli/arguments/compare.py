@@ -32,7 +32,7 @@ Strategies = Annotated[
     str,
     typer.Option(
         metavar="LIST",
-        help="Strategies to train, in this order, separated by commas. Commas inside parentheses do not"
+        help="Strategies to compare, in this order, separated by commas. Commas inside parentheses do not"
         " separate: 'single, diloco(period=16, rate=0.7)'."
         f" Default: {DEFAULT_STRATEGIES.replace(',', ', ')}.",
         show_default=False,
@@ -44,7 +44,10 @@ Epochs = Annotated[
 ]
 Data = Annotated[
     Path | None,
-    typer.Option(help="File or folder with the task's data, for example mnist.npz.", metavar="PATH"),
+    typer.Option(
+        help="The task's data. Required for mnist (an .npz file) and shakespeare (a text file).",
+        metavar="PATH",
+    ),
 ]
 BatchSize = Annotated[
     int | None,
@@ -119,7 +122,8 @@ Compute = Annotated[
     typer.Option(
         help="Seconds that one worker needs for its share of the batch. `measured`: time the task on this"
         " machine for about two seconds, and print the value of --compute that repeats the result. Or a"
-        " distribution, such as 'pareto(shape=3, minimum_s=0.01)'.",
+        " distribution: constant, normal, exponential, shifted_exponential, pareto or empirical; for example"
+        " 'pareto(shape=3, minimum_s=0.01)'.",
         metavar="DISTRIBUTION",
         rich_help_panel=SIMULATION,
     ),
@@ -127,9 +131,9 @@ Compute = Annotated[
 CodecCost = Annotated[
     str,
     typer.Option(
-        help="Simulated time of encoding, decoding, server updates and outer steps. `measured`: as long as"
-        " they take on this machine, on one core, whatever --compute says. `none`: no time. Or FILE: a JSON"
-        " file of an earlier comparison, whose costs are taken again.",
+        help="Simulated time of encoding, decoding, server updates and outer steps. `measured`: their"
+        " time on one core of this machine, independent of --compute. `none`: zero. FILE: the costs in an"
+        " earlier --json FILE.",
         metavar="measured|none|FILE",
         rich_help_panel=SIMULATION,
     ),
@@ -137,8 +141,8 @@ CodecCost = Annotated[
 Network = Annotated[
     str,
     typer.Option(
-        help="The network, for example 'cluster(hosts=4, local=2)'; message_us is what each message costs"
-        " both ends beyond its bytes.",
+        help="The network, for example 'cluster(hosts=4, local=2)' for --simulate 8. message_us: fixed cost"
+        " of a message at each end, in microseconds.",
         metavar="TOPOLOGY",
         rich_help_panel=SIMULATION,
     ),
@@ -146,7 +150,8 @@ Network = Annotated[
 Faults = Annotated[
     str,
     typer.Option(
-        help="Faults, joined by +, for example 'kill(rank=3, at_s=1.5)'.",
+        help="Faults, joined by +: kill, pause, slow, join, drop_link, partition, random; for example"
+        " 'kill(rank=3, at_s=1.5)'.",
         metavar="FAULTS",
         rich_help_panel=SIMULATION,
     ),
@@ -162,9 +167,9 @@ Record = Annotated[
 Replay = Annotated[
     str,
     typer.Option(
-        help="Let parameter_server handle messages in the order that --record FILE wrote, so that the run"
-        " repeats bit for bit: with the same TASK, --seed, --batch-size and strategy, and as many workers,"
-        " which may be simulated.",
+        help="Repeat a run bit for bit: parameter_server handles messages in the order in --record FILE."
+        " Needs the same TASK, --seed, --batch-size, strategy and number of workers, which may be"
+        " simulated.",
         metavar="FILE",
     ),
 ]

@@ -17,7 +17,10 @@ COMPATIBILITY = "Scripts of other projects"
 _ENGINES = ", ".join(registry.names("paceline.launchers.engines"))
 _LOG_FORMATS = ", ".join(registry.names("paceline.train.logs.formats"))
 
-FABRIC_HELP = "What carries the workers' tensors. Default: native; torch for models on a GPU."
+FABRIC_HELP = (
+    "Communication: native (shared memory and TCP) or torch (torch.distributed). Default: native; torch for"
+    " models on a GPU."
+)
 THREADS_HELP = (
     "Threads per worker (OMP_NUM_THREADS). Default: cpus= of --resources; else, on this host, OMP_NUM_THREADS"
     " if set, or cores / workers; elsewhere 1."
@@ -59,8 +62,8 @@ Rendezvous = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT",
-        help="For --on local with --nodes 2 or more, and required there: where the launchers meet, an address"
-        " of one of the hosts. Other engines refuse it.",
+        help="Required for --on local with --nodes 2 or more: address and port of one host, where the"
+        " launchers meet. Other engines refuse it.",
         rich_help_panel=LAUNCH,
     ),
 ]
@@ -86,8 +89,8 @@ MaxRestarts = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="After a failure, restart all workers, up to N times; they continue from --checkpoint, and"
-        " without it from the beginning. Default: 0; on ray and spark 3 if a worker was killed. mpi"
+        help="After a failure, restart all workers, up to N times; they continue from --checkpoint or,"
+        " without it, start over. Default: 0; on ray and spark 3 if a worker was killed. mpi"
         " refuses it.",
         show_default=False,
         rich_help_panel=LAUNCH,
@@ -109,7 +112,8 @@ ResourcesText = Annotated[
     typer.Option(
         "--resources",
         metavar="NEEDS",
-        help="What each worker needs: cpus=, gpus= and memory=, for example cpus=2,gpus=1,memory=4g.",
+        help="What each worker needs: cpus=, gpus= and memory=, for example cpus=2,gpus=1,memory=4g (k, m, g,"
+        " t: powers of 1024).",
         rich_help_panel=ENGINE,
     ),
 ]
@@ -118,7 +122,7 @@ Environment = Annotated[
     typer.Option(
         "--env",
         metavar="NAME=VALUE",
-        help="Environment variable for every worker; NAME alone takes its value from here. Repeatable.",
+        help="Environment variable for every worker; NAME alone copies this shell's value. Repeatable.",
         rich_help_panel=ENGINE,
     ),
 ]
@@ -135,8 +139,8 @@ Ship = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="Folder with the code, which ray and spark send to their hosts. SCRIPT is a path in it, and the"
-        " workers run in the copy.",
+        help="Code folder that ray and spark copy to their hosts. SCRIPT is relative to it; workers run in"
+        " the copy.",
         rich_help_panel=ENGINE,
     ),
 ]
@@ -144,10 +148,10 @@ MinWorkers = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="On local and ray: losing workers does not end the job while N are left, over all hosts. local:"
-        " the others train on at once, if rank 0 lives and the strategy survives losses (parameter_server,"
-        " gossip, decentralized_threshold). ray: all restart, as many as there is room for. Fewer than N: a"
-        " failure, see --max-restarts. Default: every loss is a failure.",
+        help="With local and ray: continue after losing workers while N are left on all hosts together."
+        " local: the others go on, if rank 0 is alive and the strategy tolerates losses (parameter_server,"
+        " gossip, decentralized_threshold). ray: all restart, as many as fit. Below N, the job fails (see"
+        " --max-restarts). Default: every loss is a failure.",
         rich_help_panel=ENGINE,
         show_default=False,
     ),
@@ -163,7 +167,7 @@ MaxWorkers = Annotated[
     ),
 ]
 Name = Annotated[
-    str, typer.Option(metavar="NAME", help="The job's name in the engine's lists.", rich_help_panel=ENGINE)
+    str, typer.Option(metavar="NAME", help="The job's name on the engine.", rich_help_panel=ENGINE)
 ]
 EngineOptions = Annotated[
     list[str] | None,
@@ -179,7 +183,7 @@ EngineOptions = Annotated[
 DryRun = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="Print what the engine would be asked to do, and stop.", rich_help_panel=ENGINE
+        "--dry-run", help="Print what the engine would be asked to do, and exit.", rich_help_panel=ENGINE
     ),
 ]
 
@@ -197,9 +201,9 @@ Fabric = Annotated[str | None, typer.Option(metavar="native|torch", help=FABRIC_
 Interface = Annotated[
     str,
     typer.Option(
-        metavar="eth0,eth1",
-        help="Network interfaces or addresses of this host for the tensors. Default: the route to the other"
-        " hosts.",
+        metavar="LIST",
+        help="This host's network interfaces or addresses for tensors, for example eth0,eth1. Default: the"
+        " route to the other hosts.",
         rich_help_panel=TRAIN,
     ),
 ]
@@ -217,7 +221,7 @@ LogFolder = Annotated[
     typer.Option(
         "--log-dir",
         metavar="FOLDER",
-        help="Where `job.log` writes. Default: runs/<date>-<time>.",
+        help="Where the script's job.log() writes. Default: runs/<date>-<time>.",
         rich_help_panel=TRAIN,
     ),
 ]
@@ -258,7 +262,7 @@ HorovodHosts = Annotated[
         "-H",
         "--hosts",
         metavar="HOST:SLOTS",
-        help="As horovodrun takes it, but only for this host. For several hosts use --nodes.",
+        help="As in horovodrun, but for this host only. For several hosts use --nodes.",
         rich_help_panel=COMPATIBILITY,
     ),
 ]
@@ -266,7 +270,7 @@ Verbose = Annotated[
     bool,
     typer.Option(
         "--verbose",
-        help="As horovodrun takes it; has no effect, because all output is shown.",
+        help="Accepted as in horovodrun; no effect: all output is shown.",
         rich_help_panel=COMPATIBILITY,
     ),
 ]

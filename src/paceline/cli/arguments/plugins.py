@@ -22,8 +22,8 @@ Plugins = Annotated[
         "--plugin",
         metavar="FILE.py",
         callback=load,
-        help="A file or folder with strategies, codecs, algorithms or staleness policies of yours, which are"
-        " called like their files. Repeatable. Workers load it too: on other hosts from the same path, or"
-        " from the folder where they run.",
+        help="Python file or folder with your own strategies, codecs, algorithms or staleness policies, each"
+        " named after its file. Repeatable. Workers on other hosts load it from the same path or from their"
+        " working folder.",
     ),
 ]

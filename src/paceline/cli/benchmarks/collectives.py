@@ -33,7 +33,7 @@ def collectives(
         typer.Option(
             metavar="LIST",
             help="Libraries to compare with, separated by commas: gloo, mpi (mpi4py of this environment) and"
-            " NAME=PYTHON (mpi4py of the environment with that Python). auto: gloo, and mpi if installed;"
+            " NAME=PYTHON (that Python's mpi4py, with mpiexec beside it). auto: gloo, and mpi if installed;"
             " none: no library.",
         ),
     ] = "auto",
@@ -61,13 +61,15 @@ def collectives(
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write diagrams, with the physical limit, as a web page to FILE."),
+        typer.Option(
+            metavar="FILE", help="Write diagrams, with the limit of memory copies, as a web page to FILE."
+        ),
     ] = None,
 ) -> None:
     """Time collectives of Paceline, Gloo and MPI on this machine, side by side.
 
     Example: paceline bench collectives --operations all_reduce,all_gather --sizes 4,1MiB --ranks 2,4
-    --peers gloo,mpich=/opt/mpich/bin/python --html collectives.html
+    --peers gloo --html collectives.html
     """
     from rich.console import Console
 

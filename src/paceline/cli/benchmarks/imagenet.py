@@ -27,19 +27,20 @@ def imagenet(
         bool, typer.Option("--synthetic", help="Train on generated images instead of a folder.")
     ] = False,
     workers: Annotated[
-        int, typer.Option(metavar="N", help="Workers of the ways of training that have several.", min=1)
+        int, typer.Option(metavar="N", help="Workers, for methods with more than one.", min=1)
     ] = 2,
     epochs: Annotated[
-        int, typer.Option(metavar="N", help="Epochs; the first of several is not timed.", min=1)
+        int, typer.Option(metavar="N", help="Epochs; if several, the first is not timed.", min=1)
     ] = 2,
     repeats: Annotated[
-        int, typer.Option(metavar="N", help="Runs of each way, in turn; medians are reported.", min=1)
+        int, typer.Option(metavar="N", help="Runs per method, interleaved; medians are reported.", min=1)
     ] = 3,
     batch_size: Annotated[
-        int, typer.Option(metavar="N", help="Samples per step, summed over all workers.", min=1)
+        int,
+        typer.Option(metavar="N", help="Samples per step over all workers: a multiple of --workers.", min=1),
     ] = 64,
     arch: Annotated[
-        str, typer.Option(metavar="NAME", help="A model of examples/imagenet/model.py, or of timm.")
+        str, typer.Option(metavar="NAME", help="A model in examples/imagenet/model.py or timm.")
     ] = "resnet10_narrow",
     image_size: Annotated[
         int, typer.Option(metavar="N", help="Width and height of images, in pixels.", min=16)
@@ -52,7 +53,7 @@ def imagenet(
         str,
         typer.Option(
             metavar="LIST",
-            help="Strategies to train with Paceline, separated by commas. Default: all_reduce,"
+            help="Strategies to compare with Paceline, separated by commas. Default: all_reduce,"
             " local_sgd(period=8).",
             show_default=False,
         ),
@@ -64,7 +65,8 @@ def imagenet(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Folder with the training scripts. Default: examples/imagenet of the checkout.",
+            help="Folder with the training scripts. Default: examples/imagenet of a source checkout; needed"
+            " without one.",
         ),
     ] = None,
     json_file: Annotated[
@@ -75,11 +77,11 @@ def imagenet(
     ] = None,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time limit of one run.")] = 600,
 ) -> None:
-    """Time the ways people train on ImageNet, side by side, on the same data.
+    """Time common methods of training on ImageNet, side by side, on the same data.
 
-    Give DATA or --synthetic. Reported for each way: seconds per epoch, images per second, efficiency compared
-    with one process that uses all cores, peak memory, bytes sent, evaluation time and accuracy. Without GPUs
-    DataParallel has no effect; its row says so.
+    Give DATA or --synthetic. Reported for each method: seconds per epoch, images per second, efficiency
+    compared with one process that uses all cores, peak memory, bytes sent, evaluation time and accuracy.
+    Without GPUs DataParallel has no effect; its row says so.
     """
     import os
 

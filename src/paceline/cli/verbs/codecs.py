@@ -15,7 +15,7 @@ def codecs(
     plugin: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """List the codecs, which strategies take as codec=: what each does, its arguments and defaults."""
+    """List the codecs, which compress what a strategy sends: what each does, arguments, defaults."""
     from paceline import declarations, spec
 
     found = declarations.read_all("paceline.codecs")
@@ -28,6 +28,7 @@ def codecs(
         return
     for name, declared in found.items():
         entries.show(name, {"arguments": spec.shown(declared.signature)}, text=declared.summary)
+    typer.echo("\n(chosen): depends on the other arguments, as the codec's text says.")
     typer.echo("\nGive one to a strategy that has the argument codec:")
     typer.echo('    "local_sgd(period=16, codec=topk(density=0.01))"')
 

@@ -42,11 +42,11 @@ def compare(
     trace: args.Trace = None,
     progress: args.Progress = True,
 ) -> None:
-    """Train TASK once per strategy under equal conditions, and tell which strategy is best.
+    """Train TASK once per strategy under equal conditions, and report which is best.
 
     Also tells whether to distribute the training at all. Reported for each strategy: throughput, best
     accuracy, accuracy after equal time and after equal epochs, bytes sent per sample, time spent waiting.
-    Equal for all: global batch, initial weights, cores in all. --json and --html are written after each
+    Equal for all: global batch, initial weights, total cores. --json and --html are written after each
     strategy; if one fails, the others are kept, and the exit code is 1.
     """
     from paceline.bench import arguments

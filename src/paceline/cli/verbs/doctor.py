@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from paceline.doctor.finding import Finding
 
 _EPILOG = (
-    "To measure between hosts, run it as a job: `paceline run --nodes 2 --rendezvous HOST:PORT -m"
-    " paceline.cli.main doctor` on each host, or under mpirun, srun or torchrun. The exit code is 1 if there"
-    " is a problem, else 0."
+    "To measure between hosts, run it as a job, on each host or under mpirun, srun or torchrun:\n\n"
+    "paceline run --nodes 2 --rendezvous HOST:PORT -m paceline doctor\n\n"
+    "The exit code is 1 if there is a problem, else 0."
 )
 _MARKS = {
     "ok": ("ok", "green"),
@@ -29,7 +29,10 @@ def doctor(
     workers: Annotated[
         int,
         typer.Option(
-            "-n", "--workers", metavar="N", help="Also measure between N ranks on this host; from 2 up."
+            "-n",
+            "--workers",
+            metavar="N",
+            help="Also measure latency and bandwidth between N workers on this host, if N is 2 or more.",
         ),
     ] = 1,
     hosts: Annotated[
@@ -49,15 +52,16 @@ def doctor(
         str | None,
         typer.Option(
             metavar="FOLDER",
-            help="Only remove what killed saves left in this checkpoint's folder. No job may save there now.",
+            help="Check nothing; delete what interrupted saves left in this checkpoint folder. No job may be"
+            " saving there.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Check whether this host, and the network between hosts, are fit for training.
+    """Check whether this host and the network between hosts are fit for training.
 
-    Checks versions, the C++ core, shared memory, file limits, names, interfaces and cores; as a job also
-    routes, ports, clocks, latency and bandwidth between hosts. Ends with what to fix.
+    Checks versions, the C++ core, shared memory, file limits, host names, interfaces and cores; as a job
+    also routes, ports, clocks, latency and bandwidth between hosts. Ends with what to fix.
     """
     if clean is not None:
         _clean(clean, as_json=as_json)

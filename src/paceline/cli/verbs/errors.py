@@ -1,4 +1,4 @@
-"""`paceline errors`: what an error means, its usual causes, how to find them, and the next move."""
+"""`paceline errors`: what an error means, its usual causes, how to find them, and what to do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def errors(
 ) -> None:
     """Explain the error with this CODE: its causes, how to find them, what to do. Without CODE: list all.
 
-    The message of an error that ends a command or a worker ends with its code.
+    Where an error ends a command or a worker, its message ends with `(more: paceline errors CODE)`.
     """
     from paceline import registry
     from paceline.errors import ConfigError

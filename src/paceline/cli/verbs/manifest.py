@@ -12,13 +12,21 @@ from paceline.cli.arguments import job as args
 from paceline.cli.arguments.job import ENGINE, LAUNCH, TRAIN
 from paceline.cli.arguments.plugins import Plugins
 
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Threads per worker (OMP_NUM_THREADS). Default: cpus= of --resources, else 1.",
+        show_default=False,
+        rich_help_panel=LAUNCH,
+    ),
+]
 MinWorkers = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="With --kind pytorchjob: the fewest workers, in all pods, with which the job goes on: a multiple"
-        " of -n, because pods start and end as a whole. Default: every loss is a failure; with --max-workers"
-        " one pod.",
+        help="With --kind pytorchjob: continue while N workers are left in all pods together; a multiple of"
+        " -n (whole pods). Default: every loss is a failure; with --max-workers, -n (one pod).",
         show_default=False,
         rich_help_panel=ENGINE,
     ),
@@ -73,13 +81,13 @@ def manifest(
     workers: args.Workers = 1,
     module: args.Module = False,
     nodes: args.Nodes = 1,
-    threads: args.Threads = None,
+    threads: Threads = None,
     max_restarts: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             help="With --kind pytorchjob: restart workers up to N times after a failure. Default: the"
-            " operator's; 3 with --min-workers or --max-workers. A TrainJob has this in its runtime.",
+            " operator's; 3 with --min-workers or --max-workers. For a TrainJob, set it in the runtime.",
             show_default=False,
             rich_help_panel=LAUNCH,
         ),
@@ -88,7 +96,9 @@ def manifest(
     env: args.Environment = None,
     min_workers: MinWorkers = None,
     max_workers: MaxWorkers = None,
-    name: args.Name = "paceline",
+    name: Annotated[
+        str, typer.Option(metavar="NAME", help="The job's name in Kubernetes.", rich_help_panel=ENGINE)
+    ] = "paceline",
     strategy: args.Strategy = None,
     plugin: Plugins = None,
     fabric: args.Fabric = None,
@@ -103,9 +113,10 @@ def manifest(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of YAML.")] = False,
 ) -> None:
-    """Print a Kubeflow training job that runs SCRIPT: `paceline manifest … | kubectl apply -f -`.
+    """Print a Kubeflow training job that runs SCRIPT, as YAML.
 
-    The job has --nodes pods with -n workers each. Nothing is started, and no cluster is contacted.
+    Apply it with `paceline manifest … | kubectl apply -f -`. The job has --nodes pods with -n workers
+    each. Nothing is started, and no cluster is contacted.
     """
     from paceline.cli.arguments import values
     from paceline.errors import ConfigError

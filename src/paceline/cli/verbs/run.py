@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from paceline.launchers.runner import Runner
 
 _EPILOG = (
-    "Example: paceline run -n 4 --strategy 'local_sgd(period=16)' train.py --epochs 3. "
-    "On several hosts, run the same line on each: paceline run --nodes 2 --rendezvous 10.0.0.1:29400 "
-    "-n 4 train.py. The hosts need a common key: ~/.config/paceline/key, which is made "
-    "when it is first needed, or the same --secret-file. Copy it to hosts that do not share the home folder."
+    "Example: paceline run -n 4 --strategy 'local_sgd(period=16)' train.py\n\n"
+    "On each of several hosts: paceline run --nodes 2 --rendezvous 10.0.0.1:29400 -n 4 train.py\n\n"
+    "All hosts need the same key: ~/.config/paceline/key, which is made when it is first needed, or"
+    " --secret-file. Copy the key to hosts that do not share the home folder."
 )
 
 
@@ -64,7 +64,7 @@ def run(
 
     Each line of output starts with the rank of its worker. If a worker fails, the others are stopped, its
     traceback is printed last, and its exit code becomes that of this command. Ctrl-C and SIGTERM stop all
-    workers: each gets SIGTERM, and SIGKILL when its grace time is over, so that it can save a checkpoint.
+    workers: each gets SIGTERM, so that it can save a checkpoint, and SIGKILL after --grace seconds.
     """
     from paceline.cli.arguments import values
     from paceline.launchers import runner as runners

@@ -14,7 +14,7 @@ from paceline.cli.arguments.plugins import Plugins
 
 app = typer.Typer(
     name="schedule",
-    help="Collective algorithms as programs: list, show, verify, simulate, compare.",
+    help="List, show, verify, simulate and compare collective algorithms.",
     no_args_is_help=True,
 )
 
@@ -35,17 +35,19 @@ Network = Annotated[
         "--network",
         "-t",
         metavar="TOPOLOGY",
-        help="The network: ethernet(gbit=1), cluster(hosts=4, local=2), dgx1 …, or FILE.json.",
+        help="The network: ethernet, cluster, dgx1, dumbbell, fully_connected, hypercube, random, ring,"
+        " shared_memory or torus, with options if any: 'cluster(hosts=4, local=2)'; or FILE.json.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Root = Annotated[int, typer.Option(metavar="RANK", help="Root of broadcast, reduce, gather, scatter.")]
 Channels = Annotated[
-    int, typer.Option(metavar="N", min=1, help="Copies that run side by side on parts of every chunk.")
+    int,
+    typer.Option(metavar="N", min=1, help="Parallel copies of the algorithm, each on a part of every chunk."),
 ]
 Late = Annotated[
     list[str] | None,
-    typer.Option(metavar="RANK:SECONDS", help="Let a rank enter SECONDS late, e.g. 3:0.01. Repeatable."),
+    typer.Option(metavar="RANK:SECONDS", help="Start a rank SECONDS late, e.g. 3:0.01. Repeatable."),
 ]
 Straggler = Annotated[
     list[str] | None,
@@ -53,10 +55,13 @@ Straggler = Annotated[
 ]
 SlowLink = Annotated[
     list[str] | None,
-    typer.Option(metavar="SRC-DST:FACTOR", help="Make a link FACTOR times slower, e.g. 0-1:10. Repeatable."),
+    typer.Option(
+        metavar="SRC-DST:FACTOR", help="Slow the link from SRC to DST by FACTOR, e.g. 0-1:10. Repeatable."
+    ),
 ]
 
-_ONE_FILE = "Write the {} to this file instead of writing all three to the folder."
+_ONE_FILE = "Write the {} to this file; only files named so are written, none to --output."
+_SIZES = "64, 1kB, 8kB, 64kB, 512kB, 4MB, 32MB, 256MB"
 _DEFAULT_NETWORK = "ethernet(gbit=10)"
 
 
@@ -73,7 +78,7 @@ def list_algorithms(
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
-    """List every algorithm: operations, supported numbers of ranks, paper, claimed cost."""
+    """List every algorithm: operations, supported numbers of ranks, cost, source, options."""
     reports.print_list(operation, as_json=as_json)
 
 
@@ -86,21 +91,19 @@ def show(
     channels: Channels = 1,
     topology: Network = _DEFAULT_NETWORK,
     size: Annotated[
-        str, typer.Option("--bytes", metavar="SIZE", help="Size for the trace: 64MiB, 1000000 …")
+        str, typer.Option("--bytes", metavar="SIZE", help="Buffer size in the trace, in bytes or as 64MiB.")
     ] = "1MB",
     output: Annotated[
         Path,
-        typer.Option(
-            "--output", "-o", metavar="FOLDER", help="Folder for the picture, the page and the trace."
-        ),
+        typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the SVG, HTML and trace files."),
     ] = Path(),
-    svg: Annotated[Path | None, typer.Option(metavar="FILE", help=_ONE_FILE.format("picture"))] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help=_ONE_FILE.format("page"))] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help=_ONE_FILE.format("SVG diagram"))] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help=_ONE_FILE.format("web page"))] = None,
     trace: Annotated[Path | None, typer.Option(metavar="FILE", help=_ONE_FILE.format("trace"))] = None,
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
-    """Print the steps; write a space-time picture (SVG, HTML) and a trace for ui.perfetto.dev."""
+    """Print an algorithm's steps; write a space-time diagram (SVG, HTML) and a trace for ui.perfetto.dev."""
     files = {"svg": svg, "html": html, "trace": trace}
     chosen, options = arguments.algorithm(name, channels=channels)
     report = reports.show(
@@ -136,10 +139,10 @@ def verify(
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
-    """Prove programs correct, in all lowered forms and with every root; exit code 1 if one is not.
+    """Prove algorithms correct, in every form and for every root; exit code 1 if one is not.
 
     The C++ core executes staged forms, in which data travels in messages. Zero-copy forms, in which ranks
-    read each other's buffers, are modelled only.
+    read each other's buffers, are only modelled; they are verified too.
     """
     from paceline.cli import schedule_verify
 
@@ -151,7 +154,12 @@ def simulate(
     name: Name,
     operation: Operation = "all_reduce",
     ranks: Annotated[
-        int | None, typer.Option(metavar="P", min=1, help="Number of ranks P; default: the topology's.")
+        int | None,
+        typer.Option(
+            metavar="P",
+            min=1,
+            help="Number of ranks. Default: the topology's; ethernet and others without one need it.",
+        ),
     ] = None,
     size: Annotated[
         str, typer.Option("--bytes", metavar="SIZE", help="Bytes of the full buffer: 100000000, 64MiB …")
@@ -192,12 +200,22 @@ def simulate(
 def compare(
     operation: Operation = "all_reduce",
     ranks: Annotated[
-        int | None, typer.Option(metavar="P", min=1, help="Number of ranks P; default: the topology's.")
+        int | None,
+        typer.Option(
+            metavar="P",
+            min=1,
+            help="Number of ranks. Default: the topology's; ethernet and others without one need it.",
+        ),
     ] = None,
     topology: Network = _DEFAULT_NETWORK,
-    sizes: Annotated[str, typer.Option(metavar="LIST", help="Sizes in bytes, separated by commas.")] = (
-        "64,1kB,8kB,64kB,512kB,4MB,32MB,256MB"
-    ),
+    sizes: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help=f"Buffer sizes in bytes or with units, separated by commas. Default: {_SIZES}.",
+            show_default=False,
+        ),
+    ] = _SIZES,
     algorithms: Annotated[
         str | None,
         typer.Option(metavar="LIST", help="Compare only these, separated by commas, with options if any."),
@@ -214,7 +232,7 @@ def compare(
         operation=operation,
         num_ranks=ranks,
         topology=topology,
-        sizes=[arguments.size(s) for s in sizes.split(",")],
+        sizes=[arguments.size(s.strip()) for s in sizes.split(",")],
         algorithms=algorithms,
         root=root,
         conditions=arguments.conditions(late or [], straggler or [], slow_link or []),

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from paceline.declarations import Declaration
 
 
+_HOW_TO_WRITE = (
+    'Write arguments in parentheses: --strategy "local_sgd(period=16)". Periods are in minibatches. (chosen):'
+    " what suits the run's length, unless you give a number."
+)
+
+
 def strategies(
     plugin: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
@@ -29,7 +35,7 @@ def strategies(
         typer.echo(json.dumps(found, indent=2))
         return
     _show(methods)
-    typer.echo(entries.wrapped('Write arguments in brackets: --strategy "local_sgd(period=16)".') + "\n")
+    typer.echo(entries.wrapped(_HOW_TO_WRITE) + "\n")
     typer.echo(entries.wrapped("Staleness policies, for the argument staleness of parameter_server:") + "\n")
     _show(policies)
     typer.echo(

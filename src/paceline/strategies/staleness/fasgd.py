@@ -39,7 +39,7 @@ class FASGD(StalenessPolicy):
     Source: Odena, Faster Asynchronous SGD, 2016.
     """
 
-    advice = "Adaptive per coordinate; when gradients differ much in scale between layers."
+    advice = "Adaptive per coordinate; for gradients that differ much in scale between layers."
 
     def __init__(
         self,

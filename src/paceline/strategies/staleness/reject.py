@@ -22,7 +22,7 @@ class Reject(StalenessPolicy):
     Source: the cut-off of FedAsync (Xie et al. 2019) and of most production parameter servers.
     """
 
-    advice = "Guards against stragglers' very old updates; join it: inverse+reject(max=64)."
+    advice = "Guards against stragglers' very old updates; combine it: inverse+reject(max=64)."
 
     def __init__(self, *, max: int) -> None:
         self._max = whole_number("reject: max", max, least=0)

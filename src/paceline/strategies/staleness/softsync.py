@@ -25,7 +25,7 @@ class Softsync(StalenessPolicy):
     Source: Zhang et al., Staleness-aware Async-SGD, IJCAI 2016 (their n-softsync is c = ⌊N/n⌋).
     """
 
-    advice = "Less noise and less staleness than one by one; best with inverse: softsync(c=4)+inverse."
+    advice = "Less noise and staleness than single updates; best with inverse: softsync(c=4)+inverse."
 
     def __init__(self, *, c: int) -> None:
         self.group = whole_number("softsync: c", c, least=1)
