@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "tools"))
 
-from attacked_jobs import KINDS, attacked  # noqa: E402
+from strangers.jobs import KINDS, attacked  # noqa: E402
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ Parsed by hand and never evaluated: a spec may come from a command line, a file 
 from __future__ import annotations
 
 import inspect
+import numbers
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -115,9 +116,9 @@ def check(signature: inspect.Signature, spec: Spec, *, kind: str) -> None:
 
 def whole_number(name: str, value: object, *, least: int) -> int:
     """Return `value` if it is a whole number of at least `least`; else raise a ConfigError that names it."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise ConfigError(f"{name}={value!r}: a whole number >= {least} expected")
-    return value
+    return int(value)
 
 
 def _check_kinds(signature: inspect.Signature, spec: Spec, kind: str) -> None:

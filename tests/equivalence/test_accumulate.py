@@ -277,6 +277,10 @@ def refused(change: str) -> Any:
                     nn.utils.clip_grad_norm_(net.parameters(), 0.1)
                 elif change == "job.clip":
                     job.clip_grad_norm_(net.parameters(), 0.1)
+                elif change == "data":
+                    for p in net.parameters():
+                        if p.grad is not None:
+                            p.grad.data.clamp_(-1e-3, 1e-3)
                 elif change == "none":
                     for p in net.parameters():
                         p.grad = None
@@ -298,6 +302,7 @@ def refused(change: str) -> Any:
         ("clip", r"changed in job.accumulate before the end .*`if job.sync_gradients:`"),
         ("zero first", r"changed in job.accumulate before the end .* optimizer.zero_grad\(\)"),
         ("zeros first", r"changed in job.accumulate before the end .* optimizer.zero_grad\(\)"),
+        ("data", r"changed in job.accumulate before the end .*`if job.sync_gradients:`"),
         ("none", r"changed in job.accumulate before the end .*`if job.sync_gradients:`"),
         ("job.clip", r"clip_grad_norm_ in the middle of a window .*`if job.sync_gradients:`"),
         ("closure", r"the closure makes backward passes of its own"),
@@ -309,6 +314,63 @@ def refused(change: str) -> Any:
 def test_what_a_window_cannot_hold_is_refused(change: str, said: str, size: int) -> None:
     with pytest.raises(ConfigError, match=said):
         on(size, refused(change))
+
+
+def test_a_scaler_that_prepare_does_not_know_is_refused() -> None:
+    """It divides gradients amid a window, which torch does not count as a change."""
+
+    def loop(job: Job) -> None:
+        net, optimizer, loader, _ = prepared(job, DataLoader(data(), 6), accumulation_steps=2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        for x, y in loader:
+            with job.accumulate(net):
+                job.backward(scaler.scale(functional.cross_entropy(net(x), y)))
+                scaler.step(optimizer)
+                scaler.update()
+
+    for size in (1, 2):
+        with pytest.raises(ConfigError, match=r"clipped, unscaled"):
+            on(size, loop)
+
+
+def test_sync_gradients_is_that_of_the_models_of_the_block() -> None:
+    """Another model, which is trained in every third batch, has a window of its own."""
+
+    def loop(job: Job) -> Any:
+        first: Any = model()
+        second: Any = model()
+        optimizers: Any = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (first, second)]
+        loader: Any = DataLoader(data(37), 4)
+        *_, loader = job.prepare(first, second, optimizers, loader, batch="global", accumulation_steps=2)
+        said = []
+        for i, (x, y) in enumerate(loader):
+            with job.accumulate(first):
+                job.backward(functional.cross_entropy(first(x), y))
+                said.append(job.sync_gradients)
+            if i % 3 == 2:
+                with job.accumulate(second):
+                    job.backward(functional.cross_entropy(second(x), y))
+        return said
+
+    assert on(1, loop) == [[i % 2 == 1 or i == 9 for i in range(10)]]
+    same_as_one_process(loop)
+
+
+def test_a_window_that_a_loop_left_can_be_dropped() -> None:
+    """By `zero_grad` before the next pass, as in one process."""
+
+    def loop(job: Job) -> Any:
+        net, optimizer, loader, scheduler = prepared(job, DataLoader(data(37), 6), accumulation_steps=2)
+        for _ in job.epochs(3):
+            optimizer.zero_grad()
+            for i, batch in enumerate(loader):
+                if i == 3:
+                    break
+                body(job, net, optimizer, scheduler, batch, "last")
+        return state(net, optimizer), scheduler.last_epoch
+
+    same_as_one_process(loop)
+    assert on(1, loop)[0][1] == 3
 
 
 def test_what_is_held_back_is_itself_again_afterwards() -> None:

@@ -156,6 +156,29 @@ def test_what_cannot_be_gathered_is_refused() -> None:
         on(2, foreign)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (list, r'\[\{"x": tensor\} for tensor in tensors\]'),
+        (lambda x: {"boxes": [x[0], *x[1:]]}, "a tensor for each sample"),
+        (lambda x: np.array([str(v) for v in x[:, 0]]), r"\.tolist\(\) makes a list"),
+        (lambda x: x.to_sparse(), r"\.to_dense\(\)"),
+    ],
+    ids=["list", "nested", "strings", "sparse"],
+)
+def test_values_without_rows_are_refused_by_any_number_of_ranks(values: Any, said: str) -> None:
+    """Else they would be another structure for each number of ranks."""
+
+    def loop(job: Job) -> None:
+        _, loader = job.prepare(model(), DataLoader(data(), 9), batch="global")
+        for x, _ in loader:
+            job.gather_for_metrics(values(x))
+
+    for size in (1, 2):
+        with pytest.raises(ConfigError, match=said):
+            on(size, loop)
+
+
 SKIPPED: dict[str, Any] = {
     "sequential": lambda: DataLoader(data(37), 5),
     "shuffled": lambda: DataLoader(data(37), 5, shuffle=True),
@@ -244,7 +267,7 @@ def test_passes_that_cannot_begin_later_are_refused(tmp_path: Path) -> None:
         on(2, unknown)
     with pytest.raises(ConfigError, match="an iterator over this loader is open"):
         on(2, is_open)
-    with pytest.raises(ConfigError, match="begins after its 2 batches by itself"):
+    with pytest.raises(ConfigError, match="begins after 2 batches already"):
         on(2, loaded)
 
 

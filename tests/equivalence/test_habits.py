@@ -143,6 +143,59 @@ def test_an_exception_of_rank_0_reaches_all() -> None:
         assert "OSError: no room" in text
 
 
+def test_a_common_call_inside_main_first_is_refused() -> None:
+    def body(job: Job) -> None:
+        with job.main_first():
+            if job.is_main:
+                job.gather_objects("only rank 0 is here")
+
+    with pytest.raises(Mismatch, match="take it out of the block"):
+        on(2, body)
+
+
+def test_only_plain_functions_run_on_rank_0_alone() -> None:
+    def body(job: Job) -> None:
+        @job.on_main
+        def numbers() -> Any:
+            yield 1
+
+    with pytest.raises(ConfigError, match=r"a plain function expected"):
+        on(1, body)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    def body(job: Job) -> Any:
+        job.set_seed(np.int64(3))  # type: ignore[arg-type]
+        return job.gather_objects({"loss": np.float64(2.0), "of": [np.int32(1)]})
+
+    assert on(2, body) == [[{"loss": 2.0, "of": [1]}] * 2] * 2
+    with pytest.raises(ConfigError, match=r"torch\.from_numpy"):
+        on(1, lambda job: job.gather_objects(np.ones(3)))
+    with pytest.raises(ConfigError, match="plain values for objects"):
+        on(2, lambda job: job.gather_objects(lambda: None))
+
+
+def test_after_the_end_of_a_job_nothing_is_accumulated_or_logged() -> None:
+    def body(job: Job, call: Any) -> None:
+        net, optimizer = nn.Linear(2, 1), None
+        job.prepare(net, optimizer)
+        job.close()
+        call(job, net)
+
+    def accumulates(job: Job, net: Any) -> None:
+        with job.accumulate(net):
+            pass
+
+    calls = (
+        accumulates,
+        lambda job, net: job.backward(net(torch.ones(2)).sum()),
+        lambda job, net: job.log(loss=1.0),
+    )
+    for call in calls:
+        with pytest.raises(ConfigError, match="job is closed"):
+            on(1, lambda job, call=call: body(job, call))  # type: ignore[misc]
+
+
 def test_an_exception_of_another_rank_stays_there() -> None:
     def loop(job: Job) -> Any:
         try:

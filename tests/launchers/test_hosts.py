@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import listeners
 import pytest
 from netlab import Lab, why_not
+from strangers import listeners
 
 pytestmark = [
     pytest.mark.net,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from listeners import annoy, is_private, processes_below, tcp_listeners
+from strangers.listeners import annoy, is_private, processes_below, tcp_listeners
 
 pytestmark = pytest.mark.xdist_group("processes")
 

@@ -64,9 +64,7 @@ class ParameterServer(PeriodicStrategy):
     Source: Dean et al. (Downpour SGD), NIPS 2012; Li et al. (parameter server), OSDI 2014.
     """
 
-    advice = (
-        "No worker waits for stragglers: for uneven or busy machines. Shards spread the load over workers."
-    )
+    advice = "No worker waits for stragglers: for uneven or busy machines. Shards spread load over workers."
     survives_loss = True
 
     def __init__(

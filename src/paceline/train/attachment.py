@@ -15,11 +15,11 @@ from typing import Protocol
 import torch
 from torch import nn
 from torch.autograd import Variable
-from torch.utils import _pytree as pytree
 
 from paceline import _core
 from paceline.errors import ConfigError
 from paceline.strategies.base.strategy import TrainingStrategy
+from paceline.train.data.in_hand import BatchesInHand
 from paceline.train.gradients import drift
 from paceline.train.gradients.kept import KeptGradients
 from paceline.train.gradients.reduced import Reduced
@@ -65,12 +65,14 @@ class Attachment:
         """What its strategy was made from."""
         self.on_update: Callable[[], None] | None = None
         """Called after each minibatch's update."""
+        self.hands: BatchesInHand | None = None
         self.on_gradients: Callable[[], None] | None = None
         """Called when all gradients are complete, at the end of backward."""
         self._size = comm.size
         self.comm = comm
         self._minibatch = MinibatchState()
         self._window = AccumulationWindow(accumulation_steps)
+        self._pass: object = None  # of the batch in hand
         self._only_accumulates = False  # inside `no_sync`
         self._sends = False  # whether the backward pass that runs reduces its gradients
         self._graphs: dict[int, torch.Tensor] = {}  # this rank's gradients that have a graph
@@ -85,16 +87,26 @@ class Attachment:
 
     # The data's side.
 
-    def batch_begins(self, own_samples: int, all_samples: int, is_last: bool) -> None:
-        """The loader hands out a batch: what came before is over, and this is the new batch's weight."""
+    def batch_begins(self, own_samples: int, all_samples: int, is_last: bool, one: object = None) -> None:
+        """The loop takes a batch of pass `one`: what came before is over, and this is the batch's weight."""
         self.finish_minibatch()
         self._minibatch.backward_was_abandoned()
         self._steps.forget_unfinished()
         window = self._window
+        if one is not self._pass:
+            self._pass = one
+            self._drop_cleared()
         window.add(own_samples, all_samples, is_last=is_last)
         self.replica.has_samples = window.own_samples > 0
         self.weights.repeats = own_samples == 0
         self.weigh(own_samples, all_samples)
+
+    def _drop_cleared(self) -> None:
+        """A window of an earlier pass goes on in this one, unless its gradients were cleared in between."""
+        if self._minibatch.phase is Phase.UNSENT and self._kept.are_cleared():
+            self._minibatch.advance(MinibatchEvent.WINDOW_DROPPED)
+            self._window.drop()
+            self._kept.forget()
 
     def data_ends(self) -> None:
         """The epoch's data is used up; a loop without the loader weighs all ranks alike."""
@@ -128,8 +140,13 @@ class Attachment:
         return self._window.steps
 
     @property
+    def waiting_backwards(self) -> int:
+        """Backward passes whose gradients are not reduced yet."""
+        return self._window.backwards
+
+    @property
     def is_mid_window(self) -> bool:
-        """Whether gradients wait for more backward passes or for the optimizer."""
+        """Whether gradients wait for more backward passes."""
         return self._window.backwards > 0
 
     def check_steps(self) -> None:
@@ -196,6 +213,8 @@ class Attachment:
                 f"rank {self.comm.rank}: job.accumulate inside job.accumulate of the same model; one block is"
                 " one micro-batch: leave out the inner one"
             )
+        if self.hands is not None and self.accumulation_steps > 1:
+            self._window.is_last_batch = self.hands.block(self, self._window.is_last_batch)
         self._window.block_begins(knows_last=self.has_loader)
         try:
             yield
@@ -219,17 +238,8 @@ class Attachment:
 
     def cut_outputs(self) -> None:
         """Stop gradients at the model's outputs while this rank's own loss counts nothing."""
-        self._handles.append(self.replica.module.register_forward_hook(ModuleHook(self._watch_outputs)))
-
-    def _watch_outputs(self, module: nn.Module, arguments: object, outputs: object) -> None:
-        weights = self.weights
-
-        def cut(gradient: torch.Tensor) -> torch.Tensor | None:
-            return torch.zeros_like(gradient) if weights.is_cut else None
-
-        for output in pytree.tree_leaves(outputs):
-            if isinstance(output, torch.Tensor) and output.requires_grad:
-                output.register_hook(cut)  # type: ignore[no-untyped-call]
+        hook = ModuleHook(self.weights.watch_outputs)
+        self._handles.append(self.replica.module.register_forward_hook(hook))
 
     def complete(self) -> bool:
         """Reduce now what was accumulated in a window that is not full; whether there was anything."""
@@ -263,9 +273,12 @@ class Attachment:
             mean=self._mean_loss if self.strategy.needs_gradients and self._size > 1 else None,
         )
         self._handles += [self._steps, self.weights]
-        self._handles.append(self.replica.module.register_forward_pre_hook(ModuleHook(self._before_forward)))
+        hook = ModuleHook(self._before_forward)
+        self._handles.append(self.replica.module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _before_forward(self, module: nn.Module, arguments: object) -> None:
+    def _before_forward(self, module: nn.Module, arguments: object, keywords: object) -> None:
+        if self.hands is not None and not torch.compiler.is_compiling():
+            self.hands.given(self, (arguments, keywords))
         if (
             self._minibatch.awaits_step
             and not self.has_loader
@@ -303,6 +316,8 @@ class Attachment:
         return hook
 
     def _begin_backward(self) -> None:
+        if self.hands is not None:
+            self.hands.backward(self)
         self._minibatch.advance(MinibatchEvent.BACKWARD_BEGINS)
         self._window.backwards += 1
         self._kept.forget()

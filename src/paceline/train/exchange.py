@@ -41,13 +41,15 @@ def gather_objects(value: object, comm: Communicator) -> list[Any]:
 
     Values travel in torch's format and are read with `weights_only`. ConfigError for other types.
     """
-    data = plain.pack(value)
+    value = plain.simple(value, functions=True)
     try:
+        data = plain.pack(value)
         plain.unpack(data)
     except Exception as error:
         raise ConfigError(
-            f"rank {comm.rank}: gather_objects carries numbers, strings, lists, dicts and tensors; got "
-            f"{type(value).__name__} that holds something else"
+            f"rank {comm.rank}: gather_objects carries numbers, strings, lists, dicts and tensors; got"
+            f" {type(value).__name__} that is or holds something else: {str(error).splitlines()[0]:.200}."
+            " Give tensors for arrays (torch.from_numpy), and plain values for objects"
         ) from error
     if comm.size == 1:
         return [value]

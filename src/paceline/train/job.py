@@ -86,6 +86,7 @@ class Job(LoopCalls):
         self._epoch_over: bool | None = None  # None outside `epochs`
         self._passes_before: list[int] = []
         self._num_prepared = 0
+        self._of_block: list[Attachment] = []  # the models of the last `accumulate`
         self._has_prepared, self._seed = False, seed
         self._stop: StopAgreement | None = None
         is_main_thread = threading.current_thread() is threading.main_thread()
@@ -420,6 +421,7 @@ class Job(LoopCalls):
             values: Further columns: names and numbers, strings or one-element tensors.
             more: The same as keywords.
         """
+        self.loaders.check_open("job.log: the job")
         self.logbook.record(self._counts(), {**(values or {}), **more})
 
     def unwrap(self, model: nn.Module) -> nn.Module:

@@ -20,6 +20,7 @@ class MinibatchEvent(enum.Enum):
     BACKWARD_BEGINS = "the first gradient of a backward pass arrived"
     GRADIENTS_KEPT = "a backward pass ended that only accumulates"
     GRADIENTS_REDUCED = "all gradients were reduced: at the end of backward, or late, before a step"
+    WINDOW_DROPPED = "a loop was left in the middle of a window, whose gradients were cleared"
     MINIBATCH_ENDS = "all optimizers stepped, or their steps were skipped"
 
 
@@ -33,6 +34,7 @@ TRANSITIONS: dict[tuple[Phase, MinibatchEvent], Phase] = {
         Phase.UNSENT,
         MinibatchEvent.GRADIENTS_REDUCED,
     ): Phase.COMPLETE,  # the step came early
+    (Phase.UNSENT, MinibatchEvent.WINDOW_DROPPED): Phase.IDLE,
     (Phase.COMPLETE, MinibatchEvent.MINIBATCH_ENDS): Phase.IDLE,
     (
         Phase.UNSENT,
@@ -130,6 +132,11 @@ class AccumulationWindow:
     def all_samples(self) -> int:
         """Samples of all ranks in the window."""
         return sum(total for _, total in self._samples)
+
+    def drop(self) -> None:
+        """What was accumulated is gone."""
+        self.backwards = self._blocks = 0
+        self._samples = []
 
     def clear(self) -> None:
         """The data is used up."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -32,15 +33,21 @@ def broadcast(value: object, comm: Communicator) -> Any:
     return value if comm.rank == 0 else unpack(data)
 
 
-def simple(value: Any) -> Any:
+def simple(value: Any, *, functions: bool = False) -> Any:
     """`value` with NumPy's numbers as Python's, so that reading it back needs nothing but `weights_only`.
 
     Functions, as some optimizers keep in their groups, are left out: every rank has its own.
+
+    Args:
+        value: Nested dicts, lists and tuples; others are not looked into.
+        functions: Whether functions stay.
     """
     if isinstance(value, dict):
-        return {key: simple(one) for key, one in value.items() if not callable(one)}
-    if isinstance(value, (list, tuple)):
-        return type(value)(simple(one) for one in value)
+        kept = {key: one for key, one in value.items() if functions or not callable(one)}
+        items = {key: simple(one, functions=functions) for key, one in kept.items()}
+        return OrderedDict(items) if isinstance(value, OrderedDict) else items
+    if type(value) in (list, tuple):
+        return type(value)(simple(one, functions=functions) for one in value)
     if hasattr(value, "item") and not isinstance(value, torch.Tensor) and getattr(value, "shape", None) == ():
         return value.item()
     return value

@@ -64,10 +64,11 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
         "decentralized_threshold(tau=0.01)",
     ),
     "aside": (None, "main_first", "on_main", "set_seed", "track"),
+    "fetches": ("one", "ahead", "all"),
 }  # fmt: skip
 SIMPLEST = {
     "habit": 0.9, "codec": 0.6, "precision": 0.3, "data": 0.5, "prepares": 0.7, "loss": 0.3, "model": 0.2,
-    "optimizer": 0.3, "evaluate": 0.15, "evaluates": 0.1, "resume": 0.5, "strategy": 0.7,
+    "optimizer": 0.3, "evaluate": 0.15, "evaluates": 0.1, "resume": 0.5, "strategy": 0.7, "fetches": 0.6,
 }  # fmt: skip
 """The share of loops in which these dimensions have the simplest value."""
 SERVED = ("gossip", "parameter_server", "decentralized_threshold")
@@ -86,7 +87,7 @@ def draw(seed: int) -> Choices:
 def sensible(choices: Choices) -> Choices:
     """Without combinations that mean nothing in one process either, or that documents exclude."""
     fixed = dict(choices)
-    for rule in (_habit, _data, _optimizer, _model, _accumulation, _strategy):
+    for rule in (_habit, _data, _optimizer, _model, _accumulation, _strategy, _fetches):
         rule(fixed)
     return fixed
 
@@ -96,6 +97,9 @@ def _habit(fixed: Choices) -> None:
     if habit is None:
         return
     fixed.update(strategy="all_reduce", data="map", optimizer="sgd", resume=None, codec=None, samples=24)
+    fixed["leaves_early"] = False  # in the middle of a window of `accumulate` steps have no effect
+    if habit == "step_in_hook":
+        fixed["loss"] = "one"  # torch itself refuses a second pass over a graph whose weights have changed
     if habit == "unfreezes":
         fixed["model"] = "frozen"
     if habit == "max_norm":
@@ -185,6 +189,18 @@ def _strategy(fixed: Choices) -> None:
         fixed["codec"] = None
     if fixed["codec"]:  # it needs float32, of which autocast makes less; float64 it leaves alone
         fixed["precision"] = None
+
+
+def _fetches(fixed: Choices) -> None:
+    if fixed["data"] == "by_hand" or fixed["habit"] or fixed["resume"] == "middle":
+        fixed["fetches"] = "one"
+    # Refused: it is not known which batch is in hand before a model gets it, nor if it gets a copy.
+    if (
+        fixed["codec"]
+        or fixed["loss"] == "penalty"
+        or (fixed["style"] == "accumulate" and fixed["accumulation"] > 1)
+    ):
+        fixed["fetches"] = "one"
 
 
 def is_exact(choices: Choices) -> bool:

@@ -15,7 +15,7 @@ from habits import at_epoch, at_step, once_prepared
 from models import make, output
 from plain import PlainJob
 from runs import state
-from sources import Samples, batch_size_of, collate, loader_of, parts
+from sources import Samples, batch_size_of, collate, fetched, loader_of, parts
 from stepping import optimizers_of
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
@@ -150,6 +150,8 @@ class Run:
             next(iter(self.loader))
         for i, batch in enumerate(self.batches(first)):
             if c["skips"] and i % 3 == 1:
+                if c["codec"]:
+                    self.job.skip()  # its models get copies of the batches in float32
                 continue
             if c["leaves_early"] and i == 2:
                 break
@@ -191,7 +193,8 @@ class Run:
     def batches(self, first: int) -> Iterator[Any]:
         """What the loader gives; without one, this rank's share of every batch, and how much it weighs."""
         if self.c["data"] != "by_hand":
-            yield from self.job.skip_first_batches(self.loader, first) if first else self.loader
+            loader = self.job.skip_first_batches(self.loader, first) if first else self.loader
+            yield from fetched(loader, self.c["fetches"])
             return
         size = self.c["batch_size"]
         for start in range(0, len(self.samples), size):

@@ -50,6 +50,9 @@ class PlainJob:
     def gather_objects(self, value: Any) -> list[Any]:
         return [value]
 
+    def skip(self) -> None:
+        """One process knows what it trains."""
+
     def main_first(self) -> Any:
         return contextlib.nullcontext()
 

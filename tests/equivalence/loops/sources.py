@@ -163,3 +163,19 @@ def own_batches(c: Choices, count: int, job: Any) -> list[list[int]]:
     kept = [batch for batch in whole if len(batch) == size or not c["drop_last"]]
     shares = [np.array_split(batch, job.size)[job.rank].tolist() for batch in kept]
     return [share for share in shares if share]
+
+
+def fetched(loader: Any, how: str) -> Iterator[Any]:
+    """Batches one by one, each when the next one has been fetched, or all when all have been."""
+    if how == "all":
+        yield from list(loader)
+        return
+    if how == "one":
+        yield from loader
+        return
+    batches = iter(loader)
+    batch = next(batches, None)
+    while batch is not None:
+        following = next(batches, None)
+        yield batch
+        batch = following

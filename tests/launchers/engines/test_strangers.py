@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from attacked_jobs import ONE_HOST, attacked
+from strangers.jobs import ONE_HOST, attacked
 from test_mpi import installed
 
 pytestmark = [pytest.mark.engines, pytest.mark.xdist_group("engines")]

@@ -19,7 +19,7 @@ import paceline
 from paceline.errors import ConfigError
 from paceline.train.logs.formats import csv as csv_log
 from paceline.train.logs.formats import jsonl as jsonl_log
-from paceline.train.logs.logbook import Logbook, check_formats, plain
+from paceline.train.logs.logbook import Logbook, TrainingCounts, check_formats, plain
 
 HEAD = ["epoch", "step", "seconds", "samples_per_s", "payload_bytes", "wait_s", "staleness"]
 
@@ -165,6 +165,12 @@ def test_json_stays_json(tmp_path: Path) -> None:
 def test_plain_values() -> None:
     assert plain(torch.tensor([2.5])) == 2.5 and plain(None) is None and plain([1]) == "[1]"
     assert plain(torch.ones(2)) == "tensor([1., 1.])"
+
+
+def test_columns_of_the_job_keep_their_meaning(tmp_path: Path) -> None:
+    logbook = Logbook(0, 1, folder=tmp_path)
+    with pytest.raises(ConfigError, match=r"job\.log\(step=…\): every row has a column of that name"):
+        logbook.record(TrainingCounts(), {"step": 3})
 
 
 def test_formats_are_checked() -> None:

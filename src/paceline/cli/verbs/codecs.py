@@ -28,7 +28,7 @@ def codecs(
         return
     for name, declared in found.items():
         entries.show(name, {"arguments": spec.shown(declared.signature)}, text=declared.summary)
-    typer.echo("\n(chosen): depends on the other arguments, as the codec's text says.")
+    typer.echo("\n" + entries.wrapped("(chosen): depends on the other arguments, as the codec's text says."))
     typer.echo("\nGive one to a strategy that has the argument codec:")
     typer.echo('    "local_sgd(period=16, codec=topk(density=0.01))"')
 

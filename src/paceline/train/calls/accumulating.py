@@ -13,6 +13,7 @@ from torch import nn
 from paceline.errors import ConfigError
 from paceline.train.arguments import unwrapped
 from paceline.train.attachment import Attachment
+from paceline.train.data.following import Loaders
 
 _MARK = "_paceline_holds_back"
 
@@ -22,6 +23,8 @@ class AccumulatingCalls:
 
     attachments: list[Attachment]
     registered: dict[str, Any]
+    loaders: Loaders
+    _of_block: list[Attachment]
 
     @contextmanager
     def accumulate(self, *models: nn.Module) -> Iterator[None]:
@@ -57,7 +60,8 @@ class AccumulatingCalls:
                     optimizer.zero_grad()
             ```
         """
-        chosen = self._chosen(models)
+        self.loaders.check_open("job.accumulate: the job")
+        chosen = self._of_block = self._chosen(models)
         with ExitStack() as stack:
             for attachment in chosen:
                 stack.enter_context(attachment.block())
@@ -67,11 +71,13 @@ class AccumulatingCalls:
 
     @property
     def sync_gradients(self) -> bool:
-        """Whether this block of `accumulate`, or the one before, ends a window; always True without windows.
+        """Whether this block of `accumulate`, or the one before, ends the window of its models.
 
-        In loops that accumulate without such blocks: whether no gradients wait for more backward passes.
+        In loops that accumulate without such blocks: whether no gradients of any model wait for more
+        backward passes. Always True without windows.
         """
-        return all(attachment.ends_window for attachment in self.attachments)
+        of_block = [one for one in self.attachments if one in self._of_block]
+        return all(attachment.ends_window for attachment in of_block or self.attachments)
 
     def backward(self, loss: torch.Tensor, **keywords: Any) -> None:
         """`loss.backward()`; inside `job.accumulate`, of the loss divided by `accumulation_steps`.
@@ -84,6 +90,7 @@ class AccumulatingCalls:
             loss: What is to be differentiated.
             keywords: As for `torch.Tensor.backward`: `retain_graph`, `create_graph`, `gradient`, `inputs`.
         """
+        self.loaders.check_open("job.backward: the job")
         inside = [a for a in self.attachments if a.is_in_block and not a.weights.is_sum]
         if inside and inside[0].accumulation_steps > 1:
             loss = loss / inside[0].accumulation_steps

@@ -13,7 +13,7 @@ from paceline.train.data.loader import ShardedLoader
 
 
 class BatchCalls:
-    """`job.gather_for_metrics` and `job.skip_first_batches`."""
+    """`job.gather_for_metrics`, `job.skip` and `job.skip_first_batches`."""
 
     comm: FabricCommunicator
     loaders: Loaders
@@ -41,13 +41,14 @@ class BatchCalls:
         Example:
             `logits, targets = job.gather_for_metrics((model(x), y))`
         """
-        loader = self.loaders.in_hand()
-        if loader is None:
+        batch = self.loaders.hands.gathered(values)
+        if batch is None:
             raise ConfigError(
                 f"rank {self.comm.rank}: job.gather_for_metrics outside a pass over a prepared loader, where"
                 " it cannot know which samples count: call it in `for batch in loader:` with the loader that"
                 " prepare() returned, or use job.gather_objects(value)"
             )
+        loader = batch.loader
         if not loader.is_gathered and loader.leaves_out_ranks:
             raise ConfigError(
                 f"rank {self.comm.rank}: job.gather_for_metrics: the first batch of this loader has fewer"
@@ -55,7 +56,23 @@ class BatchCalls:
                 " loader.is_gathered = True before the loop, or use job.evaluate"
             )
         loader.is_gathered = True
-        return joined_rows.gather(values, self.comm, counts=max(loader.in_hand)[1] > 0)
+        return joined_rows.gather(values, self.comm, counts=batch.own > 0, own=batch.own)
+
+    def skip(self) -> None:
+        """Say that the batch handed out last is not trained: for a loop that leaves it out (`continue`).
+
+        Loops that give their models the tensors of the batch need not say it, nor those whose batches all
+        count alike. It concerns this rank alone.
+
+        Example:
+            ```
+            for x, y in loader:
+                if bad(x):
+                    job.skip()
+                    continue
+            ```
+        """
+        self.loaders.hands.skip()
 
     def skip_first_batches(self, loader: ShardedLoader, num_batches: int = 0) -> ShardedLoader:
         """Let the next pass over a prepared loader begin after its first batches; all ranks call it.
@@ -79,7 +96,7 @@ class BatchCalls:
         Example:
             `for x, y in job.skip_first_batches(loader, 100): …`
         """
-        whole_number("job.skip_first_batches: num_batches", num_batches, least=0)
+        num_batches = whole_number("job.skip_first_batches: num_batches", num_batches, least=0)
         if not any(loader is known for known in self.loaders):
             raise ConfigError(
                 f"job.skip_first_batches: a loader that prepare() returned expected, got"

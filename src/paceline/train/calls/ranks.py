@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 from paceline.comm.communicator import FabricCommunicator
-from paceline.errors import PacelineError
+from paceline.errors import ConfigError, Mismatch, PacelineError
 from paceline.spec import whole_number
 from paceline.train import exchange, random_state
 from paceline.train.attachment import Attachment, rest
@@ -16,6 +17,7 @@ from paceline.train.data.following import Loaders
 from paceline.train.progress import ProgressBar
 from paceline.types import named
 
+_FIRST = "paceline.main_first"
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -59,6 +61,14 @@ class RankCalls:
             ```
         """
 
+        kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+        if any(kind(function) for kind in kinds):
+            raise ConfigError(
+                f"@job.on_main of {getattr(function, '__name__', function)}: a plain function expected; the"
+                " other ranks would get None instead of something to await or to iterate. Write `if"
+                " job.is_main:`"
+            )
+
         @functools.wraps(function)
         def on_rank_0(*arguments: P.args, **keywords: P.kwargs) -> R | None:
             return function(*arguments, **keywords) if self.is_main else None
@@ -90,14 +100,21 @@ class RankCalls:
             return
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             self._hear_of_firsts(f"{type(error).__name__}: {error}", raises=False)
             raise
         self._hear_of_firsts("")
 
     def _hear_of_firsts(self, own_failure: str, *, raises: bool = True) -> None:
         rest(self.attachments)
-        told = exchange.gather_objects(own_failure, self.comm)
+        told = exchange.gather_objects([_FIRST, own_failure], self.comm)
+        others = [r for r, one in enumerate(told) if not (isinstance(one, list) and _FIRST in one)]
+        if others:
+            raise Mismatch(
+                f"rank {self.comm.rank}: job.main_first: {named(others)} made another call, which"
+                " all ranks have to make together: take it out of the block"
+            )
+        told = [failure for _, failure in told]
         failed = [rank for rank, failure in enumerate(told) if failure]
         if failed and raises:
             raise PacelineError(
@@ -118,6 +135,6 @@ class RankCalls:
         Raises:
             ConfigError: It is no whole number of at least 0.
         """
-        self._seed = whole_number("job.set_seed: seed", seed, least=0)
+        self._seed = seed = whole_number("job.set_seed: seed", seed, least=0)
         self.loaders.seed = seed
         random_state.seed_worker(seed, self.comm.rank if self._has_prepared else 0)

@@ -10,6 +10,7 @@ from paceline.comm.communicator import FabricCommunicator
 from paceline.train.arguments import unwrapped
 from paceline.train.attachment import Attachment, rest
 from paceline.train.clock import TrainingClock
+from paceline.train.data.following import Loaders
 from paceline.train.logs.logbook import Logbook
 from paceline.train.logs.trackers import Tracker
 from paceline.train.saving import model_file
@@ -21,6 +22,7 @@ class ResultCalls:
     comm: FabricCommunicator
     attachments: list[Attachment]
     clock: TrainingClock
+    loaders: Loaders
     logbook: Logbook
 
     def save_model(self, model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -73,4 +75,5 @@ class ResultCalls:
                 job.track(Wandb())
             ```
         """
+        self.loaders.check_open("job.track: the job")
         self.logbook.trackers.add(tracker)

@@ -10,22 +10,22 @@ from torch import nn
 
 from paceline.errors import ConfigError
 from paceline.train.data.batch_sizes import BatchSizeOf
+from paceline.train.data.handed_out import LoaderPass, Trainee
+from paceline.train.data.in_hand import BatchesInHand
 from paceline.train.data.loader import BatchBegins, ShardedLoader
 from paceline.train.data.shard import shard
 from paceline.types import Communicator
 
 
-class Follower(Protocol):
-    """A prepared model."""
+class Follower(Trainee, Protocol):
+    """A prepared model that learns the weights of batches."""
 
     has_loader: bool
     minibatches: int
+    hands: BatchesInHand | None
 
     @property
-    def is_mid_window(self) -> bool: ...
-    @property
-    def module(self) -> nn.Module: ...
-    def batch_begins(self, own_samples: int, all_samples: int, is_last: bool) -> None: ...
+    def waiting_backwards(self) -> int: ...
     def data_ends(self) -> None: ...
 
 
@@ -61,6 +61,7 @@ class Loaders(Sequence[ShardedLoader]):
         self._all: list[ShardedLoader] = []
         self._own: dict[int, list[ShardedLoader]] = {}  # by model
         self._is_closed = False
+        self.hands = BatchesInHand(comm.rank, lambda one, loader: loader in self._loaders_of(one))
 
     def __len__(self) -> int:
         return len(self._all)
@@ -97,7 +98,7 @@ class Loaders(Sequence[ShardedLoader]):
             batch_size_of=batch_size_of,
         )
         loader.on_batch.append(lambda own, every, is_last: self._begin(loader, own, every, is_last))
-        loader.on_end.append(lambda: self._end(loader))
+        loader.on_end.append(lambda one: self._end(loader, one))
         loader.on_boundary.append(self._at_boundary)
         loader.on_dropped.append(self._on_dropped)
         loader.progress = lambda: self._progress(loader)
@@ -112,17 +113,22 @@ class Loaders(Sequence[ShardedLoader]):
     def welcome(self, follower: Follower) -> None:
         """A model was prepared, perhaps again: it follows the loaders that there are."""
         follower.has_loader = bool(self._own.get(id(follower.module)) or self._all)
+        follower.hands = self.hands
 
     def close(self) -> None:
         """Hand out no more batches: each rank would go on training alone."""
         self._is_closed = True
 
-    def _at_boundary(self) -> None:
+    def check_open(self, who: str) -> None:
+        """ConfigError if the job is closed."""
         if self._is_closed:
             raise ConfigError(
-                "the job of this loader is closed, and its models are no longer trained together: call"
-                " job.close() after the last batch, or paceline.init() and prepare for another training"
+                f"{who} is closed, and its models are no longer trained together: call job.close() after the"
+                " last batch, or paceline.init() and prepare for another training"
             )
+
+    def _at_boundary(self) -> None:
+        self.check_open("the job of this loader")
         self._on_boundary()
 
     def untrained(self) -> tuple[int, int]:
@@ -130,15 +136,11 @@ class Loaders(Sequence[ShardedLoader]):
         each = [loader.untrained() for loader in self._all]
         return sum(batches for batches, _ in each), sum(samples for _, samples in each)
 
-    def in_hand(self) -> ShardedLoader | None:
-        """The loader of the last batch of a pass that is not over; None outside passes."""
-        found = [(number, loader) for loader in self._all for number, _ in loader.in_hand]
-        return max(found, key=lambda one: one[0])[1] if found else None
-
     def _begin(self, loader: ShardedLoader, own: int, every: int, is_last: bool) -> bool:
         following = [one for one in self._following(loader) if one.module.training or torch.is_grad_enabled()]
-        for one in following:
-            one.batch_begins(own, every, is_last)
+        assert loader.newest is not None
+        loader.newest.following = following
+        self.hands.hand_out(loader.newest)
         if following or not self._followers:
             self._on_batch(own, every, is_last)
             return True
@@ -150,19 +152,19 @@ class Loaders(Sequence[ShardedLoader]):
 
     def _progress(self, loader: ShardedLoader) -> object:
         """Another value after each backward pass of those that follow; without any, always another."""
-        return [(one.minibatches, one.is_mid_window) for one in self._following(loader)] or object()
+        return [(one.minibatches, one.waiting_backwards) for one in self._following(loader)] or object()
 
-    def _end(self, loader: ShardedLoader) -> None:
+    def _end(self, loader: ShardedLoader, ended: LoaderPass) -> None:
+        if self.hands.is_waited_for(ended):  # batches that were fetched ahead are still to be trained
+            return
         for one in self._following(loader):
             one.data_ends()
 
     def _following(self, loader: ShardedLoader) -> list[Follower]:
-        found = []
-        for one in self._followers:
-            own = self._own.get(id(one.module))
-            if own is None or loader in own:
-                found.append(one)
-        return found
+        return [one for one in self._followers if loader in self._loaders_of(one)]
+
+    def _loaders_of(self, follower: Trainee) -> Sequence[ShardedLoader]:
+        return self._own.get(id(follower.module)) or self._all
 
     def _next_seed(self) -> int:
         """Rank 0's seed on every rank, so that all draw the same order."""

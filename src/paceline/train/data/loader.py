@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,34 +10,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from paceline.errors import CheckpointError, ConfigError
+from paceline.train.data.handed_out import HandedBatch, LoaderPass, apart
 from paceline.train.data.sharding import busy_ranks
 from paceline.types import Communicator
 
 BatchBegins = Callable[[int, int, bool], object]
 """(samples of this rank, samples of all ranks, whether it is the epoch's last batch); False: no training."""
-
-
-_handed_out = itertools.count()
-
-
-class LoaderPass:
-    """One iteration over a loader: its number chooses the order, and it counts once a batch was trained."""
-
-    def __init__(self, number: int, step: int, progress: object) -> None:
-        self.number = number
-        self.start = step
-        self.step = step
-        """Batches handed out, those before a resumption included."""
-        self.is_counted = False
-        self.handed = (0, 0)
-        """Batches, and samples of all ranks, handed out to train on since the pass was begun or resumed."""
-        self.in_hand: tuple[int, int] | None = None
-        """Of the batch that was handed out last: its number among those of all passes, and own samples."""
-        self._progress = progress
-
-    def settle(self, progress: object) -> None:
-        """Learn how far training is now: if it has moved, this pass counts."""
-        self.is_counted = self.is_counted or (self.handed[0] > 0 and progress != self._progress)
 
 
 class ShardedLoader(abc.ABC):
@@ -73,7 +50,9 @@ class ShardedLoader(abc.ABC):
         self._open: list[LoaderPass] = []
         self.on_batch: list[BatchBegins] = []
         self.on_boundary: list[Callable[[], None]] = []
-        self.on_end: list[Callable[[], None]] = []
+        self.on_end: list[Callable[[LoaderPass], None]] = []
+        self.newest: HandedBatch | None = None
+        """What was handed out last."""
         self.on_dropped: list[Callable[[int, int], None]] = []
         """Called with batches and samples that were handed out and not trained."""
         self.on_trained: Callable[[], None] | None = None
@@ -105,19 +84,21 @@ class ShardedLoader(abc.ABC):
                     one.is_counted = one.is_counted or one.start > 0  # nothing may have been left to resume
                     break
                 batch, own, total, is_last = item
-                one.in_hand = next(_handed_out), own
                 one.step += 1
                 self.epoch, self.step, self.own_samples = one.number, one.step, own
                 self.leaves_out_ranks = self._lacks(own, total) and self._only_evaluates(one)
                 if own == 0 and self.leaves_out_ranks:
                     continue
                 one.is_counted = one.is_counted or self.progress is None
+                if own == 0:
+                    batch = apart(batch)
+                self.newest = HandedBatch(batch, own, total, is_last, self, one)
                 said = [begin(own, total, is_last) for begin in self.on_batch]
                 if False not in said:
                     one.handed = (one.handed[0] + 1, one.handed[1] + total)
                 yield batch
             for end in self.on_end:
-                end()
+                end(one)
         finally:
             self._end(one)
 
@@ -171,6 +152,7 @@ class ShardedLoader(abc.ABC):
     def _end(self, one: LoaderPass) -> None:
         self._settle()
         self._open.remove(one)
+        one.is_open = False
         if one.is_counted:
             self._next = max(self._next, one.number + 1)
         elif one.handed[0]:
@@ -182,10 +164,15 @@ class ShardedLoader(abc.ABC):
         current = self._open[-1] if self._open else None
         self.epoch, self.step = (self._next, 0) if current is None else (current.number, current.step)
 
-    @property
-    def in_hand(self) -> list[tuple[int, int]]:
-        """Of the last batch of each pass that is not over: its number among all loaders', own samples."""
-        return [one.in_hand for one in self._open if one.in_hand is not None]
+    def retrieve(self, one: LoaderPass) -> None:
+        """A batch of this pass is trained: a pass that is over, and was only looked at so far, counts now."""
+        if one.is_open or one.is_counted or not one.handed[0]:
+            return
+        one.is_counted = True
+        self._next = max(self._next, one.number + 1)
+        self.epoch, self.step = self._next, 0
+        for dropped in self.on_dropped:
+            dropped(-one.handed[0], -one.handed[1])
 
     @property
     def local_batch_size(self) -> int:
@@ -244,8 +231,8 @@ class ShardedLoader(abc.ABC):
             raise ConfigError(
                 "skip_first_batches: an iterator over this loader is open; skip before the pass begins"
                 if self._open
-                else f"skip_first_batches(loader, {count}): a checkpoint was loaded, and the next pass begins"
-                f" after its {self.step} batches by itself; leave skip_first_batches out"
+                else f"skip_first_batches(loader, {count}): the next pass begins after {self.step} batches"
+                " already, by job.load or by skip_first_batches; call one of them, once for each pass"
             )
         if count and not self._resumed:
             self.set_position(self._next, count)

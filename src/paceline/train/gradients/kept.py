@@ -1,4 +1,7 @@
-"""Gradients that wait for the end of their window in `job.accumulate`: whether the loop has changed them."""
+"""Gradients that wait for the end of their window in `job.accumulate`: whether the loop has changed them.
+
+torch counts changes in place, but not those through `.data`, nor a GradScaler's: norms tell these.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,20 @@ class KeptGradients:
 
     def __init__(self) -> None:
         self._all: list[tuple[nn.Parameter, torch.Tensor | None, int]] = []
+        self._norms: list[torch.Tensor] = []
 
     def note(self, parameters: Sequence[nn.Parameter]) -> None:
         """Keep the gradients as they are now."""
         self._all = [(p, p.grad, 0 if p.grad is None else p.grad._version) for p in parameters]
+        self._norms = _norms([gradient for _, gradient, _ in self._all])
 
     def forget(self) -> None:
         """They are reduced, or a further backward pass changes them."""
-        self._all = []
+        self._all, self._norms = [], []
+
+    def are_cleared(self) -> bool:
+        """Whether all of them are None or zero now."""
+        return bool(self._all) and not any(p.grad is not None and bool(p.grad.any()) for p, _, _ in self._all)
 
     def are_changed(self, arrived: nn.Parameter | None = None) -> bool:
         """Whether one of them was replaced or changed in place.
@@ -30,7 +39,22 @@ class KeptGradients:
         Args:
             arrived: A parameter whose next gradient backward has just added; None: no backward pass runs.
         """
-        return any(not _is_same(*one, arrived) for one in self._all)
+        if any(not _is_same(*one, arrived) for one in self._all):
+            return True
+        now = _norms([gradient for _, gradient, _ in self._all])
+        return any(
+            p is not arrived and not torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+            for (p, _, _), a, b in zip(self._all, now, self._norms, strict=True)
+        )
+
+
+@torch.no_grad()
+def _norms(gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """One for each gradient, 0 where there is none."""
+    dense = [g for g in gradients if g is not None and g.layout is torch.strided]
+    found = iter(torch._foreach_norm(dense, 1) if dense else ())
+    zero = torch.zeros(())
+    return [zero if g is None or g.layout is not torch.strided else next(found) for g in gradients]
 
 
 def _is_same(
@@ -39,7 +63,7 @@ def _is_same(
     now = parameter.grad
     if before is None:
         return now is None or parameter is arrived
-    if parameter is arrived and now is not None and now.requires_grad:
+    if parameter is arrived and now is not None and (now.requires_grad or torch.is_grad_enabled()):
         return True  # create_graph=True: the sum is a new tensor
     if now is not before or parameter is arrived:
         return now is before

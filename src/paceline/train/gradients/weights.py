@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.graph import get_gradient_edge
+from torch.utils import _pytree as pytree
 
 from paceline.errors import ConfigError
 from paceline.train.replica import FlatReplica
@@ -101,6 +103,16 @@ class GradientWeights:
         for handle in self._handles:
             handle.remove()
         self._handles, self._nodes = [], []
+
+    def watch_outputs(self, module: nn.Module, arguments: object, outputs: object) -> None:
+        """A hook of the model: gradients end at its outputs while `is_cut`."""
+
+        def cut(gradient: torch.Tensor) -> torch.Tensor | None:
+            return torch.zeros_like(gradient) if self.is_cut else None
+
+        for output in pytree.tree_leaves(outputs):
+            if isinstance(output, torch.Tensor) and output.requires_grad:
+                output.register_hook(cut)  # type: ignore[no-untyped-call]
 
     def _scaled_share(self) -> float:
         if self._is_sum:

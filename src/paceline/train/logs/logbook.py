@@ -119,6 +119,11 @@ class Logbook:
         if self._rank != 0:
             return
         row = self.measure(counts)
+        if taken := [name for name in values if name in row]:
+            raise ConfigError(
+                f"job.log({', '.join(taken)}=…): every row has a column of that name from the job itself"
+                f" ({', '.join(row)}); choose another name"
+            )
         row.update((key, plain(value)) for key, value in values.items())
         self._write("log", [row])
         self.trackers.log(row, counts.step)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import fake_slurm
-from attacked import MARK
 from netlab import Lab
+
+from strangers.attacked import MARK
 
 SCRIPT = str(Path(__file__).with_name("attacked.py"))
 RUN = (sys.executable, "-m", "paceline.cli.main", "run")

@@ -1,6 +1,6 @@
 """A rank of a job that strangers attack: it tells what the job listens on, and how fast it goes meanwhile.
 
-    paceline run -n 2 tests/tools/attacked.py RESULT.json native --seconds 8 --mark TOKEN
+    paceline run -n 2 tests/tools/strangers/attacked.py RESULT.json native --seconds 8 --mark TOKEN
 
 Rank 0 writes the result. What the script itself finds open before the job begins, such as Ray's own ports in
 Ray's worker processes, is not the job's. The launcher's listeners are found by an environment variable.
@@ -20,12 +20,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch's client tells its failures at length
 import torch
 import torch.distributed as dist
-from listeners import Listener, is_private, reachable_keys, tcp_listeners
+
+from strangers.listeners import Listener, is_private, reachable_keys, tcp_listeners
 
 MARK = "PACELINE_ATTACKED"
 """A variable in the environment of the launcher; its value tells one such job from others."""

@@ -1,0 +1,112 @@
+"""Passes over loaders, and their batches, recognised by the memory of their tensors when models get them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+
+Memory = set[StorageWeakRef]
+
+
+def memory_of(things: Any) -> Memory:
+    """The storages of all tensors in nested tuples, lists and dicts; views have that of their base."""
+    found = set()
+    for leaf in pytree.tree_leaves(things):
+        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
+            found.add(StorageWeakRef(leaf.untyped_storage()))  # type: ignore[no-untyped-call]
+    return found
+
+
+def apart(batch: Any) -> Any:
+    """The same batch in memory of its own: a rank that repeats a batch hands out another one."""
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, batch)
+
+
+class Trainee(Protocol):
+    """A prepared model."""
+
+    @property
+    def module(self) -> nn.Module: ...
+    def batch_begins(self, own_samples: int, all_samples: int, is_last: bool, one: object) -> None: ...
+
+
+class Source(Protocol):
+    """A prepared loader."""
+
+    own_samples: int
+    is_gathered: bool
+    leaves_out_ranks: bool
+
+    def retrieve(self, one: LoaderPass) -> None: ...
+
+
+class LoaderPass:
+    """One iteration over a loader: its number chooses the order, and it counts once a batch was trained."""
+
+    def __init__(self, number: int, step: int, progress: object) -> None:
+        self.number = number
+        self.start = step
+        self.step = step
+        """Batches handed out, those before a resumption included."""
+        self.is_counted = False
+        self.handed = (0, 0)
+        """Batches, and samples of all ranks, handed out to train on since the pass was begun or resumed."""
+        self.is_open = True
+        self.current: HandedBatch | None = None
+        """The batch in hand."""
+        self._progress = progress
+
+    def settle(self, progress: object) -> None:
+        """Learn how far training is now: if it has moved, this pass counts."""
+        self.is_counted = self.is_counted or (self.handed[0] > 0 and progress != self._progress)
+
+
+class HandedBatch:
+    """One batch that a loader handed out.
+
+    Args:
+        batch: What the loop gets; only the memory of its tensors is kept, weakly.
+        own: Samples of this rank; 0 if it repeats earlier ones.
+        every: Samples of all ranks.
+        is_last: Whether it is the pass' last batch.
+        loader: Where it comes from.
+        one: The pass.
+    """
+
+    def __init__(
+        self, batch: Any, own: int, every: int, is_last: bool, loader: Source, one: LoaderPass
+    ) -> None:
+        self.own, self.every, self.is_last = own, every, is_last
+        self.loader, self.one = loader, one
+        self.following: Sequence[Trainee] = ()
+        """Who trains on it; empty in evaluations."""
+        self.is_begun = False
+        """Whether those have learnt its weight."""
+        self.is_gathered = False
+        self._memory = memory_of(batch)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether none of its tensors exists any more."""
+        return all(storage.expired() for storage in self._memory)  # type: ignore[no-untyped-call]
+
+    def is_in(self, memory: Memory) -> bool:
+        """Whether one of its tensors, or a view of it, is there."""
+        return not self._memory.isdisjoint(memory)
+
+    def counts_like(self, other: HandedBatch) -> bool:
+        """Whether it makes no difference which of the two is trained."""
+        same_share = self.own * other.every == other.own * self.every and (self.own > 0) == (other.own > 0)
+        return same_share and self.is_last == other.is_last
+
+    def begin(self) -> None:
+        """Tell those who train on it what it counts."""
+        self.is_begun = True
+        self.loader.own_samples = self.own
+        for one in self.following:
+            one.batch_begins(self.own, self.every, self.is_last, self.one)
