@@ -183,6 +183,7 @@ class Job(LoopCalls):
         wanted = self.options.strategy or strategy
         if before is not None:
             old = self.attachments[before]
+            old.finish_minibatch()
             old.strategy.synchronize()
             old.detach()
             wanted = wanted or old.wanted

@@ -187,6 +187,8 @@ def _strategy(fixed: Choices) -> None:
         fixed["codec"] = None
     if fixed["model"] in ("mixed_dtype", "batch_norm"):  # statistics magnify the roundings of float32
         fixed["codec"] = None
+    if fixed["codec"] and fixed["loss"] == "retain_graph":  # twice the gradient: too large for small batches
+        fixed["loss"] = "one"
     if fixed["codec"]:  # it needs float32, of which autocast makes less; float64 it leaves alone
         fixed["precision"] = None
 

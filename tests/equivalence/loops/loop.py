@@ -150,8 +150,8 @@ class Run:
             next(iter(self.loader))
         for i, batch in enumerate(self.batches(first)):
             if c["skips"] and i % 3 == 1:
-                if c["codec"]:
-                    self.job.skip()  # its models get copies of the batches in float32
+                if c["codec"] or c["loss"] == "penalty":
+                    self.job.skip()  # its models get copies of the batches
                 continue
             if c["leaves_early"] and i == 2:
                 break

@@ -10,11 +10,24 @@ from test_mpi import installed
 
 pytestmark = [pytest.mark.engines, pytest.mark.xdist_group("engines")]
 
-LISTENERS = {"run": (2, 0), "backend": (0, 0), "ray": (2, 0), "spark": (2, 1), "mpi": (2, 0), "nodes": (4, 1)}
+LISTENERS = {
+    "run": (2, 0),
+    "backend": (0, 0),
+    "torchrun": (0, 0),
+    "nodes": (2, 1),
+    "hosts": (4, 1),
+    "ray": (2, 0),
+    "spark": (2, 0),
+    "mpi": (2, 0),
+    "slurm": (2, 0),
+}
 """By launcher, how many listeners its two ranks and it may have."""
 
 
-@pytest.mark.parametrize("kind", ["run", "backend", "ray", "spark", "mpi", "nodes", "slurm", "torchrun"])
+ELSEWHERE = [pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("run", "backend", "torchrun")]
+
+
+@pytest.mark.parametrize("kind", ["ray", "spark", "mpi", "nodes", "slurm", *ELSEWHERE])
 def test_strangers_stop_no_job_and_reach_no_key(kind: str, tmp_path: Path) -> None:
     needed = {"ray": "ray", "spark": "pyspark"}.get(kind)
     if needed:

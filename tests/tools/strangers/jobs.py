@@ -66,8 +66,9 @@ def attacked(kind: str, folder: Path, *, seconds: float = 8.0, mpirun: str = "mp
         environment = {k: v for k, v in environment.items() if not k.startswith("SLURM_")}
         environment["PATH"] = fake_slurm.install(folder)
     own = [str(result), how, "--seconds", str(seconds)]
-    # torchrun's own store is torch's, and believes what it is told; Ray's driver has ports of Ray alone.
-    if kind not in ("ray", "torchrun", "torchrun, Gloo"):
+    # torchrun's own store is torch's, and believes what it is told; drivers of Ray and Spark have ports of
+    # theirs, and Spark's server for accumulators waits for ever for who says nothing.
+    if kind not in ("ray", "spark", "torchrun", "torchrun, Gloo"):
         own += ["--mark", token]
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(Lab(hosts=2)) if kind == "hosts" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 Memory = set[StorageWeakRef]
+_numbers = itertools.count()
 
 
 def memory_of(things: Any) -> Memory:
@@ -88,6 +90,8 @@ class HandedBatch:
         self.is_begun = False
         """Whether those have learnt its weight."""
         self.is_gathered = False
+        self.number = next(_numbers)
+        """In the order of handing out, over all loaders of the process."""
         self._memory = memory_of(batch)
 
     @property

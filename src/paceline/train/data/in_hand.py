@@ -107,14 +107,15 @@ class BatchesInHand:
         with self._lock:
             given, self._given = self._given, None
             mine = [w for w in self._waiting if self._follows(follower, w.loader)]
-            if mine and all(w.is_begun for w in mine):
-                if given is not None and given not in mine:  # the one before has not had its backward pass
-                    self._check_alike([given, *mine], "trained", lambda a, b: a.counts_like(b))
-                    return
+            if given is not None:
+                newer = [w for w in mine if w.is_begun and w.number > given.number]
+                if newer:  # it was fetched before this backward pass
+                    self._check_alike([given, *newer], "trained", lambda a, b: a.counts_like(b))
+            elif mine and all(w.is_begun for w in mine):
                 self._sees_models = False  # it was called in parts, or not at all
                 for batch in mine:
                     self._found(batch)
-            elif mine and given is None and not self._is_known:
+            elif mine and not self._is_known:
                 self._check_alike(mine, "trained", lambda a, b: a.counts_like(b))
                 self._take(mine[-1])
                 mine[-1].loader.retrieve(mine[-1].one)
