@@ -332,6 +332,8 @@ def test_a_model_that_cannot_be_saved_is_said_on_all_ranks(
     for text in texts(tmp_path / "file" / "model.pt", CheckpointError):
         assert "was not written by rank 0: " in text and "Is there room on the disk" in text
     assert all("got '.onnx'" in text for text in texts("model.onnx", ConfigError))
+    nothing: Any = None
+    assert all("a path expected" in text for text in texts(nothing, ConfigError) + texts("", ConfigError))
     assert all("save_model: Sequential, which is no prepared" in t for t in texts("model.pt", Mismatch))
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for text in texts("model.safetensors", ConfigError):

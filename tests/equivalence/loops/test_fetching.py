@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -159,6 +159,64 @@ def test_batches_that_are_left_out(told: bool) -> None:
     for size in (2, 3):
         for parameters in on(size, loop):
             assert_equal(parameters, [p.detach() for p in net.parameters()], tolerance=1e-9)
+
+
+class Slices(Dataset):
+    """Ready-made batches that are parts of one tensor, with a mask that all share."""
+
+    def __init__(self) -> None:
+        self.x, self.y = samples().tensors
+        self.mask = torch.ones(4, dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> Any:
+        return self.x[4 * i : 4 * i + 4], self.y[4 * i : 4 * i + 4], self.mask
+
+
+@pytest.mark.parametrize("fetch", [ahead, all_first, None])
+def test_batches_that_are_parts_of_one_tensor(fetch: Fetch | None) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model()
+
+        def forward(self, x: Any, mask: Any) -> Any:
+            return self.inner(x * mask)
+
+    def loop(job: Job) -> Any:
+        torch.manual_seed(3)
+        net: Any = Masked()
+        optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.3)
+        mine = Subset(Slices(), range(job.rank, 6, job.size))
+        loader: Any = DataLoader(mine, batch_size=None)
+        net, optimizer, loader = job.prepare(
+            net, optimizer, loader, shard=False, batch_size_of=lambda batch: len(batch[0])
+        )
+        left_out = fetch is None
+        for i, (x, y, mask) in enumerate(loader if fetch is None else fetch(loader)):
+            if left_out and i == 0:
+                continue
+            optimizer.zero_grad()
+            functional.cross_entropy(net(x, mask), y).backward()
+            optimizer.step()
+        return [p.detach() for p in net.parameters()]
+
+    def plainly(size: int) -> Any:
+        net = Masked()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
+        batches = [Slices()[i] for i in range(6)]
+        for i in range(size if fetch is None else 0, 6, size):
+            optimizer.zero_grad()
+            x, y = (torch.cat([b[k] for b in batches[i : i + size]]) for k in (0, 1))
+            functional.cross_entropy(net.inner(x), y).backward()
+            optimizer.step()
+        return [p.detach() for p in net.parameters()]
+
+    for size in (1, 2, 3):
+        for parameters in on(size, loop):
+            assert_equal(parameters, plainly(size), tolerance=1e-9)
 
 
 def test_a_model_that_is_called_in_parts_learns_each_batch() -> None:

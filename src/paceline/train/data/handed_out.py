@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -11,16 +12,24 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
-Memory = set[StorageWeakRef]
+Memory = dict[StorageWeakRef, tuple[int, int]]
+"""Of each storage, the first byte that is used and the one after the last."""
 _numbers = itertools.count()
 
 
 def memory_of(things: Any) -> Memory:
-    """The storages of all tensors in nested tuples, lists and dicts; views have that of their base."""
-    found = set()
+    """Where all tensors in nested tuples, lists and dicts lie; views lie in the storage of their base."""
+    found: Memory = {}
     for leaf in pytree.tree_leaves(things):
-        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
-            found.add(StorageWeakRef(leaf.untyped_storage()))  # type: ignore[no-untyped-call]
+        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and leaf.numel():
+            # Wrappers around tensors have no memory of their own.
+            with contextlib.suppress(NotImplementedError, RuntimeError):
+                storage = StorageWeakRef(leaf.untyped_storage())  # type: ignore[no-untyped-call]
+                last = sum((n - 1) * step for n, step in zip(leaf.shape, leaf.stride(), strict=True))
+                begin = int(leaf.storage_offset()) * leaf.element_size()
+                end = begin + int(last + 1) * leaf.element_size()
+                first, after = found.get(storage, (begin, end))
+                found[storage] = (min(first, begin), max(after, end))
     return found
 
 
@@ -99,9 +108,13 @@ class HandedBatch:
         """Whether none of its tensors exists any more."""
         return all(storage.expired() for storage in self._memory)  # type: ignore[no-untyped-call]
 
-    def is_in(self, memory: Memory) -> bool:
-        """Whether one of its tensors, or a view of it, is there."""
-        return not self._memory.isdisjoint(memory)
+    def count_in(self, memory: Memory) -> int:
+        """How many of its tensors, or views of them, are there. Batches may be parts of one storage."""
+        found = 0
+        for storage in self._memory.keys() & memory.keys():
+            (begin, end), (first, after) = self._memory[storage], memory[storage]
+            found += begin < after and first < end
+        return found
 
     def counts_like(self, other: HandedBatch) -> bool:
         """Whether it makes no difference which of the two is trained."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,6 +18,15 @@ from paceline.errors import ConfigError
 from paceline.train.data.handed_out import HandedBatch, LoaderPass, Source, Trainee, memory_of
 
 _RECENT = 16
+
+
+def recognised(batches: Iterable[HandedBatch], things: Any) -> HandedBatch | None:
+    """The batch whose tensors are among nested tensors, more than any other's; None if there is no such."""
+    memory = memory_of(things)
+    counts = sorted(((b.count_in(memory), b.number, b) for b in batches), key=lambda one: one[:2])
+    if not counts or not counts[-1][0] or (len(counts) > 1 and counts[-2][0] == counts[-1][0]):
+        return None
+    return counts[-1][2]
 
 
 class BatchesInHand:
@@ -84,14 +93,14 @@ class BatchesInHand:
                 for batch in mine:
                     self._found(batch)
             else:
-                memory = memory_of(inputs)
-                found = next((w for w in mine if w.is_in(memory)), None)
-                if found is not None:
+                known = [self._current] if self._current is not None and self._current not in mine else []
+                found = recognised([*mine, *known], inputs)
+                if found in known and found is not None:  # once more
+                    self._is_known = True
+                elif found is not None:
                     self._found(found)
                     # This loop gives its models what it got: what is gone was left out.
                     self._waiting = [w for w in self._waiting if not (w.one is found.one and w.is_gone)]
-                elif self._current is not None and self._current.is_in(memory):  # once more
-                    self._is_known = True
 
     def backward(self, follower: Trainee) -> None:
         """Its backward pass begins: from here on the weight of the batch counts.
@@ -141,8 +150,7 @@ class BatchesInHand:
             ConfigError: Several may be meant, of which only some have samples here.
         """
         with self._lock:
-            memory = memory_of(values)
-            found = next((b for b in reversed(self._recent) if b.is_in(memory)), None)
+            found = recognised(self._recent, values)
             if found is None:
                 found = self._most_likely()
             if found is not None:

@@ -33,6 +33,10 @@ def save(
         attachments: The job's prepared models.
         comm: The ranks; all call this.
     """
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ConfigError(
+            f"job.save_model(model, {path!r}): a path expected, such as 'out/model.safetensors'"
+        )
     target = _target(Path(path))
     if target.suffix == ".safetensors":
         _check_tensors(model)
