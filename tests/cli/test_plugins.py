@@ -51,13 +51,6 @@ job.close()
 """
 
 
-@pytest.fixture(autouse=True)
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugins, "_loaded", {})
-    monkeypatch.setattr(registry, "_added", {})
-    collectives._known.cache_clear()
-
-
 def example() -> str:
     """The file that CONTRIBUTING.md shows."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
