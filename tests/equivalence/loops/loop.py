@@ -150,8 +150,9 @@ class Run:
             next(iter(self.loader))
         for i, batch in enumerate(self.batches(first)):
             if c["skips"] and i % 3 == 1:
-                if c["codec"] or c["loss"] == "penalty":
-                    self.job.skip()  # its models get copies of the batches
+                # Where its models get copies of the batches, or a block begins while the loader keeps them.
+                if c["codec"] or c["loss"] == "penalty" or (c["style"], c["data"]) == ("accumulate", "own"):
+                    self.job.skip()
                 continue
             if c["leaves_early"] and i == 2:
                 break

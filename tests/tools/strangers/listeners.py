@@ -169,6 +169,7 @@ def main() -> None:
         flood([(a, int(port)) if a else None for a, _, port in split], float(arguments[0]))
     else:
         address, *ports = arguments
+        importlib.import_module("torch.distributed")  # which the other account may not read
         flood([(address, int(port)) for port in ports])
         print(f"reached {reachable_keys([Listener(0, address, int(port)) for port in ports])}")
 

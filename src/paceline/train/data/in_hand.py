@@ -54,6 +54,8 @@ class BatchesInHand:
         """What a model got last, until its backward pass."""
         self._got: HandedBatch | None = None
         """What a model got last, with gradients or without."""
+        self._gets_own: dict[LoaderPass, bool] = {}
+        """By pass, whether models get the tensors of batches themselves."""
         self._sees_models = True
         """Whether models are called as a whole, so that it is known what they get."""
 
@@ -67,6 +69,8 @@ class BatchesInHand:
             elsewhere = self._thread is not None and threading.get_ident() != self._thread
             self._waiting += [*before, batch]
             self._recent.append(batch)
+            if batch.one not in self._passes:
+                self._gets_own = {one: own for one, own in self._gets_own.items() if one.is_open}
             self._passes = [one for one in self._passes if one is not batch.one] + [batch.one]
             if before or elsewhere:
                 self._is_known = False
@@ -91,6 +95,8 @@ class BatchesInHand:
             mine = [w for w in self._waiting if self._follows(follower, w.loader)]
             if all(w.is_begun for w in mine):  # several: of passes that go on side by side
                 for batch in mine:
+                    if batch.one not in self._gets_own:
+                        self._gets_own[batch.one] = recognised([batch], inputs) is batch
                     self._found(batch)
             else:
                 known = [self._current] if self._current is not None and self._current not in mine else []
@@ -138,6 +144,8 @@ class BatchesInHand:
         """
         with self._lock:
             mine = [w for w in self._waiting if self._follows(follower, w.loader)]
+            if len(mine) > 1:  # what a model is to get itself, and is gone, was left out
+                mine = [w for w in mine if not (w.is_gone and self._gets_own.get(w.one))] or mine
             if len(mine) < 2:
                 return mine[0].is_last if mine and not self._is_known else is_last
             self._check_alike(mine, "in job.accumulate", lambda a, b: a.is_last == b.is_last)

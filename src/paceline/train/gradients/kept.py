@@ -30,8 +30,10 @@ class KeptGradients:
         self._all, self._norms = [], []
 
     def are_cleared(self) -> bool:
-        """Whether all of them are None or zero now."""
-        return bool(self._all) and not any(p.grad is not None and bool(p.grad.any()) for p, _, _ in self._all)
+        """Whether the loop made all of them None or zero; those of a rank without samples were zero before."""
+        return self.are_changed() and not any(
+            p.grad is not None and bool(p.grad.any()) for p, _, _ in self._all
+        )
 
     def are_changed(self, arrived: nn.Parameter | None = None) -> bool:
         """Whether one of them was replaced or changed in place.
