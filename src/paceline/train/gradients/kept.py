@@ -30,7 +30,7 @@ class KeptGradients:
         self._all, self._norms = [], []
 
     def are_cleared(self) -> bool:
-        """Whether the loop made all of them None or zero; those of a rank without samples were zero before."""
+        """Whether the loop made all of them None or zero; without samples they were zero before."""
         return self.are_changed() and not any(
             p.grad is not None and bool(p.grad.any()) for p, _, _ in self._all
         )
