@@ -45,6 +45,14 @@ Channels = Annotated[
     int,
     typer.Option(metavar="N", min=1, help="Parallel copies of the algorithm, each on a part of every chunk."),
 ]
+Ranks = Annotated[
+    int | None,
+    typer.Option(
+        metavar="P",
+        min=1,
+        help="Number of ranks. Default: the topology's; ethernet and others without one need it.",
+    ),
+]
 Late = Annotated[
     list[str] | None,
     typer.Option(metavar="RANK:SECONDS", help="Start a rank SECONDS late, e.g. 3:0.01. Repeatable."),
@@ -153,14 +161,7 @@ def verify(
 def simulate(
     name: Name,
     operation: Operation = "all_reduce",
-    ranks: Annotated[
-        int | None,
-        typer.Option(
-            metavar="P",
-            min=1,
-            help="Number of ranks. Default: the topology's; ethernet and others without one need it.",
-        ),
-    ] = None,
+    ranks: Ranks = None,
     size: Annotated[
         str, typer.Option("--bytes", metavar="SIZE", help="Bytes of the full buffer: 100000000, 64MiB …")
     ] = "1MB",
@@ -199,14 +200,7 @@ def simulate(
 @app.command()
 def compare(
     operation: Operation = "all_reduce",
-    ranks: Annotated[
-        int | None,
-        typer.Option(
-            metavar="P",
-            min=1,
-            help="Number of ranks. Default: the topology's; ethernet and others without one need it.",
-        ),
-    ] = None,
+    ranks: Ranks = None,
     topology: Network = _DEFAULT_NETWORK,
     sizes: Annotated[
         str,

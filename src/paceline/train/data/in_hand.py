@@ -81,10 +81,10 @@ class BatchesInHand:
         """Whether batches of a pass have been handed out that no model has got."""
         return any(w.one is one for w in self._waiting)
 
-    def skip(self) -> bool:
-        """The batch handed out last is not trained; whether there was one."""
+    def skip(self) -> None:
+        """The batch handed out last is not trained."""
         with self._lock:
-            return bool(self._waiting) and self._waiting.pop() is not None
+            del self._waiting[-1:]
 
     def given(self, follower: Trainee, inputs: Any) -> None:
         """A model gets these inputs."""
@@ -92,7 +92,7 @@ class BatchesInHand:
             return
         with self._lock:
             self._thread = threading.get_ident()
-            mine = [w for w in self._waiting if self._follows(follower, w.loader)]
+            mine = self._waiting_for(follower)
             if all(w.is_begun for w in mine):  # several: of passes that go on side by side
                 for batch in mine:
                     if batch.one not in self._gets_own:
@@ -121,7 +121,7 @@ class BatchesInHand:
             return
         with self._lock:
             given, self._given = self._given, None
-            mine = [w for w in self._waiting if self._follows(follower, w.loader)]
+            mine = self._waiting_for(follower)
             if given is not None:
                 newer = [w for w in mine if w.is_begun and w.number > given.number]
                 if newer:  # it was fetched before this backward pass
@@ -143,7 +143,7 @@ class BatchesInHand:
             ConfigError: It is not known which batch it is, and one of them is the last.
         """
         with self._lock:
-            mine = [w for w in self._waiting if self._follows(follower, w.loader)]
+            mine = self._waiting_for(follower)
             if len(mine) > 1:  # what a model is to get itself, and is gone, was left out
                 mine = [w for w in mine if not (w.is_gone and self._gets_own.get(w.one))] or mine
             if len(mine) < 2:
@@ -166,6 +166,9 @@ class BatchesInHand:
                 if found in self._waiting:
                     self._found(found)
             return found
+
+    def _waiting_for(self, follower: Trainee) -> list[HandedBatch]:
+        return [w for w in self._waiting if self._follows(follower, w.loader)]
 
     def _most_likely(self) -> HandedBatch | None:
         self._passes = [one for one in self._passes if one.is_open or self.is_waited_for(one)]
