@@ -17,13 +17,14 @@ for line in importlib.metadata.requires("paceline"):
 endef
 export REQUIREMENTS
 
-.PHONY: install demo test slow engines exhaustive pytorch-suite check quick docs bench gpu clean
+.PHONY: install demo test slow engines exhaustive without-core matrix pytorch-suite check quick docs gpu clean
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -c "import paceline._core"  # pip would go on without it
 	touch $(STAMP)
 
 # Four strategies on a small task, compared under equal conditions: about a minute.
@@ -58,6 +59,23 @@ $(ENGINES): $(STAMP)
 exhaustive: install
 	$(PYTEST) -n 2 --dist loadgroup -m "exhaustive and not gpu" --timeout 3000
 
+# An installation without the C++ core, as where nothing can be compiled: what needs no core runs there.
+WITHOUT_CORE := .venv-without-core
+without-core: install
+	$(PYTHON) -m venv --without-pip --clear $(WITHOUT_CORE)
+	set -e; site=$$($(WITHOUT_CORE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+	  PACELINE_WITHOUT_CORE=1 $(BIN)/python -m pip install --quiet --no-deps --target $$site .; \
+	  $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$site/others.pth; \
+	  mv $$site/bin/paceline $(WITHOUT_CORE)/bin/
+	$(WITHOUT_CORE)/bin/python -c "from paceline import core; assert core.missing"
+	$(WITHOUT_CORE)/bin/python -m pytest -n 2 --dist loadgroup -p no:cacheprovider \
+	  -m "not gpu and not slow and not engines and not exhaustive and not net" $(WITHOUT_CORE_TESTS)
+WITHOUT_CORE_TESTS ?= tests/train tests/equivalence tests/strategies tests/codecs tests/comm tests/cli tests/bench
+
+# Other Pythons found here, and other versions of torch; see tests/tools/matrix.py.
+matrix: install
+	$(BIN)/python tests/tools/matrix.py $(MATRIX_OPTIONS)
+
 # PyTorch's own distributed tests over gloo and over our backend, side by side; results stay in runs/.
 pytorch-suite: install
 	$(BIN)/python tests/tools/pytorch_suite.py both --folder runs
@@ -76,4 +94,4 @@ docs:
 	cp src/paceline/errors.md docs/errors.md
 
 clean:
-	rm -rf build dist $(VENV) runs
+	rm -rf build dist $(VENV) $(WITHOUT_CORE) .matrix runs

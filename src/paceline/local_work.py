@@ -8,14 +8,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
+from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
 
 
-class WorkKind(StrEnum):
+class WorkKind(str, Enum):
     """What local work is for."""
 
     ENCODE = "encode"
@@ -24,6 +24,8 @@ class WorkKind(StrEnum):
     """Updates that a parameter server applies, and the copies that it answers with."""
     ARITHMETIC = "arithmetic"
     """Passes over vectors of a strategy's own: outer steps, differences, means."""
+
+    __str__ = str.__str__
 
 
 Rehearsal = Callable[[], Callable[[], object]]

@@ -10,6 +10,7 @@ import torch
 from codec_inputs import half_ties, halves, inputs, nearly_infinite, with_special_values
 
 from paceline import _core, codecs
+from paceline.codecs.kernel import payload
 
 SPECS = [
     "fp16",
@@ -117,3 +118,11 @@ def test_decode_goes_through_unaligned_payloads(isa: int) -> None:
         assert torch.equal(a, b), spec
         room = torch.empty(codec.max_encoded_bytes(1000) + 3, dtype=torch.uint8)[3:]
         assert torch.equal(codec.encode(x, {}, out=room), payload), spec
+
+
+@pytest.mark.parametrize("codec", payload.NUMBERS)
+def test_the_largest_payload_is_as_large_as_the_kernel_says(codec: str) -> None:
+    for numel in (0, 1, 15, 16, 17, 31, 32, 33, 511, 512, 513, 100_000, 2**31 - 1):
+        for parameter in (32, 512, 4096):
+            expected = _core.codec_max_bytes(codec, numel, parameter)
+            assert payload.max_bytes(codec, numel, parameter) == expected, (numel, parameter)

@@ -14,7 +14,8 @@ from import_graph import Graph
 # not see each other. ARCHITECTURE.md says what each part is.
 PYTHON: dict[str, list[set[str]]] = {
     "paceline": [
-        {"__init__", "errors", "types", "_core", "local_work", "user_cache"},
+        {"__init__", "errors", "types", "_core", "local_work", "user_cache", "torch_versions", "core"},
+        {"checksum"},
         {"user_input"},
         {"registry", "spec", "worker_function"},
         {"plugins", "declarations"},

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
+from paceline import core
 from paceline.comm.communicator import FabricCommunicator
-from paceline.comm.native import shared_memory
 from paceline.comm.rendezvous.meeting import Meeting
 from paceline.comm.torch_fabric import TorchCommunicator
 from paceline.train.job import Job
@@ -78,10 +78,11 @@ def _serve(rank: int, size: int, native_hosts: str, store_path: str, pipe: Any) 
     meeting = Meeting(
         rank, size, rank, size, "test", tuple(native_hosts), addresses, store, b"the secret of the tests"
     )
-    worlds: list[FabricCommunicator] = [
-        TorchCommunicator(hosts),
-        shared_memory.connect(meeting, timeout_s=60),
-    ]
+    worlds: list[FabricCommunicator] = [TorchCommunicator(hosts)]
+    if not core.missing:
+        from paceline.comm.native import shared_memory
+
+        worlds.append(shared_memory.connect(meeting, timeout_s=60))
     parts = {(w.fabric, n): w.split(list(range(n))) for w in worlds for n in range(1, size + 1)}
     while True:
         try:

@@ -144,7 +144,7 @@ class _Rehearsal:
         if i.recv_peer >= 0:
             self._acknowledged[recv] = incoming_number + 1
         if i.verb in POSTS:
-            self._messages[*send, outgoing_number] = incoming
+            self._messages[(*send, outgoing_number)] = incoming
         return True
 
     def _load(self, rank: int, runs: list[ChunkRun], s: int) -> list[Array]:

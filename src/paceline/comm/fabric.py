@@ -12,6 +12,7 @@ import warnings
 
 import torch
 
+from paceline import core
 from paceline.comm.communicator import FabricCommunicator
 from paceline.comm.rendezvous.meeting import Meeting
 from paceline.errors import ConfigError, Mismatch
@@ -92,10 +93,12 @@ def for_device(comm: FabricCommunicator, device: torch.device) -> FabricCommunic
 def _problem(device: torch.device) -> str:
     if device.type != "cpu":
         return f"it moves CPU tensors, not {device.type} ones"
+    if core.missing:
+        return core.missing
     try:
         from paceline.comm.native.communicator import engine
 
         engine()
-    except (ConfigError, ImportError) as error:
+    except ConfigError as error:
         return str(error)
     return ""

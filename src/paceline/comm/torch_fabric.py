@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.distributed.nn
 from torch._C._distributed_c10d import PrefixStore
 
+from paceline import torch_versions
 from paceline.comm import device_messages, reference
 from paceline.comm.communicator import FabricCommunicator
 from paceline.comm.rendezvous.interfaces import interface_of
@@ -29,8 +30,6 @@ from paceline.comm.roll_call import RollCall
 from paceline.errors import CommError, ConfigError, PeerLost, Timeout
 from paceline.types import DEFAULT_OPTIONS, CallOptions, Handler, Message, Rank, ReduceOp, Reply, Work
 
-# Its older name is the one that torch before 2.13 has.
-_all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _OPS = {
     ReduceOp.SUM: dist.ReduceOp.SUM,
     ReduceOp.MEAN: dist.ReduceOp.SUM,  # divided on arrival: Gloo has no average
@@ -171,7 +170,7 @@ class TorchCommunicator(FabricCommunicator):
     def start_all_gather(
         self, output: torch.Tensor, source: torch.Tensor, options: CallOptions = DEFAULT_OPTIONS
     ) -> Work:
-        return self._start("all_gather", _all_gather_single, output.view(-1), source.view(-1))
+        return self._start("all_gather", torch_versions.all_gather_single, output.view(-1), source.view(-1))
 
     def start_all_gather_v(
         self,
@@ -190,7 +189,7 @@ class TorchCommunicator(FabricCommunicator):
             parts = [gathered[r * longest : r * longest + n] for r, n in enumerate(counts)]
             torch.cat(parts, out=output.view(-1))
 
-        return self._start("all_gather_v", _all_gather_single, gathered, padded, finish=finish)
+        return self._start("all_gather_v", torch_versions.all_gather_single, gathered, padded, finish=finish)
 
     def start_reduce_scatter(
         self, output: torch.Tensor, source: torch.Tensor, op: ReduceOp, options: CallOptions = DEFAULT_OPTIONS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import resource
@@ -15,7 +14,6 @@ from pathlib import Path
 import paceline
 from paceline.doctor.finding import NOTE, OK, PROBLEM, WARNING, Finding
 
-_TORCH_SERIES = "2.13"
 _FEW_FILES, _TOO_FEW_FILES = 1024, 128
 _LITTLE_SHM_BYTES = 512 << 20
 _PEEK = "import os, sys; os.open(f'/proc/{sys.argv[1]}/fd/{sys.argv[2]}', os.O_RDWR)"
@@ -45,6 +43,8 @@ def _versions() -> Finding:
     import numpy
     import torch
 
+    from paceline import torch_versions
+
     values = {
         "paceline": paceline.__version__,
         "torch": torch.__version__,
@@ -54,20 +54,21 @@ def _versions() -> Finding:
         "kernel": platform.release(),
     }
     text = ", ".join(f"{name} {version}" for name, version in values.items())
-    if not torch.__version__.startswith(f"{_TORCH_SERIES}."):
-        fix = f"pip install 'torch>={_TORCH_SERIES},<2.14' if something fails"
+    if not torch_versions.OLDEST <= torch_versions.TORCH <= torch_versions.NEWEST_TRIED:
+        oldest, newest = (".".join(map(str, v)) for v in (torch_versions.OLDEST, torch_versions.NEWEST_TRIED))
+        fix = f"pip install 'torch>={oldest},<={newest}.99' if something fails"
         return Finding(
-            "versions", WARNING, f"{text}; tested with torch {_TORCH_SERIES} only", fix, values=values
+            "versions", WARNING, f"{text}; tried with torch {oldest} to {newest} only", fix, values=values
         )
     return Finding("versions", OK, text, values=values)
 
 
 def _core() -> Finding:
-    try:
-        importlib.import_module("paceline._core")
-    except ImportError as error:
-        fix = "reinstall paceline with this Python: pip install --force-reinstall --no-deps paceline"
-        return Finding("core", PROBLEM, f"the C++ core cannot be loaded: {error}", fix)
+    from paceline import core
+
+    if core.missing:
+        what, _, fix = core.missing.partition(". ")
+        return Finding("core", PROBLEM, f"{what}: the native fabric cannot work, torch's stands in", fix)
     return Finding("core", OK, "the C++ core is loaded")
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
-from paceline import _core
+from paceline import core
 from paceline.errors import ConfigError
 from paceline.strategies.base.strategy import TrainingStrategy
 from paceline.train.data.in_hand import BatchesInHand
@@ -488,7 +488,8 @@ def rest(attachments: Sequence[Attachment]) -> None:
 def _scale(view: torch.Tensor, gradient: torch.Tensor, weight: float) -> None:
     """`view` = `gradient` · `weight`; both are dense."""
     is_plain = gradient.dtype is torch.float32 and gradient.is_cpu and gradient.stride() == view.stride()
-    if is_plain and view.dtype is torch.float32 and gradient.numel() >= _LARGE_NUMEL:
-        _core.scale(view.data_ptr(), gradient.data_ptr(), gradient.numel(), weight)
+    is_large = view.dtype is torch.float32 and gradient.numel() >= _LARGE_NUMEL
+    if core.module is not None and is_plain and is_large:
+        core.module.scale(view.data_ptr(), gradient.data_ptr(), gradient.numel(), weight)
     else:
         torch.mul(gradient, weight, out=view)

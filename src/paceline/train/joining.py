@@ -6,7 +6,7 @@ import atexit
 import os
 from collections.abc import Sequence
 
-from paceline import plugins
+from paceline import plugins, torch_versions
 from paceline.comm import current
 from paceline.comm.fabric import connect
 from paceline.comm.rendezvous.meeting import meet
@@ -60,6 +60,7 @@ def init(
         job = Job(virtual, options, seed=seed)
         current.at_end(job.detach)
         return job
+    torch_versions.warn_if_newer()
     meeting = meet(host=host, timeout_s=timeout_s)
     random_state.seed_worker(seed, 0)
     comm = connect(meeting, options.fabric or fabric, timeout_s=timeout_s)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from paceline import _core, registry
+from paceline import core, registry
 from paceline.codecs.kernel import charged, device, ledger, payload
 from paceline.errors import ConfigError
 
@@ -115,13 +115,12 @@ def decode_any(
     if not use_reference and (out.device.type != "cpu" or encoded.device.type != "cpu"):
         _decode_elsewhere(encoded, out, accumulate=accumulate, codec=codec)
         return
-    is_native = not use_reference
-    if is_native and out.dtype == torch.float32 and out.is_contiguous():
-        _core.codec_decode(
+    if core.module is not None and not use_reference and out.dtype == torch.float32 and out.is_contiguous():
+        core.module.codec_decode(
             codec or "any", encoded.data_ptr(), encoded.numel(), out.data_ptr(), out.numel(), accumulate
         )
         return
-    if is_native:
+    if core.module is not None and not use_reference:
         values = torch.empty(out.numel(), dtype=torch.float32)
         decode_any(encoded, values, codec=codec)
     else:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from paceline._core import crc32c
+from paceline.checksum import crc32c
 from paceline.errors import ProtocolError
 
 HEADER_BYTES = 32
@@ -146,6 +146,22 @@ def is_block(block: int) -> bool:
 def num_blocks(numel: int, block: int) -> int:
     """Blocks that `numel` elements fill, the last one perhaps in part."""
     return math.ceil(numel / block)
+
+
+def max_bytes(codec: str, numel: int, parameter: int) -> int:
+    """Bytes of the largest payload; `parameter` is the block length, or of topk the elements sent."""
+    blocks = num_blocks(numel, parameter) if codec in ("fp16", "int8", "int4", "onebit") else 0
+    words = 4 * (numel // 16 + 33)  # of threshold: the kernel's stores reach beyond the last hit
+    body = {
+        "fp16": 4 * blocks + 2 * numel,
+        "bf16": 2 * numel,
+        "int8": 4 * blocks + numel,
+        "int4": 4 * blocks + 16 * math.ceil(numel / 32),
+        "onebit": 2 * blocks + math.ceil(numel / 8),
+        "threshold": max(words, 4 * num_blocks(numel, 16)),
+        "topk": 8 * parameter,
+    }[codec]
+    return HEADER_BYTES + body
 
 
 def as_bytes(tensor: torch.Tensor) -> bytes:

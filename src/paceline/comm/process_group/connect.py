@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore, _DistributedBackendOptions
 
+from paceline import torch_versions
 from paceline.comm.native import shared_memory
-from paceline.comm.native.shared_memory import SharedMemoryCommunicator
+from paceline.comm.native.communicator import NativeCommunicator
 from paceline.comm.process_group import patches
 from paceline.comm.process_group.fast_path import FastPathGroup
 from paceline.comm.process_group.group import PacelineGroup
+from paceline.comm.process_group.membership import NotConnected
 from paceline.comm.rendezvous.environment import ProcessIdentity
 from paceline.comm.rendezvous.interfaces import address_of, local_address_towards
 from paceline.comm.rendezvous.job_store import JobStore
@@ -32,30 +34,35 @@ def create(options: _DistributedBackendOptions, backend_options: object) -> Pace
         backend_options: What the user passed as `pg_options`; used for the group's NCCL backend, if any.
     """
     patches.apply()
-    timeout_s = options.timeout.total_seconds()
-    meeting = meet(options.store, options.group_rank, options.group_size, timeout_s)
-    comm = shared_memory.connect(meeting, timeout_s=timeout_s)
-    group: PacelineGroup
-    if isinstance(comm, SharedMemoryCommunicator):
-        group = FastPathGroup(comm, options.store, timeout_s=timeout_s)
+    torch_versions.warn_if_newer()
+    timeout_s, rank, size = options.timeout.total_seconds(), options.group_rank, options.group_size
+    comm: NativeCommunicator | NotConnected
+    if getattr(options, "enable_reconfigure", False):
+        comm = NotConnected(rank, size)
     else:
-        group = PacelineGroup(comm, options.store, timeout_s=timeout_s)
+        comm = join(options.store, rank, size, timeout_s)
+    group = FastPathGroup(comm, options.store, timeout_s=timeout_s, join=join)
     if torch.cuda.is_available() and dist.is_nccl_available():
-        group.other_backends["cuda"] = _nccl(options, backend_options)
+        nccl = group.other_backends["cuda"] = _nccl(options, backend_options)
+        if torch_versions.HAS_PYTHON_BACKENDS:
+            kind = dist.ProcessGroup.BackendType.NCCL
+            group._register_backend(torch.device("cuda"), kind, nccl)  # noqa: SLF001  torch's name for it
     return group
 
 
-def _nccl(options: _DistributedBackendOptions, given: object) -> dist.Backend:
+def join(store: Store, rank: int, size: int, timeout_s: float) -> NativeCommunicator:
+    """Connect the ranks that meet in `store`; collective among them."""
+    return shared_memory.connect(meet(store, rank, size, timeout_s), timeout_s=timeout_s)
+
+
+def _nccl(options: _DistributedBackendOptions, given: object) -> Any:
     """The group's backend for CUDA tensors ("cpu:paceline,cuda:nccl"); it connects when it is first used."""
     nccl: Any = dist.ProcessGroupNCCL  # a build of torch without NCCL does not have it
     chosen = given if isinstance(given, nccl.Options) else nccl.Options()
     chosen._timeout = options.timeout  # noqa: SLF001  torch has no public name for it
     chosen.global_ranks_in_group = options.global_ranks_in_group
     chosen.group_name = options.group_id
-    backend: dist.Backend = nccl(
-        PrefixStore("cuda", options.store), options.group_rank, options.group_size, chosen
-    )
-    return backend
+    return nccl(PrefixStore("cuda", options.store), options.group_rank, options.group_size, chosen)
 
 
 def meet(store: Store, rank: int, size: int, timeout_s: float) -> Meeting:

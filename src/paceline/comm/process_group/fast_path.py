@@ -13,18 +13,20 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
 
 from paceline import _core
 from paceline.comm.native.codes import DTYPE_CODES, REDUCIBLE, OperationKind
+from paceline.comm.native.communicator import NativeCommunicator
 from paceline.comm.native.shared_memory import SharedMemoryCommunicator
 from paceline.comm.native.work import DONE
 from paceline.comm.process_group import instrumentation
 from paceline.comm.process_group.arguments import OPERATOR_CODES, OneList, OneTensor, Options
 from paceline.comm.process_group.group import PacelineGroup
 from paceline.comm.process_group.identity import UNSET_TIMEOUT
+from paceline.comm.process_group.membership import NotConnected
 from paceline.comm.process_group.work import FINISHED, C10dWork, Result
 from paceline.errors import CommError
+from paceline.torch_versions import HAS_PYTHON_BACKENDS
 
 _profiler_enabled = torch._C._autograd._profiler_enabled  # noqa: SLF001  torch has no public name for it
 _UNSET = UNSET_TIMEOUT  # a global of this module: the fast path reads it
@@ -41,22 +43,26 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 class FastPathGroup(PacelineGroup):
-    """A group whose ranks share one host's memory."""
+    """A group that takes the short way while its ranks share one host's memory."""
 
-    def __init__(self, comm: SharedMemoryCommunicator, store: Store, *, timeout_s: float) -> None:
-        super().__init__(comm, store, timeout_s=timeout_s)
-        group = comm.shared_memory_group
-        # Of each call: what returns when the operation is over, and, for asynchronous ones, what starts it.
-        self._reduce = (group.all_reduce_now, group.all_reduce)
-        self._combine = (group.combine_now, group.combine)
-        self._exchange = (group.exchange_now, group.exchange)
-        self._exchange_lists = (group.exchange_lists_now, group.exchange_lists)
+    def _adopt(self, comm: NativeCommunicator | NotConnected) -> None:
+        super()._adopt(comm)
         self._rank, self._size = comm.rank, comm.size
+        self._is_direct = isinstance(comm, SharedMemoryCommunicator)
+        if isinstance(comm, SharedMemoryCommunicator):
+            group = comm.shared_memory_group
+            # Of each call: what returns when the operation is over, and what starts an asynchronous one.
+            self._reduce = (group.all_reduce_now, group.all_reduce)
+            self._combine = (group.combine_now, group.combine)
+            self._exchange = (group.exchange_now, group.exchange)
+            self._exchange_lists = (group.exchange_lists_now, group.exchange_lists)
 
     def _is_quick(self, tensors: OneTensor) -> bool:
         return (
-            len(tensors) == 1
+            self._is_direct
+            and len(tensors) == 1
             and self._coalesced is None
+            and not self.is_hooked
             and not _profiler_enabled()
             and isinstance(tensors[0], torch.Tensor)
         )
@@ -291,10 +297,10 @@ class FastPathGroup(PacelineGroup):
                 return self._started(operation, [output], (output, source), is_async)
         return super().reduce_scatter_single(output, source, opts)
 
-    # Older names of the same methods.
-    _reduce_scatter_base = reduce_scatter_single
-    _allgather_base = all_gather_single
-    alltoall_base = all_to_all_single
+    if not HAS_PYTHON_BACKENDS:  # older names of the same methods
+        _reduce_scatter_base = reduce_scatter_single
+        _allgather_base = all_gather_single
+        alltoall_base = all_to_all_single
 
 
 instrumentation.hide_from_dynamo(sys.modules[__name__])

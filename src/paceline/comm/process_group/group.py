@@ -20,11 +20,21 @@ from paceline.comm import communicator as base_communicator
 from paceline.comm.native import communicator, network, plan, shared_memory
 from paceline.comm.native import work as native_work
 from paceline.comm.native.work import DONE
-from paceline.comm.process_group import arguments, completion, identity, instrumentation, sparse, work
+from paceline.comm.process_group import (
+    arguments,
+    completion,
+    hooks,
+    identity,
+    instrumentation,
+    membership,
+    sparse,
+    work,
+)
 from paceline.comm.process_group.arguments import OneList, OneTensor, Options
 from paceline.comm.process_group.identity import GroupIdentity
 from paceline.comm.process_group.work import C10dWork
 from paceline.errors import ConfigError
+from paceline.torch_versions import HAS_PYTHON_BACKENDS
 from paceline.types import ReduceOp
 
 Tensors = list[torch.Tensor]
@@ -291,12 +301,14 @@ class PacelineGroup(GroupIdentity):
     def barrier(self, opts: Options = None, timeout: timedelta | None = None) -> dist.Work:
         return self._work(self._comm.start_barrier(self._options(opts, timeout)), [], None, opts)
 
-    # Older names of the same methods.
-    _reduce_scatter_base = reduce_scatter_single
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
-    _allgather_base = all_gather_single
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
-    alltoall_base = all_to_all_single
+    # Older names of the same methods. From 2.14 on torch has them itself, and takes one that a subclass
+    # defines for an operation of its own.
+    if not HAS_PYTHON_BACKENDS:
+        _reduce_scatter_base = reduce_scatter_single
+        reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+        _allgather_base = all_gather_single
+        allgather_into_tensor_coalesced = all_gather_single_coalesced
+        alltoall_base = all_to_all_single
 
 
 def _reduced(data: torch.Tensor, opts: Options, output: torch.Tensor) -> tuple[ReduceOp, torch.Tensor]:
@@ -309,8 +321,10 @@ instrumentation.record_calls(PacelineGroup)
 instrumentation.hide_from_dynamo(
     arguments,
     completion,
+    hooks,
     identity,
     instrumentation,
+    membership,
     sparse,
     work,
     base_communicator,

@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import Store
 from paceline.comm.native.communicator import NativeCommunicator
 from paceline.comm.native.work import DONE
 from paceline.comm.process_group.arguments import Finish, Options
+from paceline.comm.process_group.membership import GroupMembership, Join, NotConnected
 from paceline.comm.process_group.names import BACKEND
 from paceline.comm.process_group.self_messages import SelfMessages
 from paceline.comm.process_group.work import FINISHED, C10dWork, Result
@@ -27,35 +28,24 @@ UNSET_TIMEOUT = datetime.timedelta(milliseconds=-1)
 """What torch's options hold when the call names no timeout."""
 
 
-class GroupIdentity(dist.ProcessGroup):
-    """One member of a group.
+class GroupIdentity(GroupMembership):
+    """One member of a group; see `GroupMembership` for the arguments."""
 
-    Args:
-        comm: Moves the bytes.
-        store: The part of torch's store that belongs to the group.
-        timeout_s: Seconds until an operation that names no timeout fails.
-    """
-
-    supports_splitting = False
     supports_coalescing = False
     supports_time_estimate = False
 
-    def __init__(self, comm: NativeCommunicator, store: Store, *, timeout_s: float) -> None:
-        dist.ProcessGroup.__init__(self, comm.rank, comm.size)  # type: ignore[call-arg]
-        self._comm = comm
-        self._group_store = store
-        self._timeout_s = timeout_s
-        self._default_options = CallOptions(timeout_s=timeout_s)
+    def __init__(
+        self, comm: NativeCommunicator | NotConnected, store: Store, *, timeout_s: float, join: Join
+    ) -> None:
+        super().__init__(comm, store, timeout_s=timeout_s, join=join)
         self._sequence = 0
         self._monitored = 0
-        self._name = ""
-        self._description = "undefined"
         self._coalesced: list[C10dWork] | None = None
         """Works since `_start_coalescing`, if it was called."""
         self._to_self = SelfMessages()
-        # Backends are classes of C++ without a common type for what is called here.
-        self.other_backends: dict[str, Any] = {}
-        """By device type: backends for tensors that are not on the CPU."""
+
+    def _done(self) -> dist.Work:
+        return FINISHED
 
     # Names
 
@@ -64,28 +54,6 @@ class GroupIdentity(dist.ProcessGroup):
         return BACKEND
 
     _get_backend_name = name = getBackendName
-
-    def getGroupName(self) -> str:
-        """Name that torch gave this group."""
-        return self._name
-
-    def setGroupName(self, name: str) -> None:
-        """Keep the name that torch gives."""
-        self._name = name
-
-    _set_group_name = setGroupName
-    group_name = property(getGroupName)
-
-    def getGroupDesc(self) -> str:
-        """Purpose of this group, for logs."""
-        return self._description
-
-    def setGroupDesc(self, description: str) -> None:
-        """Keep the purpose of this group."""
-        self._description = description
-
-    _set_group_desc = setGroupDesc  # type: ignore[assignment]
-    group_desc = property(getGroupDesc)
 
     @property
     def _device_types(self) -> list[torch.device]:
@@ -97,17 +65,13 @@ class GroupIdentity(dist.ProcessGroup):
             raise RuntimeError(f"No backend type associated with device type {kind}")
         return self.other_backends.get(kind, self)
 
-    def get_group_store(self) -> Store:
-        """Return the part of the store that belongs to this group."""
-        return self._group_store
-
     def _has_hooks(self) -> bool:
-        return False
+        return False  # on completion: torch means those of NCCL
 
     def _wait_for_pending_works(self) -> None:
         pass
 
-    # Sequence numbers and timeouts
+    # Sequence numbers, options
 
     def _set_sequence_number_for_group(self) -> None:
         pass
@@ -118,13 +82,6 @@ class GroupIdentity(dist.ProcessGroup):
 
     setSequenceNumberForGroup = _set_sequence_number_for_group
     getSequenceNumberForGroup = _get_sequence_number_for_group
-
-    def set_timeout(self, timeout: datetime.timedelta) -> None:
-        """Set the timeout of operations that name none."""
-        self._timeout_s = timeout.total_seconds()
-        self._default_options = CallOptions(timeout_s=self._timeout_s)
-
-    _set_default_timeout = setTimeout = set_timeout
 
     def _options(self, opts: Options, timeout: datetime.timedelta | None = None) -> CallOptions:
         """The options of the operation about to start: its timeout, if the call names one."""
@@ -281,19 +238,3 @@ class GroupIdentity(dist.ProcessGroup):
             )
             self._group_store.set(f"{mine}/0", error)
             raise CommError(error)
-
-    # Shutdown
-
-    def abort(self) -> None:
-        """Fail what is in flight, here and on the other members; the group cannot be used any more."""
-        for other in self.other_backends.values():
-            other.abort()
-        self._comm.core_group.abort("the process group was aborted")
-        self._comm.unusable = "it was aborted"
-
-    def shutdown(self) -> None:
-        """Leave the group; idempotent."""
-        for other in self.other_backends.values():
-            other.shutdown()
-        self.other_backends = {}
-        self._comm.close()

@@ -11,8 +11,10 @@ from typing import Any, ParamSpec
 import torch
 import torch.distributed as dist
 
+from paceline.comm.process_group import hooks
 from paceline.comm.process_group.arguments import Elsewhere
 from paceline.comm.process_group.names import BACKEND
+from paceline.torch_versions import HAS_PYTHON_BACKENDS
 
 Parameters = ParamSpec("Parameters")
 
@@ -44,11 +46,14 @@ RECORDED = {
 def record_calls(cls: type) -> None:
     """Make the methods of `cls` appear in profiles, as "paceline:all_reduce" and the like.
 
-    The methods are also redirected to another backend of the group for tensors on its device.
+    The methods are also redirected to another backend of the group for tensors on its device, and go by way
+    of torch's dispatcher while the group has hooks.
     """
     for name, title in RECORDED.items():
         method = cls.__dict__[name]
         wrapped = _recorded(method, f"{BACKEND}:{title}")
+        if HAS_PYTHON_BACKENDS:
+            wrapped = hooks.first(wrapped)
         for alias in [a for a, m in cls.__dict__.items() if m is method]:
             setattr(cls, alias, wrapped)
 

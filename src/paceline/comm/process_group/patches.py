@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from paceline.comm.process_group.identity import GroupIdentity
 from paceline.comm.process_group.work import for_cpp
+from paceline.torch_versions import HAS_PYTHON_BACKENDS, cpp
 
 _is_applied = False
 
@@ -29,6 +31,15 @@ def apply() -> None:
     if _is_applied:
         return
     _is_applied = True
+    _keep_works_whole()
+    if HAS_PYTHON_BACKENDS:
+        _notice_hooks()
+    else:
+        _serve_names()
+
+
+def _serve_names() -> None:
+    """Two functions that torch before 2.14 keeps for gloo."""
     # A module of torch whose functions are replaced: its type does not allow that.
     distributed_c10d: Any = importlib.import_module("torch.distributed.distributed_c10d")
     original_barrier = distributed_c10d.monitored_barrier
@@ -57,12 +68,26 @@ def apply() -> None:
 
     dist.monitored_barrier = distributed_c10d.monitored_barrier = monitored_barrier
     distributed_c10d._set_pg_timeout = set_pg_timeout  # noqa: SLF001  as above
-    _keep_works_whole()
+
+
+def _notice_hooks() -> None:
+    """Torch's own hooks are added in C++, past the methods of a group: let their `attach` say so."""
+    for kind in (cpp.FlightRecorderHook, cpp.NanCheckHook):
+        kind.attach = staticmethod(_noticed(kind.attach))
+
+
+def _noticed(attach: Callable[[dist.ProcessGroup], Any]) -> Callable[[dist.ProcessGroup], Any]:
+    @functools.wraps(attach)
+    def noticed(group: dist.ProcessGroup) -> Any:
+        if isinstance(group, GroupIdentity):
+            group.is_hooked = True
+        return attach(group)
+
+    return noticed
 
 
 def _keep_works_whole() -> None:
     """Python hands works to C++ in two places, where only their C++ half would outlive the call."""
-    cpp: Any = torch._C._distributed_c10d  # noqa: SLF001  torch has no public name
     reducer: Any = cpp.Reducer
     set_handle = reducer._set_forward_pass_work_handle  # noqa: SLF001  DDP calls it under `join`
     register_work = cpp._register_work  # noqa: SLF001  wait_tensor() waits for it

@@ -26,8 +26,31 @@ def register() -> None:
     if not distributed.is_available() or BACKEND in distributed.Backend.backend_list:
         return
     distributed.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu"])
+    _refuse_torchcomms()
     if "PACELINE_JOB" in os.environ:
         _use_store_of_the_job()
+
+
+def _refuse_torchcomms() -> None:
+    """Where torch sends every backend through torchcomms, say so: that library does not know this one."""
+    if os.environ.get("TORCH_DISTRIBUTED_USE_TORCHCOMMS", "0") != "1":
+        return
+    c10d: Any = importlib.import_module("torch.distributed.distributed_c10d")
+    make = getattr(c10d, "new_comm", None)
+    if make is None or hasattr(c10d, "_torchcomms_handles_backend"):  # from 2.14 on, only its own backends
+        return
+
+    def new_comm(backend: str, *arguments: Any, **named: Any) -> Any:
+        if backend == BACKEND:
+            from paceline.errors import ConfigError
+
+            raise ConfigError(
+                "TORCH_DISTRIBUTED_USE_TORCHCOMMS=1: torch 2.11 to 2.13 then send every backend through"
+                f" torchcomms, which does not know {BACKEND}. Unset the variable, or use torch 2.14"
+            )
+        return make(backend, *arguments, **named)
+
+    c10d.new_comm = new_comm
 
 
 def _use_store_of_the_job() -> None:
@@ -69,6 +92,14 @@ def _meet_in_store_of_the_job(
 
 def _create(options: _DistributedBackendOptions, backend_options: object) -> ProcessGroup:
     """Called by torch.distributed on every rank of a new group."""
+    from paceline import core
+
+    if core.missing:
+        from paceline.errors import ConfigError
+
+        raise ConfigError(
+            f"the backend {BACKEND!r} cannot work here: {core.missing}. Or use the backend 'gloo'"
+        )
     from paceline.comm.process_group.connect import create
 
     return create(options, backend_options)

@@ -301,7 +301,8 @@ class VirtualClock:
             pass
         except BaseException as error:
             if self._failure is None and not worker.is_killed:
-                error.add_note(f"raised by rank {worker.rank} at virtual time {self.now:.6f} s")
+                if hasattr(error, "add_note"):  # from Python 3.11 on
+                    error.add_note(f"raised by rank {worker.rank} at virtual time {self.now:.6f} s")
                 self._failure = error
         worker.is_over = True
         self._num_over += 1

@@ -21,7 +21,7 @@ import torch
 
 import paceline
 from paceline import user_input
-from paceline._core import crc32c
+from paceline.checksum import crc32c
 from paceline.errors import CheckpointError, ConfigError
 from paceline.train import plain
 from paceline.train.saving.storable import storable
