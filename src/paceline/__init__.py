@@ -12,7 +12,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "init": "paceline.train.joining",
     "Job": "paceline.train.job",
-    "ddp_hook": "paceline.train.ddp_hook",
+    "ddp_hook": "paceline.train.torch_parallel.ddp_hook",
+    "fsdp_comm": "paceline.train.torch_parallel.fsdp_comm",
     "launch": "paceline.launchers.launch",
     "simulate": "paceline.comm.simulated.simulate",
     "Task": "paceline.tasks.task",

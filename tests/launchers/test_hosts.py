@@ -128,3 +128,20 @@ def test_a_stranger_on_a_third_host_reaches_nothing(tmp_path: Path) -> None:
         results = finish(*jobs)
     assert [code for code, *_ in results] == [0, 0], results
     assert all("went on to the end" in out for _, out, _ in results)
+
+
+@pytest.mark.slow
+def test_the_first_host_tells_of_a_rank_that_was_cut_off_with_its_host(tmp_path: Path) -> None:
+    script = str(ROOT / "tests" / "tools" / "faults" / "script.py")
+    what = ["--min-workers", "2", script, "cut", "train", "2", "parameter_server", "5.0", str(tmp_path)]
+    with Lab(hosts=2) as lab:
+        processes = [start(lab, host, "-n", count, *what) for host, count in enumerate("21")]
+        until = time.monotonic() + 90
+        while not (tmp_path / "fault").exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        lab.set_link(1, up=False)
+        (code, out, err), (other_code, *_) = finish(*processes)
+    assert code == 0, err
+    assert "rank 0 is through" in out + err and "rank 1 is through" in out + err
+    assert "rank 2, of another host, was lost: nothing has come from it for" in err, err
+    assert other_code != 0, "the host that was cut off knows that it is not through"

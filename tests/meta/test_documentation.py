@@ -26,6 +26,7 @@ ENTRY_POINTS: list[Callable[..., Any]] = [
     paceline.launch,
     paceline.simulate,
     paceline.ddp_hook,
+    paceline.fsdp_comm,
     paceline.Task,
     JobSpec,
 ]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
 
 Join = Callable[[Store, int, int, float], NativeCommunicator]
-"""Connects a rank of so many, which meet in a store of their own within a number of seconds."""
+"""Connects rank `r` of `n`, which meet in a store of their own, within a number of seconds."""
 
 
 class NotConnected:

@@ -51,6 +51,7 @@ class ElasticAgent(SimpleElasticAgent):
         self._job_id = new_job_id()
         self.failure: JobFailure | None = None
         self._lost: set[int] = set()
+        self._lost_elsewhere: set[int] = set()
         self._losses: LossWatch | None = None
         self._beats: HostBeats | None = None
 
@@ -72,6 +73,7 @@ class ElasticAgent(SimpleElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._workers.forget()
         self._lost.clear()
+        self._lost_elsewhere.clear()
         shared = self._shared_environment(worker_group)
         commands = {
             w.global_rank: WorkerCommand(
@@ -141,8 +143,9 @@ class ElasticAgent(SimpleElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         assert self._losses is not None and self._beats is not None
         self._beats.beat()
-        self._losses.look(self._workers.all)
         ended = [w for w in self._workers.all if w.exit_code is not None]
+        self._losses.look(self._workers.all, at_once=len(ended) == len(self._workers.all))
+        self._tell_of_others()
         failed = [w for w in ended if w.exit_code or w.rank in self._losses.lost]
         if failed and not self._continues_without(failed):
             return self._fail()
@@ -175,6 +178,14 @@ class ElasticAgent(SimpleElasticAgent):
                 f"continuing without rank {worker.rank}: {size - num_lost} of {size} workers live"
             )
         return True
+
+    def _tell_of_others(self) -> None:
+        """Losses on other hosts. Their own launchers tell of them too, but may be cut off with them."""
+        assert self._losses is not None
+        own = {w.rank for w in self._workers.all}
+        for rank in sorted(self._losses.lost.keys() - own - self._lost_elsewhere):
+            self._lost_elsewhere.add(rank)
+            self._console.note(f"rank {rank}, of another host, was lost: {self._losses.lost[rank]}")
 
     def _exit_barrier(self) -> None:
         """The launcher that holds the store stays until the others need it no more."""

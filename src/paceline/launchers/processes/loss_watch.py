@@ -35,10 +35,10 @@ class LossWatch:
         """Tell rank 0 that the process of `rank` has ended."""
         self._lost_ranks.add_ended(rank)
 
-    def look(self, workers: Sequence[WorkerProcess]) -> None:
-        """Called often; looks now and then."""
+    def look(self, workers: Sequence[WorkerProcess], *, at_once: bool = False) -> None:
+        """Called often; looks now and then, or now."""
         now = time.monotonic()
-        if now < self._next_look:
+        if now < self._next_look and not at_once:
             return
         self._next_look = now + _INTERVAL_S
         if self._is_elastic:

@@ -1,0 +1,1 @@
+"""Paceline below the data parallelism of PyTorch itself: hooks for DistributedDataParallel and FSDP2."""

@@ -1,0 +1,167 @@
+"""What ranks run in test_fsdp_comm.py: a small transformer on the text of the tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+
+import paceline
+
+VOCABULARY, LENGTH, WIDTH = 64, 32, 64
+
+
+class Block(nn.Module):
+    """A layer of a transformer that sees the past only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attention = nn.Linear(WIDTH, 3 * WIDTH)
+        self.join = nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.attention(self.first(x)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        seen = functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
+        x = x + self.join(seen.transpose(1, 2).flatten(2))
+        return x + self.down(functional.gelu(self.up(self.second(x))))
+
+
+class Transformer(nn.Module):
+    """Characters [N, T] to logits [N, T, VOCABULARY]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.characters, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.output = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, characters: Tensor) -> Tensor:
+        x = self.characters(characters) + self.places(torch.arange(characters.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.output(x)
+        return logits
+
+
+def sharded(mesh: DeviceMesh | None = None) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer()
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def text(count: int) -> Tensor:
+    """[count] characters of a grammar that can be learned: each follows from the one before, or is drawn."""
+    generator = torch.Generator().manual_seed(7)
+    drawn = torch.randint(VOCABULARY, (count,), generator=generator)
+    is_drawn = torch.rand(count, generator=generator) < 0.1
+    found = drawn.tolist()
+    for i in range(1, count):
+        if not is_drawn[i]:
+            found[i] = (5 * found[i - 1] + 3) % VOCABULARY
+    return torch.tensor(found)
+
+
+def trained(comm: Any, mesh: DeviceMesh | None, steps: int, rank: int, size: int) -> tuple[list[float], Any]:
+    """Losses of the job in each step, and the model."""
+    model = sharded(mesh)
+    if comm is not None:
+        comm.install(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    stretches = text(LENGTH * 2000 + 1)
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(steps):
+        starts = torch.randint(len(stretches) - LENGTH - 1, (8 * size,), generator=generator)[rank::size]
+        batch = torch.stack([stretches[s : s + LENGTH + 1] for s in starts])
+        loss = functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        losses.append(mean.item() / size)
+    return losses, model
+
+
+def raw_bytes(model: nn.Module, steps: int, size: int) -> float:
+    """What FSDP hands to its groups without codecs, as `sent_bytes` counts: two gathers and one scatter."""
+    numel = sum(p.to_local().numel() * size for p in model.parameters() if isinstance(p, DTensor))
+    return 4.0 * steps * numel * (1 / size + 1 / size + 1)
+
+
+def compared(rank: int, size: int, gradients: str, weights: str | None, steps: int) -> dict[str, Any]:
+    plain, _ = trained(None, None, steps, rank, size)
+    comm = paceline.fsdp_comm(gradients, weights=weights)
+    ours, model = trained(comm, None, steps, rank, size)
+    return {
+        "plain": plain,
+        "ours": ours,
+        "ratio": raw_bytes(model, steps, size) / comm.sent_bytes(),
+        "stats": comm.stats(),
+    }
+
+
+def exact(rank: int, size: int) -> None:
+    """With payloads that hold all bits that there are, the losses are those of FSDP alone."""
+    torch.set_default_dtype(torch.float32)
+    model, other = sharded(), sharded()
+    with torch.no_grad():  # values that bf16 holds
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            p.copy_(p.to(torch.bfloat16).to(torch.float32))
+            q.copy_(p)
+    paceline.fsdp_comm("bf16", weights="bf16").install(other)
+    batch = text(LENGTH * 4 + 1)[rank * LENGTH :][: LENGTH + 1]
+    for one in (model, other):
+        functional.cross_entropy(one(batch[None, :-1]).flatten(0, 1), batch[1:]).backward()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None
+        torch.testing.assert_close(q.grad.to_local(), p.grad.to_local(), rtol=1e-2, atol=1e-3)
+
+
+def interrupted(rank: int, size: int) -> None:
+    """Twenty steps equal ten, a checkpoint, and ten more; the residuals are in it."""
+    ends = []
+    for at in (20, 10):
+        comm = paceline.fsdp_comm("error_feedback(codec=onebit)", weights=None)
+        model = sharded()
+        comm.install(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        batch = text(LENGTH * 8 + 1)[rank * LENGTH :][: LENGTH + 1]
+        for step in range(20):
+            if step == at:
+                state = comm.state_dict()
+                comm = paceline.fsdp_comm("error_feedback(codec=onebit)", weights=None)
+                again = sharded()
+                again.load_state_dict(model.state_dict())
+                model = again
+                comm.install(model)
+                comm.load_state_dict(state)
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+            optimizer.zero_grad()
+            functional.cross_entropy(model(batch[None, :-1]).flatten(0, 1), batch[1:]).backward()
+            optimizer.step()
+        ends.append(torch.cat([p.to_local().flatten() for p in model.parameters()]))
+    assert torch.equal(ends[0], ends[1])
+
+
+def hybrid(rank: int, size: int, across: str) -> tuple[list[float], list[float], float]:
+    """Losses with FSDP's own hybrid sharding and with a codec between replicas, and how these differ."""
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
+    plain, _ = trained(None, mesh, 60, rank, size)
+    replicas = mesh.get_group("replicate")
+    comm = paceline.fsdp_comm("int8", across=across, replicas=replicas)
+    ours, model = trained(comm, mesh["shard"], 60, rank, size)
+    flat = torch.cat([p.to_local().flatten() for p in model.parameters()])
+    both = [torch.empty_like(flat) for _ in range(2)]
+    dist.all_gather(both, flat, group=replicas)
+    return plain, ours, float((both[0] - both[1]).abs().max())
