@@ -159,16 +159,22 @@ def test_two_backward_passes_with_one_step_are_one_minibatch(has_loader: bool) -
     same_as_one_process(loop)
 
 
-def test_a_step_inside_backward_is_refused() -> None:
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_step_inside_backward_is_refused(window: int) -> None:
+    """At once, not in the last micro-batch of a window, which alone sends its gradients."""
+    passes: list[int] = []
+
     def loop(job: Job) -> None:
         net: Any = model()
         optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.1)
-        net, optimizer, loader = job.prepare(net, optimizer, DataLoader(data(), 6))
+        net, optimizer, loader = job.prepare(net, optimizer, DataLoader(data(), 6), accumulation_steps=window)
         net[0].weight.register_post_accumulate_grad_hook(lambda p: optimizer.step())
+        net.register_forward_hook(lambda *_: passes.append(job.rank))
         train(job, net, loader, lambda: None)
 
     with pytest.raises(ConfigError, match=r"step\(\) inside backward"):
         on(2, loop)
+    assert max(map(passes.count, (0, 1))) == 1
 
 
 @pytest.mark.parametrize("kind", ["mean", "sum", "normalised"])

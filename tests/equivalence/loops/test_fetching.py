@@ -135,20 +135,22 @@ def test_copies_of_batches_fetched_ahead_are_refused_where_it_matters() -> None:
         on(2, loop)
 
 
+@pytest.mark.parametrize("fetched", [iter, ahead, all_first], ids=["one", "ahead", "all"])
 @pytest.mark.parametrize("told", [False, True])
-def test_batches_that_are_left_out(told: bool) -> None:
+def test_batches_that_are_left_out(told: bool, fetched: Fetch) -> None:
     """Known by the tensors that the model gets; for copies of them, the loop says so."""
+    is_copied = told and fetched is iter
 
     def loop(job: Job) -> Any:
         net, optimizer, loader = prepared(job)
 
         def chosen() -> Iterator[Any]:
-            for i, (x, y) in enumerate(loader):
+            for i, (x, y) in enumerate(fetched(loader)):
                 if i % 2 == 0 and i:
                     if told:
                         job.skip()
                     continue
-                yield (x * 1.0 if told else x), y
+                yield (x * 1.0 if is_copied else x), y
 
         train(net, optimizer, chosen())
         return [p.detach() for p in net.parameters()]
@@ -159,6 +161,31 @@ def test_batches_that_are_left_out(told: bool) -> None:
     for size in (2, 3):
         for parameters in on(size, loop):
             assert_equal(parameters, [p.detach() for p in net.parameters()], tolerance=1e-9)
+
+
+def test_a_look_at_a_batch_after_a_pass_whose_last_step_is_still_open() -> None:
+    """LBFGS: a minibatch ends when the next batch begins, and that one was only looked at, by one rank."""
+
+    def loop(job: Job) -> Any:
+        net: Any = model()
+        optimizer: Any = torch.optim.LBFGS(net.parameters(), lr=0.01, max_iter=2)
+        net, optimizer, loader = job.prepare(net, optimizer, DataLoader(samples(), 4), batch="global")
+        for _ in job.epochs(3):
+            if 0 < job.rank == job.size - 1:
+                next(iter(loader))
+            for x, y in ahead(loader):
+
+                def closure(x: Any = x, y: Any = y) -> Any:
+                    optimizer.zero_grad()
+                    loss = functional.cross_entropy(net(x), y)
+                    loss.backward()
+                    return loss
+
+                optimizer.step(closure)
+        return job.step, job.samples, loader.epoch
+
+    for size in (1, 2, 3):
+        assert on(size, loop) == [(18, 66, 3)] * size
 
 
 class Slices(Dataset):

@@ -59,8 +59,9 @@ class BatchCalls:
         return joined_rows.gather(values, self.comm, counts=batch.own > 0, own=batch.own)
 
     def skip(self) -> None:
-        """Say that the batch handed out last is not trained: for a loop that leaves it out (`continue`).
+        """Say that the batch in hand is not trained: for a loop that leaves it out (`continue`).
 
+        Of batches that the loop has fetched ahead, the one in hand is the first that was not trained yet.
         Loops that give their models the tensors of the batch need not say it, nor those whose batches all
         count alike. It concerns this rank alone.
 

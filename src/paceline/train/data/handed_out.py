@@ -73,8 +73,10 @@ class LoaderPass:
         self._progress = progress
 
     def settle(self, progress: object) -> None:
-        """Learn how far training is now: if it has moved, this pass counts."""
-        self.is_counted = self.is_counted or (self.handed[0] > 0 and progress != self._progress)
+        """Learn how far training is now: if it has moved since the first batch, this pass counts."""
+        if not self.handed[0]:  # what ends now was begun on batches of an earlier pass
+            self._progress = progress
+        self.is_counted = self.is_counted or progress != self._progress
 
 
 class HandedBatch:

@@ -82,9 +82,11 @@ class BatchesInHand:
         return any(w.one is one for w in self._waiting)
 
     def skip(self) -> None:
-        """The batch handed out last is not trained."""
+        """The batch in hand is not trained: the first that waits, of the pass that handed out one last."""
         with self._lock:
-            del self._waiting[-1:]
+            waiting = next((one for one in reversed(self._passes) if self.is_waited_for(one)), None)
+            if waiting is not None:
+                self._waiting.remove(next(w for w in self._waiting if w.one is waiting))
 
     def given(self, follower: Trainee, inputs: Any) -> None:
         """A model gets these inputs."""

@@ -94,6 +94,7 @@ class ShardedLoader(abc.ABC):
                     batch = apart(batch)
                 self.newest = HandedBatch(batch, own, total, is_last, self, one)
                 said = [begin(own, total, is_last) for begin in self.on_batch]
+                self._settle()  # a minibatch that ends when this batch begins was another pass'
                 if False not in said:
                     one.handed = (one.handed[0] + 1, one.handed[1] + total)
                 yield batch
