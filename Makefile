@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 
 # What `pip install 'paceline[ray,spark]'` would add, without building Paceline again.
 ENGINES := $(VENV)/.engines
-EXTRAS  := ray spark lightning accelerate
+EXTRAS  := ray spark lightning accelerate transformers
 define REQUIREMENTS
 import importlib.metadata, sys
 for line in importlib.metadata.requires("paceline"):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 OLDEST, NEWEST_TRIED = (2, 10), (2, 14)
-"""Releases (major, minor) that the test suite was run on."""
+"""Releases (major, minor): the oldest that is supported, and the newest that was tried."""
 TORCH = tuple(int(part) for part in torch.__version__.partition("+")[0].split(".")[:2])
 
 cpp: Any = torch._C._distributed_c10d  # noqa: SLF001  torch has no public name for it

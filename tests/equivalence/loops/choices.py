@@ -97,7 +97,7 @@ def _habit(fixed: Choices) -> None:
     if habit is None:
         return
     fixed.update(strategy="all_reduce", data="map", optimizer="sgd", resume=None, codec=None, samples=24)
-    fixed["leaves_early"] = False  # in the middle of a window of `accumulate` steps have no effect
+    fixed["leaves_early"] = fixed["skips"] = False  # amid a window of `accumulate` steps have no effect
     if habit == "step_in_hook":
         fixed["loss"] = "one"  # torch itself refuses a second pass over a graph whose weights have changed
     if habit == "unfreezes":
