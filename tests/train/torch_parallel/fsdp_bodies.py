@@ -74,9 +74,9 @@ def text(count: int) -> Tensor:
 def trained(comm: Any, mesh: DeviceMesh | None, steps: int, rank: int, size: int) -> tuple[list[float], Any]:
     """Losses of the job in each step, and the model."""
     model = sharded(mesh)
-    if comm is not None:
-        comm.install(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    if comm is not None:
+        comm.install(model, optimizer)
     stretches = text(LENGTH * 2000 + 1)
     generator = torch.Generator().manual_seed(1)
     losses = []
@@ -161,7 +161,38 @@ def hybrid(rank: int, size: int, across: str) -> tuple[list[float], list[float],
     replicas = mesh.get_group("replicate")
     comm = paceline.fsdp_comm("int8", across=across, replicas=replicas)
     ours, model = trained(comm, mesh["shard"], 60, rank, size)
+    comm.synchronize()
     flat = torch.cat([p.to_local().flatten() for p in model.parameters()])
     both = [torch.empty_like(flat) for _ in range(2)]
     dist.all_gather(both, flat, group=replicas)
     return plain, ours, float((both[0] - both[1]).abs().max())
+
+
+def interrupted_diloco(rank: int, size: int) -> None:
+    """Fourteen steps equal seven, a checkpoint in the middle of a period, and seven more."""
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
+    replicas, ends = mesh.get_group("replicate"), []
+
+    def begin() -> Any:
+        comm = paceline.fsdp_comm("int8", weights=None, across="diloco(period=4)", replicas=replicas)
+        model = sharded(mesh["shard"])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        comm.install(model, optimizer)
+        return comm, model, optimizer
+
+    batch = text(LENGTH * 8 + 1)[rank * LENGTH :][: LENGTH + 1]
+    for at in (14, 7):
+        comm, model, optimizer = begin()
+        for step in range(14):
+            if step == at:
+                saved = comm.state_dict(), model.state_dict(), optimizer.state_dict()
+                comm, model, optimizer = begin()
+                model.load_state_dict(saved[1])
+                optimizer.load_state_dict(saved[2])
+                comm.load_state_dict(saved[0])
+            optimizer.zero_grad()
+            functional.cross_entropy(model(batch[None, :-1]).flatten(0, 1), batch[1:]).backward()
+            optimizer.step()
+        comm.synchronize()
+        ends.append(torch.cat([p.to_local().flatten() for p in model.parameters()]))
+    assert torch.equal(ends[0], ends[1])

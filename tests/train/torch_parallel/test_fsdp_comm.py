@@ -53,6 +53,19 @@ def test_codec_between_replicas(across: str) -> None:
     assert abs(mean(ours) / mean(plain) - 1) < 0.03
 
 
+@pytest.mark.parametrize("across", ["local_sgd(period=5)", "diloco(period=10)"])
+def test_models_are_averaged_between_replicas(across: str) -> None:
+    plain, ours, spread = run(4, bodies.hybrid, across)[0]
+    assert spread == 0.0, "replicas are equal in the end, bit for bit"
+    assert mean(ours) < mean(plain) + 0.3 * (plain[0] - mean(plain)), (
+        "it learns most of what every step learns"
+    )
+
+
+def test_an_interrupted_training_with_diloco_between_replicas_goes_on() -> None:
+    run(4, bodies.interrupted_diloco)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -61,6 +74,7 @@ def test_codec_between_replicas(across: str) -> None:
         ({"gradients": "int9"}, "int8"),
         ({"gradients": "int8", "weights": "error_feedback(codec=int8)"}, "error feedback has no use"),
         ({"gradients": "int8", "across": "int8"}, "belong together"),
+        ({"gradients": "int8", "across": "gossip", "replicas": object()}, "averages models all together"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, str], message: str) -> None:

@@ -20,17 +20,30 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from paceline import codecs
+from paceline import codecs, registry, spec
 from paceline.codecs.kernel import ledger, payload
 from paceline.codecs.kernel.codec import Codec
 from paceline.codecs.kernel.random_stream import use_stream
 from paceline.codecs.reducers.reducer import Reducer, payload_buffer
 from paceline.comm.torch_fabric import TorchCommunicator
 from paceline.errors import ConfigError
+from paceline.strategies.base.strategy import TrainingStrategy
 from paceline.torch_versions import all_gather_single
+from paceline.train.torch_parallel.shard_replicas import ShardReplicas, averaging
 from paceline.types import Work
 
 _Communicators = dict[int, TorchCommunicator]
+
+
+def _connected(
+    group: dist.ProcessGroup, device: torch.device, communicators: _Communicators
+) -> TorchCommunicator:
+    """The communicator over a group, made when first needed."""
+    found = communicators.get(id(group))
+    if found is None:
+        hosts = [f"rank {r}" for r in range(group.size())]
+        found = communicators[id(group)] = TorchCommunicator(hosts, group=group, device=device)
+    return found
 
 
 class _Later(dist.Work):
@@ -67,13 +80,6 @@ class _Exchange:
         """Memory for a result or an input, as FSDP asks for it."""
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def _over(self, group: dist.ProcessGroup, device: torch.device) -> TorchCommunicator:
-        found = self._communicators.get(id(group))
-        if found is None:
-            hosts = [f"rank {r}" for r in range(group.size())]
-            found = self._communicators[id(group)] = TorchCommunicator(hosts, group=group, device=device)
-        return found
-
     def _state(self, part: int, parts: int, what: str, rank: int) -> dict[str, Any]:
         if len(self.states) != parts:
             self.states = [{} for _ in range(parts)]
@@ -100,7 +106,7 @@ class ReduceScatterByCodec(_Exchange):
                 f"fsdp_comm: sums and means of gradients can be encoded, not {op}: leave"
                 " set_gradient_divide_factor unset, and divide the loss instead"
             )
-        comm = self._over(group, input_tensor.device)
+        comm = _connected(group, input_tensor.device, self._communicators)
         size, rank, numel = comm.size, comm.rank, output_tensor.numel()
         parts = input_tensor.view(size, numel)
         own_bytes = self.codec.max_encoded_bytes(numel)
@@ -138,7 +144,7 @@ class AllGatherByCodec(_Exchange):
                 output_tensor, input_tensor, group=group, async_op=async_op
             )
             return work
-        comm = self._over(group, input_tensor.device)
+        comm = _connected(group, input_tensor.device, self._communicators)
         num_bytes = self.codec.max_encoded_bytes(input_tensor.numel())
         own = payload_buffer(num_bytes, input_tensor, comm)
         self.codec.encode(input_tensor, self._state(0, 1, "weights", comm.rank), out=own)
@@ -166,11 +172,7 @@ class _AcrossReplicas:
         self._group, self._communicators = group, communicators
 
     def __call__(self, shard: torch.Tensor) -> None:
-        comm = self._communicators.get(id(self._group))
-        if comm is None:
-            hosts = [f"rank {r}" for r in range(self._group.size())]
-            comm = TorchCommunicator(hosts, group=self._group, device=shard.device)
-            self._communicators[id(self._group)] = comm
+        comm = _connected(self._group, shard.device, self._communicators)
         flat = shard.to(torch.float32).view(-1).contiguous() / comm.size
         self.reducer.reduce(flat, [], comm, self.state)
         shard.copy_(flat.view(shard.shape))
@@ -183,21 +185,23 @@ class FsdpComm:
         self,
         gradients: Codec,
         weights: Codec | None,
-        across: Reducer | None,
+        across: Reducer | TrainingStrategy | None,
         replicas: dist.ProcessGroup | None,
     ) -> None:
         self._gradients, self._weights, self._across, self._replicas = gradients, weights, across, replicas
         self._communicators: _Communicators = {}
         self._modules: dict[str, list[_Exchange | _AcrossReplicas]] = {}
+        self._shards: ShardReplicas | None = None
 
-    def install(self, model: nn.Module) -> None:
+    def install(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Make every FSDP module of `model` send this way; call it once, after the last `fully_shard`.
 
         Args:
             model: The model, in which at least one module went through `fully_shard`.
+            optimizer: The one that steps it: needed where `across` averages models, and unused otherwise.
 
         Raises:
-            ConfigError: No module of the model did, or `install` was called before.
+            ConfigError: No module of the model did, `install` was called before, or the optimizer is missing.
         """
         if self._modules:
             raise ConfigError(
@@ -217,18 +221,35 @@ class FsdpComm:
                 all_gather = AllGatherByCodec(self._weights, self._communicators, index)
                 module.set_custom_all_gather(all_gather)  # type: ignore[arg-type]
                 own.append(all_gather)
-            if self._across is not None and self._replicas is not None:
+            if isinstance(self._across, Reducer) and self._replicas is not None:
                 hook = _AcrossReplicas(self._across, self._replicas, self._communicators)
                 module.set_all_reduce_hook(hook)
                 own.append(hook)
             self._modules[name] = own
+        if isinstance(self._across, TrainingStrategy) and self._replicas is not None:
+            if optimizer is None:
+                raise ConfigError(
+                    "fsdp_comm: models are averaged after steps of the optimizer: install(model, optimizer)"
+                )
+            first = next(model.parameters())
+            comm = _connected(self._replicas, first.device, self._communicators)
+            self._shards = ShardReplicas(self._across, comm, model.parameters(), optimizer)
+
+    def synchronize(self) -> None:
+        """Where models are averaged: afterwards all replicas hold the final one. All ranks call it."""
+        if self._shards is not None:
+            self._shards.synchronize()
 
     def state_dict(self) -> dict[str, Any]:
-        """Residuals and random streams of this rank: tensors and plain values, one checkpoint per rank."""
-        return {
+        """Residuals, random streams and the strategy's state of this rank: tensors and plain values.
+
+        One checkpoint per rank, beside those of the model; all ranks call it.
+        """
+        exchanges = {
             name: [e.state if isinstance(e, _AcrossReplicas) else e.states for e in own]
             for name, own in self._modules.items()
         }
+        return {"exchanges": exchanges, "across": None if self._shards is None else self._shards.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()` of the same model, codecs and number of ranks; after `install`.
@@ -237,18 +258,20 @@ class FsdpComm:
             ConfigError: The state is of other modules or of other codecs.
         """
         kept = {name: len(own) for name, own in self._modules.items()}
-        given = {name: len(own) for name, own in state.items()}
-        if kept != given:
+        given = {name: len(own) for name, own in state.get("exchanges", {}).items()}
+        if kept != given or (self._shards is None) != (state.get("across") is None):
             raise ConfigError(
                 f"fsdp_comm: the state is of the modules {sorted(given)}, this model has {sorted(kept)}; call"
                 " install(model) first, with the same codecs"
             )
         for name, own in self._modules.items():
-            for exchange, one in zip(own, state[name], strict=True):
+            for exchange, one in zip(own, state["exchanges"][name], strict=True):
                 if isinstance(exchange, _AcrossReplicas):
                     exchange.state = one
                 else:
                     exchange.states = list(one)
+        if self._shards is not None:
+            self._shards.restore(state["across"])
 
     def stats(self) -> dict[str, float]:
         """Bytes by cause, encode seconds and extra memory of this rank, summed over the modules."""
@@ -282,7 +305,8 @@ def fsdp_comm(
             whose payload size depends on the values (`threshold`, `topk`) and `powersgd` cannot be used.
         weights: Codec of the all-gather; None: as FSDP does it. Default `"int8"`: the weights that are
             computed with are rounded, the optimizer's are not.
-        across: Codec of the mean over replicas (hybrid sharding), for any codec or `powersgd`; None: none.
+        across: What is done between replicas (hybrid sharding): a codec of the gradients' mean, any of them
+            or `powersgd`; or a method that averages models, such as `"diloco(period=50)"`; None: nothing.
         replicas: With `across`, the group of the ranks that hold the same shard:
             `mesh.get_group("replicate")`. The model is sharded over the other dimension of the mesh alone.
 
@@ -301,9 +325,15 @@ def fsdp_comm(
     return FsdpComm(
         _of_known_size(gradients, "gradients"),
         None if weights is None else _of_known_size(weights, "weights"),
-        None if across is None else codecs.make_reducer(across),
+        None if across is None else _between_replicas(across),
         replicas,
     )
+
+
+def _between_replicas(text: str) -> Reducer | TrainingStrategy:
+    if spec.parse(text).name in registry.names("paceline.strategies"):
+        return averaging(text)
+    return codecs.make_reducer(text)
 
 
 def _of_known_size(text: str, what: str) -> Codec:
