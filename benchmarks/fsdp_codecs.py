@@ -98,7 +98,8 @@ def train(text: Tensor, vocabulary: int, steps: int, codec: dict[str, Any] | Non
     last = losses[-max(1, steps // 10) :]
     parts = size // 2 if hybrid else size
     numel = sum(p.to_local().numel() * parts for p in model.parameters() if isinstance(p, DTensor))
-    raw = 4.0 * steps * numel * (2 / parts + 1 + (1 / parts if hybrid else 0))
+    # Two gathers of a shard, one scatter of the others' parts, and the shard's mean between replicas.
+    raw = 4.0 * steps * numel * (2 / parts + (parts - 1) / parts + (1 / parts if hybrid else 0))
     return [sum(last) / len(last), raw, comm.sent_bytes() if comm else raw]
 
 

@@ -94,9 +94,9 @@ def trained(comm: Any, mesh: DeviceMesh | None, steps: int, rank: int, size: int
 
 
 def raw_bytes(model: nn.Module, steps: int, size: int) -> float:
-    """What FSDP hands to its groups without codecs, as `sent_bytes` counts: two gathers and one scatter."""
+    """What FSDP sends without codecs: two gathers, and one scatter of other ranks' parts."""
     numel = sum(p.to_local().numel() * size for p in model.parameters() if isinstance(p, DTensor))
-    return 4.0 * steps * numel * (1 / size + 1 / size + 1)
+    return 4.0 * steps * numel * (1 / size + 1 / size + (size - 1) / size)
 
 
 def compared(rank: int, size: int, gradients: str, weights: str | None, steps: int) -> dict[str, Any]:
