@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,19 +14,20 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 import paceline
+from paceline.errors import ConfigError
 
-VOCABULARY, LENGTH, WIDTH = 64, 32, 64
+VOCABULARY, LENGTH = 64, 32
 
 
 class Block(nn.Module):
     """A layer of a transformer that sees the past only."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.attention = nn.Linear(WIDTH, 3 * WIDTH)
-        self.join = nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.Linear(width, 3 * width)
+        self.join = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         heads = self.attention(self.first(x)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
@@ -35,13 +37,16 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Characters [N, T] to logits [N, T, VOCABULARY]."""
+    """Characters [N, length] to logits [N, length, vocabulary]."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, vocabulary: int = VOCABULARY, length: int = LENGTH, width: int = 64, layers: int = 2
+    ) -> None:
         super().__init__()
-        self.characters, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.output = nn.Linear(WIDTH, VOCABULARY)
+        self.length = length
+        self.characters, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.output = nn.Linear(width, vocabulary)
 
     def forward(self, characters: Tensor) -> Tensor:
         x = self.characters(characters) + self.places(torch.arange(characters.shape[1]))
@@ -51,9 +56,9 @@ class Transformer(nn.Module):
         return logits
 
 
-def sharded(mesh: DeviceMesh | None = None) -> Transformer:
+def sharded(mesh: DeviceMesh | None = None, make: Callable[[], Transformer] = Transformer) -> Transformer:
     torch.manual_seed(0)
-    model = Transformer()
+    model = make()
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -71,18 +76,30 @@ def text(count: int) -> Tensor:
     return torch.tensor(found)
 
 
-def trained(comm: Any, mesh: DeviceMesh | None, steps: int, rank: int, size: int) -> tuple[list[float], Any]:
-    """Losses of the job in each step, and the model."""
-    model = sharded(mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+def trained(
+    comm: Any,
+    mesh: DeviceMesh | None,
+    steps: int,
+    rank: int,
+    size: int,
+    *,
+    make: Callable[[], Transformer] = Transformer,
+    characters: Tensor | None = None,
+    rate: float = 3e-3,
+) -> tuple[list[float], Any]:
+    """Losses of the job in each step, and the model; `characters` default to those of `text`."""
+    model = sharded(mesh, make)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     if comm is not None:
         comm.install(model, optimizer)
-    stretches = text(LENGTH * 2000 + 1)
+    if characters is None:
+        characters = text(LENGTH * 2000 + 1)
+    last = len(characters) - model.length - 1
     generator = torch.Generator().manual_seed(1)
     losses = []
     for _ in range(steps):
-        starts = torch.randint(len(stretches) - LENGTH - 1, (8 * size,), generator=generator)[rank::size]
-        batch = torch.stack([stretches[s : s + LENGTH + 1] for s in starts])
+        starts = torch.randint(last, (8 * size,), generator=generator)[rank::size]
+        batch = torch.stack([characters[s : s + model.length + 1] for s in starts])
         loss = functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -93,10 +110,13 @@ def trained(comm: Any, mesh: DeviceMesh | None, steps: int, rank: int, size: int
     return losses, model
 
 
-def raw_bytes(model: nn.Module, steps: int, size: int) -> float:
-    """What FSDP sends without codecs: two gathers, and one scatter of other ranks' parts."""
-    numel = sum(p.to_local().numel() * size for p in model.parameters() if isinstance(p, DTensor))
-    return 4.0 * steps * numel * (1 / size + 1 / size + (size - 1) / size)
+def raw_bytes(model: nn.Module, steps: int, parts: int, *, hybrid: bool = False) -> float:
+    """What FSDP sends without codecs over `parts` ranks, and between two replicas if it is hybrid.
+
+    Two gathers of a shard, one scatter of the other ranks' parts, and the shard's mean between replicas.
+    """
+    numel = sum(p.to_local().numel() * parts for p in model.parameters() if isinstance(p, DTensor))
+    return 4.0 * steps * numel * (2 / parts + (parts - 1) / parts + (1 / parts if hybrid else 0))
 
 
 def compared(rank: int, size: int, gradients: str, weights: str | None, steps: int) -> dict[str, Any]:
@@ -180,6 +200,15 @@ def interrupted_diloco(rank: int, size: int) -> None:
         comm.install(model, optimizer)
         return comm, model, optimizer
 
+    comm = paceline.fsdp_comm("int8", across="diloco(period=4)", replicas=replicas)
+    model = sharded(mesh["shard"])
+    try:
+        comm.install(model)
+    except ConfigError as error:
+        assert "install(model, optimizer)" in str(error)
+    else:
+        raise AssertionError("install without the optimizer was not refused")
+    comm.install(model, torch.optim.SGD(model.parameters(), lr=0.05))  # the refused call has left nothing
     batch = text(LENGTH * 8 + 1)[rank * LENGTH :][: LENGTH + 1]
     for at in (14, 7):
         comm, model, optimizer = begin()
