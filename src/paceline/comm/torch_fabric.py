@@ -98,6 +98,12 @@ def _payload_device(group: dist.ProcessGroup | None, device: torch.device) -> to
     return torch.device("cpu") if torch.device("cpu") in known else device
 
 
+def over(group: dist.ProcessGroup | None, device: torch.device) -> TorchCommunicator:
+    """A communicator over a group that the user made; each rank stands for a host of its own."""
+    hosts = [f"rank {r}" for r in range(dist.get_world_size(group))]
+    return TorchCommunicator(hosts, group=group, device=device)
+
+
 class TorchCommunicator(FabricCommunicator):
     """A communicator over one c10d process group (None: the default group)."""
 

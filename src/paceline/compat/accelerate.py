@@ -63,7 +63,7 @@ def prepare(
     optimizers = [item for item in objects if isinstance(item, torch.optim.Optimizer)]
     job.prepare(model, optimizers, strategy=strategy)
     model.no_sync = job.no_sync  # type: ignore[assignment]  # what accelerator.accumulate(model) asks for
-    _count_samples(job, model)
+    embedding.count_samples(job, model)
     _join_checkpoints(accelerator, job, model)
     job.clock.start()
     return results[0] if len(results) == 1 else tuple(results)
@@ -95,14 +95,6 @@ def _prepared(accelerator: Accelerator, item: object) -> object:
         f"prepare(accelerator, …): models, optimizers, loaders and schedulers expected, got"
         f" {type(item).__name__}"
     )
-
-
-def _count_samples(job: Job, model: nn.Module) -> None:
-    def count(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if module.training and arguments and isinstance(arguments[0], torch.Tensor) and arguments[0].ndim:
-            job.samples += len(arguments[0]) * job.size
-
-    model.register_forward_pre_hook(count)
 
 
 def _join_checkpoints(accelerator: Accelerator, job: Job, model: nn.Module) -> None:

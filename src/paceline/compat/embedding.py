@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
 import paceline
 from paceline.errors import CheckpointError, ConfigError
 from paceline.train.evaluate import consensus
@@ -23,6 +27,17 @@ def join(framework: str, *, fabric: str | None, log_dir: str | None = None) -> J
             f"--checkpoint {job.options.checkpoint}: here {framework} saves and resumes; leave the option out"
         )
     return job
+
+
+def count_samples(job: Job, model: nn.Module) -> RemovableHandle:
+    """Count the samples that the model trains on: rows of the first tensor that each call gets."""
+
+    def count(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if module.training:
+            batches = (v for v in (*arguments, *named.values()) if isinstance(v, torch.Tensor) and v.ndim)
+            job.samples += len(next(batches, ())) * job.size
+
+    return model.register_forward_pre_hook(count, with_kwargs=True)
 
 
 @contextmanager

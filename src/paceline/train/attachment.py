@@ -436,8 +436,7 @@ class Attachment:
             parameter.grad = view if flag > 0 else None
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        needs_others = self._sends or (self.strategy.needs_gradients and self._size > 1)
-        if self._minibatch.phase is Phase.BACKWARD and needs_others and self.replica.buckets:
+        if self._minibatch.phase is Phase.BACKWARD and self.replica.buckets:  # others' gradients are needed
             raise ConfigError(
                 f"rank {self.comm.rank}: {type(optimizer).__name__}.step() inside backward, where gradients"
                 " are not reduced yet; step after backward, or choose a strategy that averages models, such"

@@ -115,12 +115,13 @@ def decode_any(
     if not use_reference and (out.device.type != "cpu" or encoded.device.type != "cpu"):
         _decode_elsewhere(encoded, out, accumulate=accumulate, codec=codec)
         return
-    if core.module is not None and not use_reference and out.dtype == torch.float32 and out.is_contiguous():
-        core.module.codec_decode(
+    kernels = None if use_reference else core.module
+    if kernels is not None and out.dtype == torch.float32 and out.is_contiguous():
+        kernels.codec_decode(
             codec or "any", encoded.data_ptr(), encoded.numel(), out.data_ptr(), out.numel(), accumulate
         )
         return
-    if core.module is not None and not use_reference:
+    if kernels is not None:
         values = torch.empty(out.numel(), dtype=torch.float32)
         decode_any(encoded, values, codec=codec)
     else:

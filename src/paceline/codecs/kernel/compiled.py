@@ -40,7 +40,8 @@ class KernelCodec(Codec):
         """Return header and body for flat float32 x; updates the residual."""
 
     def max_encoded_bytes(self, numel: int) -> int:
-        return payload.max_bytes(self.name, numel, self.parameter(numel))
+        max_bytes = payload.max_bytes if core.module is None else core.module.codec_max_bytes
+        return int(max_bytes(self.name, numel, self.parameter(numel)))
 
     def parameter(self, numel: int) -> int:
         """Return what decides the payload's size: block length, or number of elements sent."""

@@ -149,7 +149,10 @@ def num_blocks(numel: int, block: int) -> int:
 
 
 def max_bytes(codec: str, numel: int, parameter: int) -> int:
-    """Bytes of the largest payload; `parameter` is the block length, or of topk the elements sent."""
+    """What the core says, without it: bytes of the largest payload.
+
+    `parameter` is the block length, or of topk the elements sent.
+    """
     blocks = num_blocks(numel, parameter) if codec in ("fp16", "int8", "int4", "onebit") else 0
     words = 4 * (numel // 16 + 33)  # of threshold: the kernel's stores reach beyond the last hit
     body = {

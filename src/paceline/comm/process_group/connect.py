@@ -71,10 +71,10 @@ def meet(store: Store, rank: int, size: int, timeout_s: float) -> Meeting:
     The keys include how many times this rank has joined, because a group may be made again on the same store
     after it was destroyed. Raises CommError naming the ranks that did not come within `timeout_s`.
     """
-    join = store.add(f"joins/{rank}", 1)
+    count = store.add(f"joins/{rank}", 1)
     key = job_key(os.environ)
     met = meet_in_store(
-        authentic(PrefixStore(f"paceline/{join}", store), key),
+        authentic(PrefixStore(f"paceline/{count}", store), key),
         ProcessIdentity(rank, size, local_rank=0, local_size=1, launcher="torch.distributed"),
         key=key,
         host=host_identity(),

@@ -40,40 +40,6 @@ _unhooked: dict[str, Callable[..., dist.Work]] = {}
 """By name: the methods of a group without the way round."""
 
 
-def first(method: Collective[Parameters]) -> Collective[Parameters]:
-    """Make this method of a group call the group's hooks first, if it has any."""
-    name = method.__name__
-    _unhooked[name] = method
-    long_way = _through_dispatcher(name)
-
-    @functools.wraps(method)
-    def call(self: Any, *arguments: Parameters.args, **named: Parameters.kwargs) -> dist.Work:
-        passage = self.passage
-        if not self.is_hooked or passage.is_below:
-            return method(self, *arguments, **named)
-        returned = long_way(self, *arguments, **named)
-        work, passage.work = passage.work, None
-        return returned if work is None else work
-
-    return call  # type: ignore[return-value]
-
-
-def _through_dispatcher(name: str) -> Callable[..., dist.Work]:
-    """The method of torch's own ProcessGroup.
-
-    pybind11 calls the C++ method of the base class only if the Python function that calls has the name of the
-    override; otherwise it takes the call for one that the override is meant for.
-    """
-    base = getattr(dist.ProcessGroup, name)
-
-    def through(self: HookedGroup, *arguments: Any, **named: Any) -> dist.Work:
-        work: dist.Work = base(self, *arguments, **named)
-        return work
-
-    code = through.__code__.replace(co_name=name)
-    return types.FunctionType(code, through.__globals__, name, None, through.__closure__)
-
-
 _Backend: Any = cpp.Backend if HAS_PYTHON_BACKENDS else object
 
 
@@ -148,6 +114,41 @@ def _below(name: str) -> Callable[..., dist.Work]:
     return call
 
 
+def first(method: Collective[Parameters]) -> Collective[Parameters]:
+    """Make this method of a group call the group's hooks first, if it has any."""
+    name = method.__name__
+    _unhooked[name] = method
+    setattr(PacelineBackend, name, _below(name))
+    long_way = _through_dispatcher(name)
+
+    @functools.wraps(method)
+    def call(self: Any, *arguments: Parameters.args, **named: Parameters.kwargs) -> dist.Work:
+        passage = self.passage
+        if not self.is_hooked or passage.is_below:
+            return method(self, *arguments, **named)
+        returned = long_way(self, *arguments, **named)
+        work, passage.work = passage.work, None
+        return returned if work is None else work
+
+    return call  # type: ignore[return-value]
+
+
+def _through_dispatcher(name: str) -> Callable[..., dist.Work]:
+    """The method of torch's own ProcessGroup.
+
+    pybind11 calls the C++ method of the base class only if the Python function that calls has the name of the
+    override; otherwise it takes the call for one that the override is meant for.
+    """
+    base = getattr(dist.ProcessGroup, name)
+
+    def through(self: HookedGroup, *arguments: Any, **named: Any) -> dist.Work:
+        work: dist.Work = base(self, *arguments, **named)
+        return work
+
+    code = through.__code__.replace(co_name=name)
+    return types.FunctionType(code, through.__globals__, name, None, through.__closure__)
+
+
 class HookedGroup(dist.ProcessGroup):
     """A group around whose collectives torch may call hooks."""
 
@@ -159,9 +160,6 @@ class HookedGroup(dist.ProcessGroup):
             dist.ProcessGroup.__init__(self, rank, size)  # type: ignore[call-arg]
             return
         dist.ProcessGroup.__init__(self, store, rank, size)
-        for name in _unhooked:
-            if name not in PacelineBackend.__dict__:
-                setattr(PacelineBackend, name, _below(name))
         custom, backend = dist.ProcessGroup.BackendType.CUSTOM, PacelineBackend(self, rank, size)
         self._set_default_backend(custom)
         self._register_backend(torch.device("cpu"), custom, backend)

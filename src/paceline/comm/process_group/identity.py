@@ -44,9 +44,6 @@ class GroupIdentity(GroupMembership):
         """Works since `_start_coalescing`, if it was called."""
         self._to_self = SelfMessages()
 
-    def _done(self) -> dist.Work:
-        return FINISHED
-
     # Names
 
     def getBackendName(self) -> str:

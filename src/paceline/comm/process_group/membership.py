@@ -13,6 +13,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from paceline.comm.native.communicator import NativeCommunicator
 from paceline.comm.process_group.hooks import HookedGroup
+from paceline.comm.process_group.work import FINISHED
 from paceline.errors import CommError, ConfigError
 from paceline.types import CallOptions
 
@@ -211,16 +212,13 @@ class GroupMembership(HookedGroup):
         self._adopt(NotConnected(rank, size))
         limit = opts.timeout.total_seconds() if opts.timeout is not None else self._timeout_s
         self._adopt(self._join(PrefixStore(f"reconfigure/{opts.uuid}", self._group_store), rank, size, limit))
-        return self._done()
+        return FINISHED
 
     def _leave(self) -> None:
         """Part from members that may be dead."""
         if not isinstance(self._comm, NotConnected):
             self._comm.core_group.abort("the process group got other members")
             self._comm.close()
-
-    def _done(self) -> dist.Work:
-        raise NotImplementedError
 
     # Shutdown
 

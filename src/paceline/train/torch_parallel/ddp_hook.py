@@ -15,6 +15,7 @@ import torch.distributed as dist
 from paceline import codecs
 from paceline.codecs.kernel import ledger
 from paceline.codecs.reducers.reducer import Reducer, StagedWork, finish
+from paceline.comm import torch_fabric
 from paceline.comm.torch_fabric import TorchCommunicator
 from paceline.errors import ConfigError
 
@@ -43,9 +44,7 @@ class DdpHook:
     ) -> torch.futures.Future[torch.Tensor]:
         """Called by DDP during backward; `state` is whatever register_comm_hook was given, and is ignored."""
         if self._comm is None:
-            size = dist.get_world_size(self._group)
-            hosts = [f"rank {r}" for r in range(size)]
-            self._comm = TorchCommunicator(hosts, group=self._group, device=bucket.buffer().device)
+            self._comm = torch_fabric.over(self._group, bucket.buffer().device)
         buffer = bucket.buffer()
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         buffer.div_(self._comm.size)

@@ -25,6 +25,7 @@ from paceline.codecs.kernel import ledger, payload
 from paceline.codecs.kernel.codec import Codec
 from paceline.codecs.kernel.random_stream import use_stream
 from paceline.codecs.reducers.reducer import Reducer, payload_buffer
+from paceline.comm import torch_fabric
 from paceline.comm.torch_fabric import TorchCommunicator
 from paceline.errors import ConfigError
 from paceline.strategies.base.strategy import TrainingStrategy
@@ -41,8 +42,7 @@ def _connected(
     """The communicator over a group, made when first needed."""
     found = communicators.get(id(group))
     if found is None:
-        hosts = [f"rank {r}" for r in range(group.size())]
-        found = communicators[id(group)] = TorchCommunicator(hosts, group=group, device=device)
+        found = communicators[id(group)] = torch_fabric.over(group, device)
     return found
 
 
@@ -166,9 +166,11 @@ class AllGatherByCodec(_Exchange):
 class _AcrossReplicas:
     """FSDP2's hook after the reduce-scatter: the mean of the shards of one module over the replicas."""
 
-    def __init__(self, reducer: Reducer, group: dist.ProcessGroup, communicators: _Communicators) -> None:
+    def __init__(
+        self, reducer: Reducer, group: dist.ProcessGroup, communicators: _Communicators, index: int
+    ) -> None:
         self.reducer = reducer
-        self.state: dict[str, Any] = {}
+        self.state: dict[str, Any] = {"tensor": index}  # whose random stream it is
         self._group, self._communicators = group, communicators
 
     def __call__(self, shard: torch.Tensor) -> None:
@@ -212,6 +214,10 @@ class FsdpComm:
             raise ConfigError(
                 "fsdp_comm: no module of this model is sharded: call torch.distributed.fsdp.fully_shard first"
             )
+        if isinstance(self._across, TrainingStrategy) and optimizer is None:
+            raise ConfigError(
+                "fsdp_comm: models are averaged after steps of the optimizer: install(model, optimizer)"
+            )
         for index, (name, module) in enumerate(found):
             own: list[_Exchange | _AcrossReplicas] = []
             reduce_scatter = ReduceScatterByCodec(self._gradients, self._communicators, index)
@@ -222,15 +228,12 @@ class FsdpComm:
                 module.set_custom_all_gather(all_gather)  # type: ignore[arg-type]
                 own.append(all_gather)
             if isinstance(self._across, Reducer) and self._replicas is not None:
-                hook = _AcrossReplicas(self._across, self._replicas, self._communicators)
+                hook = _AcrossReplicas(self._across, self._replicas, self._communicators, index)
                 module.set_all_reduce_hook(hook)
                 own.append(hook)
             self._modules[name] = own
-        if isinstance(self._across, TrainingStrategy) and self._replicas is not None:
-            if optimizer is None:
-                raise ConfigError(
-                    "fsdp_comm: models are averaged after steps of the optimizer: install(model, optimizer)"
-                )
+        if isinstance(self._across, TrainingStrategy):
+            assert self._replicas is not None and optimizer is not None
             first = next(model.parameters())
             comm = _connected(self._replicas, first.device, self._communicators)
             self._shards = ShardReplicas(self._across, comm, model.parameters(), optimizer)
