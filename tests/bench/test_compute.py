@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -24,6 +26,20 @@ def test_a_measurement_is_positive_leaves_the_task_alone_and_reads_back() -> Non
     assert linear_compute.parse(str(found)) == found
     assert all(torch.equal(a, b) for a, b in zip(before, task.model.parameters(), strict=True))
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_one_worker_takes_the_threads_with_which_it_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, before = load("digits"), torch.get_num_threads()
+    slow, plain = 3, task.loss
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.2 if torch.get_num_threads() == slow else 0.2 / torch.get_num_threads())
+        return plain(outputs, targets)
+
+    monkeypatch.setattr(task, "loss", loss)
+    assert compute.fastest_threads(task, 8, 3, seconds=0.1) == 2, "of 1, 2 and 3"
+    assert compute.fastest_threads(task, 8, 1) == 1
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize(

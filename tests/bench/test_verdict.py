@@ -125,3 +125,11 @@ def test_with_a_validation_set_the_best_evaluation_is_chosen_on_it() -> None:
     assert found.trials[0].best_accuracy == 0.8
     assert criteria(found)[1].name == "Test accuracy, best on validation"
     assert criteria(comparison(found.trials[0]))[1].name == "Best on the test set"
+
+
+def test_more_than_the_workers_can_give_is_doubted() -> None:
+    one = trial("single", [0.1, 0.9, 0.97], seconds=200.0)
+    plausible = comparison(one, trial("all_reduce", [0.1, 0.9, 0.97], seconds=25.0))
+    doubtful = comparison(one, trial("all_reduce", [0.1, 0.9, 0.97], seconds=20.0))
+    assert "hard to believe" not in verdict(plausible)
+    assert "8 workers are more than 8 times as fast as one is hard to believe" in verdict(doubtful)

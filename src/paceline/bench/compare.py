@@ -13,6 +13,7 @@ from pathlib import Path
 from paceline import spec
 from paceline.bench import arguments
 from paceline.bench.arguments import scripted
+from paceline.bench.compute import fastest_threads
 from paceline.bench.hardware import describe
 from paceline.bench.rows import Comparison, Point, Trial, fastest_seconds
 from paceline.bench.training import Report, Setup, train
@@ -83,7 +84,8 @@ def compare(
             evaluation by; default 0: it is chosen on the test set.
         fabric: `"native"` or `"torch"`; default: what `paceline.init` chooses.
         threads: Intra-op threads per worker, where all workers train; default: the cores, divided by the
-            workers; 1 on a simulated cluster. `single` has those of all workers.
+            workers; 1 on a simulated cluster. `single` has those of all workers; by default as many of them
+            as it is fastest with.
         progress: Whether the workers show progress bars.
         virtual: The simulated cluster to train on; None: real processes.
         record: File that keeps the order in which a parameter server handled its messages.
@@ -107,13 +109,12 @@ def compare(
     costs = None if virtual is None else costs_of(virtual)
     seed_worker(seed, 0)  # virtual workers copy this model; processes build their own after the same seeding
     built = load(task, data=data)
-    epochs = epochs or built.epochs
-    batch_size = batch_size or built.batch_size
+    epochs, batch_size = epochs or built.epochs, batch_size or built.batch_size
     epochs_budget = _epochs_budget(epochs_budget, epochs)
     held_out = _held_out(validation, built)
     if batch_size < workers:
         raise ConfigError(f"a global batch of {batch_size} samples is too small for {workers} workers")
-    threads = threads or (1 if virtual else max(1, len(os.sched_getaffinity(0)) // workers))
+    chosen, threads = threads, threads or _threads(workers, virtual)
     steps = epochs * math.ceil((len(built.train_set) - held_out) / batch_size)
     if virtual is not None:
         virtual = with_measured_compute(
@@ -125,14 +126,15 @@ def compare(
     for strategy, script, size in zip(strategies, scripts, sizes, strict=True):
         setup = dataclasses.replace(shared, strategy=strategy)
         own_threads = threads if virtual is not None else max(1, threads * workers // size)
-        warning = make(strategy).fit(steps, size, math.ceil(batch_size / size))
-        runs.append(_Run(setup, script, size, own_threads, warning))
-        if warning:
+        if own_threads > threads and chosen is None:
+            own_threads = fastest_threads(built, batch_size, own_threads)
+        if warning := make(strategy).fit(steps, size, math.ceil(batch_size / size)):
             on_note(f"warning: {strategy}: {warning}")
+        runs.append(_Run(setup, script, size, own_threads, warning))
     comparison = _before_training(shared, built, held_out, virtual, threads=threads, fabric=fabric or "")
     reports_of = partial(_reports, built, workers, virtual, costs, fabric=fabric, progress=progress)
-    used = dict if costs is None else costs.used
-    return _train_all(comparison, runs, reports_of, used, seconds_budget, on_note, on_trial, on_result)
+    used_costs = dict if costs is None else costs.used
+    return _train_all(comparison, runs, reports_of, used_costs, seconds_budget, on_note, on_trial, on_result)
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,11 @@ def _held_out(validation: float, built: Task) -> int:
             f"--validation {validation:g} of {len(built.train_set)} samples leaves one of the two sets empty"
         )
     return round(validation * len(built.train_set))
+
+
+def _threads(workers: int, virtual: VirtualCluster | None) -> int:
+    """Intra-op threads of a worker, unless the user says otherwise."""
+    return 1 if virtual else max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 def _sizes(strategies: Sequence[str], workers: int) -> list[int]:

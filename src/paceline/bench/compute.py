@@ -1,4 +1,4 @@
-"""How long a minibatch of a task takes on this machine, for simulated clusters of such machines.
+"""How long a minibatch of a task takes here: for simulated clusters of such machines, and for one worker.
 
 A minibatch of n samples takes step_s + sample_s · n: workers with a share of the batch pay the first part in
 full, which is why small models do not get N times faster on N workers.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,20 +46,54 @@ def measure(task: Task, *, few: int, many: int, threads: int, seconds: float = _
     return LinearCompute(_rounded(step_s), _rounded(sample_s))
 
 
+def fastest_threads(task: Task, size: int, most: int, seconds: float = _SECONDS / 2) -> int:
+    """The number of intra-op threads with which one worker trains fastest here, at most `most`.
+
+    Threads that wait for each other cost small models more than they give, and many times as much where
+    other programs use the cores: one worker is not always fastest with all of them. All of the time counts,
+    not the best of it: waiting is what is measured.
+
+    Args:
+        task: What is trained; a copy of its model is.
+        size: Samples in a minibatch.
+        most: Cores there are.
+        seconds: How long to measure, about.
+    """
+    candidates = sorted({most, *(2**i for i in range(most.bit_length()))})
+    if len(candidates) == 1:
+        return most
+    before = torch.get_num_threads()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            times = _times(task, [(size, threads) for threads in candidates], seconds)
+    finally:
+        torch.set_num_threads(before)
+    totals = [sum(found) for found in times]
+    fastest: int = candidates[totals.index(min(totals))]
+    return fastest
+
+
 def _fastest(task: Task, sizes: tuple[int, int], seconds: float) -> tuple[float, float]:
+    few, many = (min(found) for found in _times(task, [(size, None) for size in sizes], seconds))
+    return few, many
+
+
+def _times(task: Task, cases: Sequence[tuple[int, int | None]], seconds: float) -> list[list[float]]:
+    """Seconds of minibatches of each size and number of threads (None: as it is), in turn."""
     model, optimizer = copy.deepcopy((task.model, task.optimizer))
-    batches = [_batch(task.train_set, size) for size in sizes]
-    times: tuple[list[float], list[float]] = ([], [])
+    batches = [_batch(task.train_set, size) for size, _ in cases]
+    times: list[list[float]] = [[] for _ in cases]
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[1]) < 3:  # the first of each is the warm-up
-        for batch, found in zip(batches, times, strict=True):
+    while time.perf_counter() < end or len(times[0]) < 3:
+        for batch, (_, threads), found in zip(batches, cases, times, strict=True):
+            if threads is not None:
+                torch.set_num_threads(threads)
             start = time.perf_counter()
             task.loss(model(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
             found.append(time.perf_counter() - start)
-    few, many = (min(found[1:]) for found in times)
-    return few, many
+    return [found[1:] for found in times]  # the first is the warm-up
 
 
 def _batch(train_set: Any, size: int) -> Any:

@@ -132,7 +132,7 @@ class Comparison:
     batch_size: int
     """Samples per step over all workers."""
     threads: int
-    """Intra-op threads of every worker where all workers train; fewer workers have more each."""
+    """Intra-op threads of every worker where all workers train; one worker alone may have more."""
     seed: int
     train_samples: int
     test_samples: int

@@ -161,7 +161,18 @@ def _gain(comparison: Comparison, single: Trial, others: list[Trial]) -> str:
     lead = f"is {100 * gain:.1f} points of accuracy ahead of" if gain > slack else "is level with"
     return (
         f"Distributing pays here: {fastest.strategy} trains {ratio:.2g} times as fast as one worker, and "
-        f"after {duration(budget)} {best.strategy} {lead} it."
+        f"after {duration(budget)} {best.strategy} {lead} it." + _too_good(ratio, fastest)
+    )
+
+
+def _too_good(ratio: float, fastest: Trial) -> str:
+    """A doubt about workers that are faster than their number explains; "" if there is none."""
+    if ratio <= fastest.workers * (1 + 2 * SPEED_TIE):
+        return ""
+    return (
+        f" That {fastest.workers} workers are more than {fastest.workers} times as fast as one is hard to "
+        "believe: either other programs slowed the one down, or only a worker's share of a batch fits the "
+        "caches. Compare again on a quiet machine."
     )
 
 
