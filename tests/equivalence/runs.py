@@ -47,6 +47,7 @@ def _plain(value: Any) -> Any:
 def assert_equal(ours: Any, one: Any, *, tolerance: float = 1e-9, where: str = "") -> None:
     """Equal structures of tensors and numbers, to a relative and absolute tolerance."""
     if isinstance(one, torch.Tensor):
+        assert isinstance(ours, torch.Tensor), (where, ours, one)
         assert ours.shape == one.shape and ours.dtype == one.dtype, (where, ours, one)
         assert torch.allclose(ours, one, rtol=tolerance, atol=tolerance, equal_nan=True), (where, ours, one)
     elif isinstance(one, dict):
@@ -58,6 +59,7 @@ def assert_equal(ours: Any, one: Any, *, tolerance: float = 1e-9, where: str = "
         for i, (a, b) in enumerate(zip(ours, one, strict=True)):
             assert_equal(a, b, tolerance=tolerance, where=f"{where}[{i}]")
     elif isinstance(one, float) or isinstance(ours, float):
+        assert isinstance(ours, (int, float)) and isinstance(one, (int, float)), (where, ours, one)
         assert abs(ours - one) <= tolerance * (1 + abs(one)), (where, ours, one)
     else:
         assert ours == one, (where, ours, one)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import on, same_as_one_process, state
+from runs import assert_equal, on, same_as_one_process, state
 from small import AVERAGING, SERVERS, data, model
 from torch import nn
 from torch.nn import functional
@@ -177,7 +178,7 @@ def test_a_step_inside_backward_is_refused(window: int) -> None:
     assert max(map(passes.count, (0, 1))) == 1
 
 
-@pytest.mark.parametrize("kind", ["mean", "sum", "normalised"])
+@pytest.mark.parametrize("kind", ["mean", "number", "sum", "normalised"])
 def test_lbfgs_decides_by_the_loss_of_all_ranks(kind: str) -> None:
     """It stops, and searches along a line, by the losses that its closure returns."""
 
@@ -186,7 +187,9 @@ def test_lbfgs_decides_by_the_loss_of_all_ranks(kind: str) -> None:
         if kind == "normalised":
             net.insert(1, nn.BatchNorm1d(7, dtype=torch.float64))
         optimizer: Any = torch.optim.LBFGS(net.parameters(), max_iter=3, line_search_fn="strong_wolfe")
-        options: Any = {"loss_reduction": "sum"} if kind == "sum" else {"sync_batch_norm": kind != "mean"}
+        options: Any = (
+            {"loss_reduction": "sum"} if kind == "sum" else {"sync_batch_norm": kind == "normalised"}
+        )
         loader: Any = DataLoader(data(22), 8)
         losses = []
         net, optimizer, loader = job.prepare(net, optimizer, loader, batch="global", **options)
@@ -198,9 +201,67 @@ def test_lbfgs_decides_by_the_loss_of_all_ranks(kind: str) -> None:
                     reduction = "sum" if kind == "sum" else "mean"
                     loss = functional.cross_entropy(net(x), y, reduction=reduction)
                     loss.backward()
-                    return loss
+                    return loss.item() if kind == "number" else loss
 
                 losses.append(float(optimizer.step(closure)))
         return losses, state(net), job.stats()["minibatches"]
 
     same_as_one_process(loop, tolerance=1e-7)
+
+
+@pytest.mark.parametrize("where", [("a", 1, 1), ("b", 0, 1), ("b", 2, 3), ("a", 3, 2)])
+def test_a_checkpoint_amid_an_epoch_of_several_passes(tmp_path: Path, where: tuple[str, int, int]) -> None:
+    """Passes that are over are not trained again: of one loader after the other, or of one several times."""
+    stop_in, stop_pass, stop_step = where
+
+    def train(job: Job, *, stops: bool) -> Any:
+        net: Any = model()
+        optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        loaders: Any = DataLoader(data(10), 4, shuffle=True), DataLoader(data(14), 4, shuffle=True)
+        net, optimizer, *loaders = job.prepare(net, optimizer, *loaders, batch="global")
+        if not stops and (tmp_path / "saved").exists():
+            job.load(tmp_path / "saved")
+        for _ in job.epochs(2):
+            for name, loader in zip("ab", loaders, strict=True):
+                for _ in range(2):
+                    for x, y in loader:
+                        functional.cross_entropy(net(x), y).backward()
+                        optimizer.step()
+                        optimizer.zero_grad()
+                        if stops and (name, loader.epoch, loader.step) == where:
+                            job.save(tmp_path / "saved")
+                            return None
+        return state(net, optimizer), job.step, [loader.epoch for loader in loaders]
+
+    expected = on(1, lambda job: train(job, stops=False))[0]
+    on(2, lambda job: train(job, stops=True))
+    assert (tmp_path / "saved").exists(), (stop_in, stop_pass, stop_step)
+    for resumed in on(2, lambda job: train(job, stops=False)):
+        assert_equal(resumed, expected)
+
+
+def test_a_checkpoint_between_the_passes_of_an_epoch(tmp_path: Path) -> None:
+    """From the second epoch on it is known that the other loader is still to come."""
+
+    def train(job: Job, *, stops: bool) -> Any:
+        net: Any = model()
+        optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        loaders: Any = DataLoader(data(10), 4, shuffle=True), DataLoader(data(14), 4, shuffle=True)
+        net, optimizer, *loaders = job.prepare(net, optimizer, *loaders, batch="global")
+        if not stops and (tmp_path / "saved").exists():
+            job.load(tmp_path / "saved")
+        for epoch in job.epochs(3):
+            for loader in loaders:
+                for x, y in loader:
+                    functional.cross_entropy(net(x), y).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                if stops and epoch == 1:
+                    job.save(tmp_path / "saved")
+                    return None
+        return state(net, optimizer), job.step
+
+    expected = on(1, lambda job: train(job, stops=False))[0]
+    on(2, lambda job: train(job, stops=True))
+    for resumed in on(2, lambda job: train(job, stops=False)):
+        assert_equal(resumed, expected)

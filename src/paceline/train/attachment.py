@@ -8,7 +8,7 @@ therefore sees final gradients, and the optimizer needs no wrapper.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -16,21 +16,21 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
-from paceline import core
 from paceline.errors import ConfigError
 from paceline.strategies.base.strategy import TrainingStrategy
+from paceline.train.data.forwards import ForwardPasses
+from paceline.train.data.handed_out import HandedBatch
 from paceline.train.data.in_hand import BatchesInHand
 from paceline.train.gradients import drift
 from paceline.train.gradients.kept import KeptGradients
 from paceline.train.gradients.reduced import Reduced
+from paceline.train.gradients.scaling import scale
 from paceline.train.gradients.weights import GradientWeights
 from paceline.train.minibatch import AccumulationWindow, MinibatchEvent, MinibatchState, Phase
 from paceline.train.modules.hooks import ModuleHook
 from paceline.train.optimizer_steps import OptimizerSteps
 from paceline.train.replica import FlatReplica, GradientBucket
 from paceline.types import Communicator
-
-_LARGE_NUMEL = 1 << 18  # a megabyte: the copy would only push out of the caches what backward needs next
 
 
 class Removable(Protocol):
@@ -54,7 +54,7 @@ class Attachment:
         self.replica = replica
         self.strategy = strategy
         self.weights = GradientWeights(
-            replica, comm.size, loss_reduction=loss_reduction, reduces=strategy.needs_gradients
+            replica, comm, loss_reduction=loss_reduction, reduces=strategy.needs_gradients
         )
         self.minibatches = 0
         """Minibatches (accumulation windows) finished."""
@@ -73,11 +73,15 @@ class Attachment:
         self._minibatch = MinibatchState()
         self._window = AccumulationWindow(accumulation_steps)
         self._pass: object = None  # of the batch in hand
+        self._batch: HandedBatch | None = None  # whose weight the coming backward passes have
+        self._has_new_batch = False  # since the last forward pass
+        self._forwards = ForwardPasses()
         self._only_accumulates = False  # inside `no_sync`
         self._sends = False  # whether the backward pass that runs reduces its gradients
         self._graphs: dict[int, torch.Tensor] = {}  # this rank's gradients that have a graph
         self._versions: list[int] = []  # of the parameters when their gradients were complete
         self._kept = KeptGradients()  # amid a window of `job.accumulate`
+        self._reduced = KeptGradients(by_norms=False)  # until the next batch
         self._taken: set[int] = set()  # parameters whose gradients are in their buckets
         self._next_bucket = 0
         self._stepped: set[int] = set()  # optimizers that have stepped in this minibatch
@@ -87,19 +91,30 @@ class Attachment:
 
     # The data's side.
 
-    def batch_begins(self, own_samples: int, all_samples: int, is_last: bool, one: object = None) -> None:
-        """The loop takes a batch of pass `one`: what came before is over, and this is the batch's weight."""
-        self.finish_minibatch()
+    def batch_begins(self, batch: HandedBatch) -> None:
+        """The loop takes a batch: this is its weight."""
+        self.finish_skipped()
         self._minibatch.backward_was_abandoned()
         self._steps.forget_unfinished()
         window = self._window
-        if one is not self._pass:
-            self._pass = one
+        if batch.one is not self._pass:
+            self._pass = batch.one
             self._drop_cleared()
-        window.add(own_samples, all_samples, is_last=is_last)
+        window.add(batch.own, batch.every, is_last=batch.is_last)
         self.replica.has_samples = window.own_samples > 0
-        self.weights.repeats = own_samples == 0
-        self.weigh(own_samples, all_samples)
+        self._batch, self._has_new_batch = batch, True
+        self.weights.take(batch, is_alone=self._is_alone)
+
+    def take_up(self, batch: HandedBatch, *, trains: bool = False) -> None:
+        """The model gets, or a backward pass trains, a batch that perhaps began before another one did."""
+        if batch is not self._batch:
+            self._batch, self._has_new_batch = batch, True
+            had_samples = self._minibatch.phase is not Phase.IDLE and self.replica.has_samples
+            self.replica.has_samples = batch.own > 0 or had_samples
+            self._window.is_last_batch = batch.is_last
+            self.weights.take(batch, is_alone=self._is_alone)
+        if trains:
+            self.weights.trains(batch)
 
     def _drop_cleared(self) -> None:
         """A window of an earlier pass goes on in this one, unless its gradients were cleared in between."""
@@ -110,14 +125,26 @@ class Attachment:
 
     def data_ends(self) -> None:
         """The epoch's data is used up; a loop without the loader weighs all ranks alike."""
-        self.finish_minibatch()
+        self.finish_skipped()
         self._window.clear()
         self.replica.has_samples = True
+        self._batch = None
         self.weights.clear()
+
+    @property
+    def weighs_samples(self) -> bool:
+        """Whether gradients are multiplied by this rank's share of the samples."""
+        return self.weights.weighs_samples
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the loop itself said what the coming backward passes stand for."""
+        return self.weights.is_told
 
     def weigh(self, own: float, every: float) -> None:
         """The coming backward passes stand for `own` of `every` samples or tokens of all ranks."""
-        self.weights.set(own, every, is_alone=self._is_alone)
+        newest = -1 if self.hands is None else self.hands.newest
+        self.weights.tell(own, every, newest=newest, is_alone=self._is_alone)
 
     @property
     def reduces_gradients(self) -> bool:
@@ -171,6 +198,14 @@ class Attachment:
         In loops without such blocks: whether no gradients wait for more backward passes.
         """
         return not self.is_mid_window if self._window.closes is None else self._window.closes
+
+    def finish_skipped(self) -> None:
+        """Close a minibatch of which some optimizers have stepped, or none, and the gradients were cleared.
+
+        Others may still be stepped: the next batch may be fetched before, or trained in the same step.
+        """
+        if self._minibatch.awaits_step and (self._stepped or self._reduced.are_cleared()):
+            self.finish_minibatch()
 
     def finish_minibatch(self) -> None:
         """Close a minibatch whose optimizer steps did not all come (a GradScaler skipped them)."""
@@ -270,15 +305,20 @@ class Attachment:
             who=f"rank {self.comm.rank}",
             before=self._before_step,
             after=self._after_step,
-            mean=self._mean_loss if self.strategy.needs_gradients and self._size > 1 else None,
+            mean=self.weights.mean_loss if self.strategy.needs_gradients and self._size > 1 else None,
         )
         self._handles += [self._steps, self.weights]
         hook = ModuleHook(self._before_forward)
         self._handles.append(self.replica.module.register_forward_pre_hook(hook, with_kwargs=True))
+        hook = ModuleHook(self._forwards.watch_outputs)
+        self._handles.append(self.replica.module.register_forward_hook(hook))
 
     def _before_forward(self, module: nn.Module, arguments: object, keywords: object) -> None:
         if self.hands is not None and not torch.compiler.is_compiling():
-            self.hands.given(self, (arguments, keywords))
+            self._forwards.begin(self.hands.given(self, (arguments, keywords)))
+            if self._has_new_batch and torch.is_grad_enabled():
+                self._has_new_batch = False
+                self.finish_skipped()
         if (
             self._minibatch.awaits_step
             and not self.has_loader
@@ -317,7 +357,7 @@ class Attachment:
 
     def _begin_backward(self) -> None:
         if self.hands is not None:
-            self.hands.backward(self)
+            self.hands.backward(self, self._forwards.reached())
         self._minibatch.advance(MinibatchEvent.BACKWARD_BEGINS)
         self._window.backwards += 1
         self._kept.forget()
@@ -359,9 +399,11 @@ class Attachment:
                 self._send(bucket)
         self.strategy.backward_done()
         if self.replica.buckets and self._size > 1:
-            self._return_unused()
+            self.replica.return_unused()
         if self._graphs:
             self._connect()
+        if self.has_loader:
+            self._reduced.note(self.replica.trained)
         if self.on_gradients is not None:
             self.on_gradients()
 
@@ -381,19 +423,9 @@ class Attachment:
     def _send(self, bucket: GradientBucket) -> None:
         self._next_bucket = bucket.index + 1
         if self._next_bucket == len(self.replica.buckets):
-            self._flag_used()
+            unweighted = 1.0 / self._size  # a batch without tokens uses parameters, a repeated one does not
+            self.replica.flag_used(unweighted if self.replica.has_samples else 0.0)
         self.strategy.gradient_ready(bucket)
-
-    def _flag_used(self) -> None:
-        used = self.replica.used
-        assert used is not None
-        weight = self.replica.weight  # a batch without tokens uses parameters, a repeated one does not
-        weight = weight or (1.0 / self._size if self.replica.has_samples else 0.0)
-        flags = [0.0 if p.grad is None else weight for p in self.replica.trained]
-        if all(flags):
-            used.fill_(weight)
-        else:
-            used.copy_(torch.tensor(flags, dtype=used.dtype))
 
     def _take_gradient(self, index: int, parameter: torch.Tensor) -> None:
         """Move a gradient into its place in the flat buffer, times this rank's weight."""
@@ -412,7 +444,7 @@ class Attachment:
                 " all_reduce of dense buckets cannot send; use sparse=False, or strategy='local_sgd(...)'"
             )
         else:
-            _scale(view, gradient, weight)
+            scale(view, gradient, weight)
         if gradient is not None:
             parameter.grad = view
 
@@ -421,19 +453,6 @@ class Attachment:
             for index in bucket.members:
                 if index not in self._taken:
                     self._take_gradient(index, self.replica.trained[index])
-
-    def _return_unused(self) -> None:
-        used = self.replica.used
-        assert used is not None
-        if bool((used > 0).all()):
-            for parameter, view in zip(self.replica.trained, self.replica.gradient_views, strict=True):
-                if parameter.grad is not view:
-                    parameter.grad = view
-            return
-        for parameter, view, flag in zip(
-            self.replica.trained, self.replica.gradient_views, used.tolist(), strict=True
-        ):
-            parameter.grad = view if flag > 0 else None
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._minibatch.phase is Phase.BACKWARD and self.replica.buckets:  # others' gradients are needed
@@ -460,15 +479,6 @@ class Attachment:
         if not self._stepped:
             self.strategy.before_update()
 
-    def _mean_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss over all ranks' samples, from this rank's."""
-        share = self.weights.share
-        total = loss.detach().clone().reshape(1) * share
-        if share == 0.0:
-            total.zero_()  # a repeated batch may have given NaN
-        self.comm.all_reduce(total).wait()
-        return total.reshape(loss.shape)
-
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.num_updates += 1
         self._stepped.add(id(optimizer))
@@ -477,19 +487,3 @@ class Attachment:
             self.strategy.after_update()
             if self.on_update is not None and not self.has_loader:
                 self.on_update()
-
-
-def rest(attachments: Sequence[Attachment]) -> None:
-    """This rank is about to wait for the others, none of which shall wait for an exchange with it."""
-    for one in attachments:
-        one.strategy.rest()
-
-
-def _scale(view: torch.Tensor, gradient: torch.Tensor, weight: float) -> None:
-    """`view` = `gradient` · `weight`; both are dense."""
-    is_plain = gradient.dtype is torch.float32 and gradient.is_cpu and gradient.stride() == view.stride()
-    is_large = view.dtype is torch.float32 and gradient.numel() >= _LARGE_NUMEL
-    if core.module is not None and is_plain and is_large:
-        core.module.scale(view.data_ptr(), gradient.data_ptr(), gradient.numel(), weight)
-    else:
-        torch.mul(gradient, weight, out=view)

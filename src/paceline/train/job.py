@@ -20,9 +20,9 @@ from paceline.comm.rendezvous.meeting import Meeting
 from paceline.errors import ConfigError
 from paceline.options import JobOptions
 from paceline.spec import whole_number
-from paceline.strategies.base.strategy import TrainingStrategy, make
+from paceline.strategies.base.strategy import TrainingStrategy, make, rest
 from paceline.train import arguments, exchange, preparation, random_state
-from paceline.train.attachment import Attachment, rest
+from paceline.train.attachment import Attachment
 from paceline.train.clock import TrainingClock
 from paceline.train.data.following import Loaders
 from paceline.train.evaluate import Forward, evaluate, holders
@@ -84,7 +84,6 @@ class Job(LoopCalls):
         self._comms: dict[torch.device, FabricCommunicator] = {}
         self._resume_at: int | None = None  # first epoch of the next `epochs`, set by `load`
         self._epoch_over: bool | None = None  # None outside `epochs`
-        self._passes_before: list[int] = []
         self._num_prepared = 0
         self._of_block: list[Attachment] = []  # the models of the last `accumulate`
         self._has_prepared, self._seed = False, seed
@@ -240,7 +239,7 @@ class Job(LoopCalls):
         self.clock.start()
         for epoch in range(first, count):
             self.epoch, self._epoch_over = epoch, False
-            self._passes_before = [loader.epoch for loader in self.loaders]
+            self.loaders.epoch_begins()
             self._progress.begin(f"epoch {epoch + 1}/{count}", [*self.loaders, None][0])
             yield epoch
             self._epoch_over = True
@@ -301,8 +300,8 @@ class Job(LoopCalls):
         options: Any = {"batch_size": batch_size, "forward": forward, "average": average}
         with self.clock.paused():
             for one in self.attachments:
-                one.finish_minibatch()
-            rest(self.attachments)
+                one.finish_skipped()
+            rest(a.strategy for a in self.attachments)
             for one in attachments:
                 one.check_steps()
             return evaluate(model, data, metrics, self.comm, attachments, **options)
@@ -347,7 +346,10 @@ class Job(LoopCalls):
         """
         batches, samples = self.loaders.untrained()
         step, samples = self.step - batches, self.samples - samples
-        position = persistence.JobPosition(self.next_epoch, step, samples, self.clock.seconds)
+        next_epoch = self.next_epoch
+        in_epoch = self._epoch_over is not None and next_epoch == self.epoch
+        done = self.loaders.passes_done() if in_epoch else [0] * len(self.loaders)
+        position = persistence.JobPosition(next_epoch, step, samples, self.clock.seconds, done)
         return persistence.collect(self._parts(), position, extra)
 
     def restore_state(self, own: dict[str, Any], first: dict[str, Any], saved_size: int) -> dict[str, Any]:
@@ -361,6 +363,8 @@ class Job(LoopCalls):
         """
         position, extra = persistence.restore(self._parts(), own, first, saved_size)
         self.step, self.samples = position.step, position.samples
+        for loader, done in zip(self.loaders, position.passes_done, strict=True):
+            loader.left_out = done
         self.set_resumed(position.next_epoch, position.training_s)
         return extra
 
@@ -380,10 +384,7 @@ class Job(LoopCalls):
         """The epoch at which a run that is loaded from a checkpoint made now goes on."""
         if self._epoch_over is None:
             return self._resume_at or 0
-        passes = [loader.epoch for loader in self.loaders]
-        in_pass = any(loader.step for loader in self.loaders)
-        over = self._epoch_over or (not in_pass and (passes != self._passes_before or not passes))
-        return self.epoch + int(over)
+        return self.epoch + int(self._epoch_over or self.loaders.are_through())
 
     def set_resumed(self, next_epoch: int, training_s: float) -> None:
         """Continue from a state that was not read by `load`.
@@ -412,7 +413,7 @@ class Job(LoopCalls):
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        rest(self.attachments)
+        rest(a.strategy for a in self.attachments)
         self.comm.barrier().wait()
 
     def log(self, values: Mapping[str, Any] | None = None, /, **more: object) -> None:

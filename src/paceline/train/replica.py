@@ -231,6 +231,31 @@ class FlatReplica:
         gradient.data = view
         return gradient
 
+    def flag_used(self, unweighted: float) -> None:
+        """Write into the last bucket which parameters have a gradient on this rank.
+
+        Args:
+            unweighted: The flag where this rank's weight is 0.
+        """
+        assert self.used is not None
+        weight = self.weight or unweighted
+        flags = [0.0 if p.grad is None else weight for p in self.trained]
+        if all(flags):
+            self.used.fill_(weight)
+        else:
+            self.used.copy_(torch.tensor(flags, dtype=self.used.dtype))
+
+    def return_unused(self) -> None:
+        """Give parameters their reduced gradients; None to those that no rank used."""
+        assert self.used is not None
+        if bool((self.used > 0).all()):
+            for parameter, view in zip(self.trained, self.gradient_views, strict=True):
+                if parameter.grad is not view:
+                    parameter.grad = view
+            return
+        for parameter, view, flag in zip(self.trained, self.gradient_views, self.used.tolist(), strict=True):
+            parameter.grad = view if flag > 0 else None
+
     def _view(self, flat: torch.Tensor, offset: int, parameter: torch.Tensor) -> torch.Tensor:
         """A view of `flat` with the parameter's own shape and strides (channels_last stays so)."""
         if not _is_dense(parameter):

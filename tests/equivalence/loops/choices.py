@@ -65,10 +65,15 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     ),
     "aside": (None, "main_first", "on_main", "set_seed", "track"),
     "fetches": ("one", "ahead", "all"),
+    "beside": (
+        None, "validates_before", "validates_inside", "validates_after", "other_loader", "thrown_away",
+        "again",
+    ),
 }  # fmt: skip
 SIMPLEST = {
     "habit": 0.9, "codec": 0.6, "precision": 0.3, "data": 0.5, "prepares": 0.7, "loss": 0.3, "model": 0.2,
     "optimizer": 0.3, "evaluate": 0.15, "evaluates": 0.1, "resume": 0.5, "strategy": 0.7, "fetches": 0.6,
+    "beside": 0.7,
 }  # fmt: skip
 """The share of loops in which these dimensions have the simplest value."""
 SERVED = ("gossip", "parameter_server", "decentralized_threshold")
@@ -87,7 +92,7 @@ def draw(seed: int) -> Choices:
 def sensible(choices: Choices) -> Choices:
     """Without combinations that mean nothing in one process either, or that documents exclude."""
     fixed = dict(choices)
-    for rule in (_habit, _data, _optimizer, _model, _accumulation, _strategy, _fetches):
+    for rule in (_habit, _data, _optimizer, _model, _accumulation, _strategy, _beside, _fetches):
         rule(fixed)
     return fixed
 
@@ -191,6 +196,17 @@ def _strategy(fixed: Choices) -> None:
         fixed["loss"] = "one"
     if fixed["codec"]:  # it needs float32, of which autocast makes less; float64 it leaves alone
         fixed["precision"] = None
+
+
+def _beside(fixed: Choices) -> None:
+    beside = fixed["beside"]
+    if fixed["habit"] or fixed["data"] in ("by_hand", "own") or fixed["optimizer"] in ("lbfgs", "sam"):
+        fixed["beside"] = beside = None
+    if beside in ("other_loader", "thrown_away", "again"):
+        fixed.update(accumulation=1, codec=None, resume=None)
+        fixed["style"] = "plain" if fixed["style"] == "accumulate" else fixed["style"]
+        if fixed["loss"] not in ("one", "scaled", "detached_part", "tokens", "sum"):
+            fixed["loss"] = "one"
 
 
 def _fetches(fixed: Choices) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from asides import Asides
+from beside import Beside
 from choices import Choices, is_exact
 from habits import at_epoch, at_step, once_prepared
 from models import make, output
@@ -73,6 +74,7 @@ class Run:
             [make(c["model"], seed, self.dtype) for seed in range(c["num_models"])] if c["ema"] else []
         )
         job.register(**{f"ema{i}": e for i, e in enumerate(self.emas)})
+        self.beside = Beside(self)
         once_prepared(self)
 
     def prepare(self, more: dict[str, Any]) -> None:
@@ -208,6 +210,7 @@ class Run:
     def minibatch(self, batch: Any, *, ends: bool) -> None:
         c, kind = self.c, self.c["optimizer"]
         at_step(self)
+        self.beside.before(batch)
         is_held = c["style"] == "accumulate" and not self.is_alone  # what is called amid a window waits
         if c["zeroes_first"] and (self.begins_window or (is_held and c["zero"] not in BY_LOOP)):
             self.zero()
@@ -227,6 +230,7 @@ class Run:
             self.backward(batch)
             if not (ends or is_held):
                 return
+            self.beside.after()
             if ends:
                 self.between()
             for optimizer in self.optimizers:
@@ -255,6 +259,7 @@ class Run:
         if needs_input:
             x = x.clone().requires_grad_()
         outputs = [output(model(x)) for model in self.models]
+        self.beside.inside()
         if kind == "tokens":
             weights = torch.where(x[:, :1] > 0, 1.0, 0.25).expand_as(y)
             self.job.weight(weights.sum() * (self.weight > 0))
@@ -287,6 +292,9 @@ class Run:
         if kind == "detached_part":
             loss = loss + (loss * loss).detach()
         backward(loss, create_graph=kind == "create_graph")
+        further = self.beside.more(batch)
+        if further is not None:
+            backward(self.loss(further))
 
     def sam(self, batch: Any) -> None:
         self.loss(batch).backward()

@@ -118,4 +118,4 @@ def is_plain(c: Choices) -> bool:
     is_ours = c["order"] == "shuffle" or c["data"] in ("split", "by_hand")
     if c["order"] == "batch_sampler" and (c["leaves_early"] or c["resume"]):
         return False  # torch's random sampler draws once more at its end, which PyTorch alone does not reach
-    return not (is_ours or c["habit"] or c["codec"])
+    return not (is_ours or c["habit"] or c["codec"] or c["beside"] == "other_loader")

@@ -194,7 +194,7 @@ FAULTS: dict[str, Fault] = {
     "tokens are not counted": instead(Attachment, "weigh", nothing),
     "sums are taken for means": instead(GradientWeights, "is_sum", property(lambda self: False)),
     "LBFGS decides by its own loss": instead(OptimizerSteps, "closure", lambda self, o, closure: closure),
-    "LBFGS's own gradients": instead(Attachment, "_mean_loss", lambda self, loss: loss),
+    "LBFGS's own gradients": instead(GradientWeights, "mean_loss", lambda self, loss: loss),
     "wrappers are strangers": wrappers_are_strangers,
     "a resumed pass begins at its start": instead(ShardedLoader, "load_state_dict", nothing),
     "a resumed run forgets the optimizer": instead(
@@ -207,7 +207,7 @@ FAULTS: dict[str, Fault] = {
     "set_seed seeds ranks differently": instead(
         RankCalls, "set_seed", lambda self, seed: random_state.seed_worker(seed, self.comm.rank)
     ),
-    "unused gradients are zero": after(Attachment, "_return_unused", lambda self, _: _zeros(self)),
+    "unused gradients are zero": after(FlatReplica, "return_unused", lambda self, _: _zeros(self)),
 }
 
 
@@ -232,8 +232,8 @@ def _first_length(batch: Any) -> int:
     )
 
 
-def _zeros(attachment: Any) -> None:
-    for p in attachment.replica.trained:
+def _zeros(replica: Any) -> None:
+    for p in replica.trained:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
 

@@ -262,21 +262,6 @@ def test_a_model_that_is_called_in_parts_learns_each_batch() -> None:
             assert_equal(parameters, [p.detach() for p in net.parameters()], tolerance=1e-9)
 
 
-def test_a_backward_pass_after_the_next_batch_was_fetched_is_refused_where_it_matters() -> None:
-    def loop(job: Job) -> None:
-        net, optimizer, loader = prepared(job)
-        loss: Any = None
-        for x, y in loader:
-            if loss is not None:
-                loss.backward()
-                optimizer.step()
-            optimizer.zero_grad()
-            loss = functional.cross_entropy(net(x), y)
-
-    with pytest.raises(ConfigError, match="which one is trained"):
-        on(3, loop)
-
-
 def test_accumulation_over_batches_fetched_ahead_is_refused_before_the_last() -> None:
     def loop(job: Job) -> None:
         net, optimizer, loader = prepared(job, accumulation_steps=2)

@@ -101,6 +101,12 @@ def not_refused(c: Choices, size: int) -> str:
     return f"{size} ranks: not refused"
 
 
+def has_diverged(one: dict[str, Any]) -> bool:
+    """Whether one process has left the numbers in which rounding stays small; LBFGS without a search may."""
+    tensors = [t for model in one["models"] for t in model if t.is_floating_point() or t.is_complex()]
+    return any(not t.abs().max() < 1e6 for t in tensors if t.numel())
+
+
 def unequal(c: Choices, ranks: list[Any], one: Any) -> str:
     """Which rank's results differ from those of one process, or from rank 0's; "" if none do."""
     rounds_to_float32 = c["model"] == "mixed_dtype" or c["codec"]
@@ -114,7 +120,7 @@ def unequal(c: Choices, ranks: list[Any], one: Any) -> str:
         if is_told and counted != [updates] * c["num_models"]:
             return f"rank {rank} of {len(ranks)} counts {counted} minibatches, there were {updates}"
         try:
-            if is_exact(c):
+            if is_exact(c) and not (c["optimizer"] == "lbfgs" and has_diverged(one)):
                 assert_equal(ours, {k: one[k] for k in ours}, tolerance=tolerance)
             else:
                 assert_equal(ours["models"], ranks[0]["models"], tolerance=0.0)

@@ -7,8 +7,9 @@ import os
 from torch import nn
 
 from paceline.comm.communicator import FabricCommunicator
+from paceline.strategies.base.strategy import rest
 from paceline.train.arguments import unwrapped
-from paceline.train.attachment import Attachment, rest
+from paceline.train.attachment import Attachment
 from paceline.train.clock import TrainingClock
 from paceline.train.data.following import Loaders
 from paceline.train.logs.logbook import Logbook
@@ -48,7 +49,7 @@ class ResultCalls:
         with self.clock.paused():
             for one in self.attachments:
                 one.finish_minibatch()
-            rest(self.attachments)
+            rest(a.strategy for a in self.attachments)
             model_file.save(unwrapped(model), path, self.attachments, self.comm)
 
     def track(self, tracker: Tracker) -> None:

@@ -61,6 +61,7 @@ class Loaders(Sequence[ShardedLoader]):
         self._all: list[ShardedLoader] = []
         self._own: dict[int, list[ShardedLoader]] = {}  # by model
         self._is_closed = False
+        self._begun_at: list[int] = []  # the pass of each loader with which the epoch began
         self.hands = BatchesInHand(comm.rank, lambda one, loader: loader in self._loaders_of(one))
 
     def __len__(self) -> int:
@@ -131,6 +132,24 @@ class Loaders(Sequence[ShardedLoader]):
         self.check_open("the job of this loader")
         self._on_boundary()
 
+    def epoch_begins(self) -> None:
+        """Passes count from here on."""
+        self._begun_at = [loader.epoch - loader.left_out for loader in self._all]
+
+    def passes_done(self) -> list[int]:
+        """Of each loader, how many passes of the epoch in progress are over."""
+        begun_at = [*self._begun_at, *(0 for _ in self._all[len(self._begun_at) :])]
+        return [loader.epoch - first for loader, first in zip(self._all, begun_at, strict=True)]
+
+    def are_through(self) -> bool:
+        """Whether the epoch in progress has had its passes.
+
+        A loader that was trained on in an earlier epoch, and not in this one, is still to come.
+        """
+        done = self.passes_done()
+        is_to_come = any(first and not now for first, now in zip(self._begun_at, done, strict=False))
+        return not any(loader.step for loader in self._all) and not is_to_come and (any(done) or not done)
+
     def untrained(self) -> tuple[int, int]:
         """Batches, and samples of all ranks, that were counted and that nothing was trained on so far."""
         each = [loader.untrained() for loader in self._all]
@@ -156,6 +175,8 @@ class Loaders(Sequence[ShardedLoader]):
 
     def _end(self, loader: ShardedLoader, ended: LoaderPass) -> None:
         if self.hands.is_waited_for(ended):  # batches that were fetched ahead are still to be trained
+            return
+        if not ended.handed[0] and not ended.start:  # it was an evaluation
             return
         for one in self._following(loader):
             one.data_ends()

@@ -43,7 +43,12 @@ class Trainee(Protocol):
 
     @property
     def module(self) -> nn.Module: ...
-    def batch_begins(self, own_samples: int, all_samples: int, is_last: bool, one: object) -> None: ...
+    @property
+    def weighs_samples(self) -> bool: ...
+    @property
+    def is_told(self) -> bool: ...
+    def batch_begins(self, batch: HandedBatch) -> None: ...
+    def take_up(self, batch: HandedBatch, *, trains: bool = False) -> None: ...
 
 
 class Source(Protocol):
@@ -103,29 +108,33 @@ class HandedBatch:
         self.is_gathered = False
         self.number = next(_numbers)
         """In the order of handing out, over all loaders of the process."""
-        self._memory = memory_of(batch)
+        self.memory = memory_of(batch)
+        """Where its tensors lay, weakly."""
 
     @property
     def is_gone(self) -> bool:
         """Whether none of its tensors exists any more."""
-        return all(storage.expired() for storage in self._memory)  # type: ignore[no-untyped-call]
+        return all(storage.expired() for storage in self.memory)  # type: ignore[no-untyped-call]
 
     def count_in(self, memory: Memory) -> int:
         """How many of its tensors, or views of them, are there. Batches may be parts of one storage."""
         found = 0
-        for storage in self._memory.keys() & memory.keys():
-            (begin, end), (first, after) = self._memory[storage], memory[storage]
+        for storage in self.memory.keys() & memory.keys():
+            (begin, end), (first, after) = self.memory[storage], memory[storage]
             found += begin < after and first < end
         return found
 
+    def weighs_like(self, other: HandedBatch) -> bool:
+        """Whether gradients of the two count alike."""
+        return self.own * other.every == other.own * self.every and (self.own > 0) == (other.own > 0)
+
     def counts_like(self, other: HandedBatch) -> bool:
         """Whether it makes no difference which of the two is trained."""
-        same_share = self.own * other.every == other.own * self.every and (self.own > 0) == (other.own > 0)
-        return same_share and self.is_last == other.is_last
+        return self.weighs_like(other) and self.is_last == other.is_last
 
     def begin(self) -> None:
         """Tell those who train on it what it counts."""
         self.is_begun = True
         self.loader.own_samples = self.own
         for one in self.following:
-            one.batch_begins(self.own, self.every, self.is_last, self.one)
+            one.batch_begins(self)

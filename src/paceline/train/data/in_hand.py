@@ -1,4 +1,4 @@
-"""The batch that a loop has in hand: it may fetch some ahead, or leave some out.
+"""The batch that a loop has in hand: it may fetch some ahead, leave some out, or train some again.
 
 A batch is recognised by the memory of its tensors when a model gets them. Where a loop makes other tensors of
 them first, and has fetched more than one batch, it cannot be known which one it trains: that matters only if
@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from paceline.errors import ConfigError
-from paceline.train.data.handed_out import HandedBatch, LoaderPass, Source, Trainee, memory_of
+from paceline.train.data.forwards import ForwardPass
+from paceline.train.data.handed_out import HandedBatch, LoaderPass, Memory, Source, Trainee, memory_of
+from paceline.train.data.known import KnownBatches, most_in
 
 _RECENT = 16
 
 
-def recognised(batches: Iterable[HandedBatch], things: Any) -> HandedBatch | None:
-    """The batch whose tensors are among nested tensors, more than any other's; None if there is no such."""
-    memory = memory_of(things)
-    counts = sorted(((b.count_in(memory), b.number, b) for b in batches), key=lambda one: one[:2])
-    if not counts or not counts[-1][0] or (len(counts) > 1 and counts[-2][0] == counts[-1][0]):
-        return None
-    return counts[-1][2]
+def recognised(batches: Iterable[HandedBatch], memory: Memory) -> HandedBatch | None:
+    """The batch whose tensors are in this memory, more than any other's; None if there is no such."""
+    found = most_in(batches, memory)
+    return found[0] if len(found) == 1 else None
 
 
 class BatchesInHand:
@@ -50,8 +49,9 @@ class BatchesInHand:
         self._thread: int | None = None
         self._is_known = True
         """Whether a model got the tensors of the current batch, or nothing else can be meant."""
-        self._given: HandedBatch | None = None
-        """What a model got last, until its backward pass."""
+        self._known = KnownBatches()
+        self._trained_up_to: dict[Trainee, int] = {}
+        """By model, the number of the newest batch when its last backward pass began."""
         self._got: HandedBatch | None = None
         """What a model got last, with gradients or without."""
         self._gets_own: dict[LoaderPass, bool] = {}
@@ -59,9 +59,15 @@ class BatchesInHand:
         self._sees_models = True
         """Whether models are called as a whole, so that it is known what they get."""
 
+    @property
+    def newest(self) -> int:
+        """The number of the batch that was handed out last; -1 before the first."""
+        return self._recent[-1].number if self._recent else -1
+
     def hand_out(self, batch: HandedBatch) -> None:
         """A loader hands it out."""
         with self._lock:
+            self._known.add(batch)
             before = [w for w in self._waiting if w.one is batch.one]
             self._waiting = [w for w in self._waiting if w.one is not batch.one and not w.is_gone]
             if before and not self._sees_models:
@@ -88,55 +94,99 @@ class BatchesInHand:
             if waiting is not None:
                 self._waiting.remove(next(w for w in self._waiting if w.one is waiting))
 
-    def given(self, follower: Trainee, inputs: Any) -> None:
-        """A model gets these inputs."""
-        if not self._waiting:
-            return
+    def given(self, follower: Trainee, inputs: Any) -> ForwardPass | None:
+        """A model gets these inputs; returns which batches they are, if gradients are wanted."""
         with self._lock:
-            self._thread = threading.get_ident()
-            mine = self._waiting_for(follower)
-            if all(w.is_begun for w in mine):  # several: of passes that go on side by side
-                for batch in mine:
-                    if batch.one not in self._gets_own:
-                        self._gets_own[batch.one] = recognised([batch], inputs) is batch
-                    self._found(batch)
-            else:
-                known = [self._current] if self._current is not None and self._current not in mine else []
-                found = recognised([*mine, *known], inputs)
-                if found in known and found is not None:  # once more
-                    self._is_known = True
-                elif found is not None:
-                    self._found(found)
-                    # This loop gives its models what it got: what is gone was left out.
-                    self._waiting = [w for w in self._waiting if not (w.one is found.one and w.is_gone)]
+            memory = memory_of(inputs)
+            if self._waiting:
+                self._thread = threading.get_ident()
+                self._take_from_waiting(self._waiting_for(follower), memory)
+            found = self._known.among(memory)  # also of a loader that was prepared apart
+            if len(found) == 1 and (torch.is_grad_enabled() or follower.module.training):
+                found[0].loader.own_samples = found[0].own
+                follower.take_up(found[0])
+            if not torch.is_grad_enabled():
+                return None
+            return ForwardPass(found or self._in_play(follower), is_certain=bool(found))
 
-    def backward(self, follower: Trainee) -> None:
+    def _take_from_waiting(self, mine: list[HandedBatch], memory: Memory) -> None:
+        if all(w.is_begun for w in mine):  # several: of passes that go on side by side
+            for batch in mine:
+                if batch.one not in self._gets_own:
+                    self._gets_own[batch.one] = recognised([batch], memory) is batch
+                self._found(batch)
+            return
+        known = [self._current] if self._current is not None and self._current not in mine else []
+        found = recognised([*mine, *known], memory)
+        if found in known and found is not None:  # once more
+            self._is_known = True
+        elif found is not None:
+            self._found(found)
+            # This loop gives its models what it got: what is gone was left out.
+            self._waiting = [w for w in self._waiting if not (w.one is found.one and w.is_gone)]
+
+    def _in_play(self, follower: Trainee) -> list[HandedBatch]:
+        """Batches that a model may have got which are not recognised: the newest of each pass.
+
+        Those of passes that go on; if some were handed out since its last backward pass, those.
+        """
+        ahead = [w for w in self._waiting_for(follower) if not w.is_begun]
+        if ahead:
+            return ahead
+        since = self._trained_up_to.get(follower, -1)
+        current = [one.current for one in self._passes if one.is_open and one.current is not None]
+        mine = [b for b in current if any(one is follower for one in b.following)]
+        return [b for b in mine if b.number > since] or mine
+
+    def backward(self, follower: Trainee, forwards: Sequence[ForwardPass]) -> None:
         """Its backward pass begins: from here on the weight of the batch counts.
 
+        Args:
+            follower: The model.
+            forwards: The forward passes that it goes through; empty if that is not known.
+
         Raises:
-            ConfigError: Several batches may be meant, which count differently.
+            ConfigError: Several batches are meant, or may be, which count differently.
         """
-        if self._current is not None:
-            self._current.loader.retrieve(self._current.one)
-        if not self._waiting:
-            self._given = None
-            return
         with self._lock:
-            given, self._given = self._given, None
-            mine = self._waiting_for(follower)
-            if given is not None:
-                newer = [w for w in mine if w.is_begun and w.number > given.number]
-                if newer:  # it was fetched before this backward pass
-                    self._check_alike([given, *newer], "trained", lambda a, b: a.counts_like(b))
-            elif mine and all(w.is_begun for w in mine):
-                self._sees_models = False  # it was called in parts, or not at all
-                for batch in mine:
-                    self._found(batch)
-            elif mine and not self._is_known:
-                self._check_alike(mine, "trained", lambda a, b: a.counts_like(b))
-                self._take(mine[-1])
-                mine[-1].loader.retrieve(mine[-1].one)
-                self._waiting = [w for w in self._waiting if w not in mine[:-1]]
+            if self._current is not None:
+                self._current.loader.retrieve(self._current.one)
+            is_certain = bool(forwards) and all(one.is_certain for one in forwards)
+            if self._waiting and not is_certain:
+                self._take_unrecognised(self._waiting_for(follower))
+            batches = [b for one in forwards for b in one.batches] if forwards else self._in_play(follower)
+            if batches:
+                self._check_weights(follower, batches, is_certain=is_certain)
+                batches[-1].loader.retrieve(batches[-1].one)
+                follower.take_up(batches[-1], trains=True)
+            self._trained_up_to[follower] = self.newest
+
+    def _take_unrecognised(self, mine: list[HandedBatch]) -> None:
+        if mine and all(w.is_begun for w in mine):
+            self._sees_models = False  # it was called in parts, or not at all
+            for batch in mine:
+                self._found(batch)
+        elif mine and not self._is_known:
+            self._check_alike(mine, "trained", lambda a, b: a.counts_like(b))
+            self._take(mine[-1])
+            mine[-1].loader.retrieve(mine[-1].one)
+            self._waiting = [w for w in self._waiting if w not in mine[:-1]]
+
+    def _check_weights(self, follower: Trainee, batches: Sequence[HandedBatch], *, is_certain: bool) -> None:
+        """ConfigError if the batches of one backward pass count differently, and the loop did not say how."""
+        first = batches[0]
+        if follower.is_told or all(_alike(follower, first, other) for other in batches[1:]):
+            return
+        shares = ", ".join(f"{b.own} of {b.every}" for b in {b.number: b for b in batches}.values())
+        goes_through = (
+            "goes through" if is_certain else "goes through one of these, of which the model got copies:"
+        )
+        raise ConfigError(
+            f"rank {self._rank}: this backward pass {goes_through} batches of which this rank has {shares}"
+            " samples: they count differently, and one pass has one weight. Call backward for each batch by"
+            " itself, with the tensors of the batch as the model's inputs; or say what the pass stands for:"
+            " job.weight(samples of this rank in this loss) before it, e.g. job.weight(loader.own_samples)"
+        )
 
     def block(self, follower: Trainee, is_last: bool) -> bool:
         """A block of `job.accumulate` begins: whether its batch is the pass' last, if not as was said.
@@ -160,7 +210,7 @@ class BatchesInHand:
             ConfigError: Several may be meant, of which only some have samples here.
         """
         with self._lock:
-            found = recognised(self._recent, values)
+            found = recognised(self._recent, memory_of(values))
             if found is None:
                 found = self._most_likely()
             if found is not None:
@@ -187,8 +237,6 @@ class BatchesInHand:
     def _found(self, batch: HandedBatch) -> None:
         self._waiting.remove(batch)
         self._got = batch
-        if torch.is_grad_enabled():
-            self._given = batch
         self._take(batch)
 
     def _take(self, batch: HandedBatch) -> None:
@@ -208,3 +256,10 @@ class BatchesInHand:
             " the next is fetched, or give the models the tensors of the batch themselves; where the loop"
             " leaves a batch out, say job.skip()"
         )
+
+
+def _alike(follower: Trainee, one: HandedBatch, other: HandedBatch) -> bool:
+    """Whether gradients of the two count alike for a model."""
+    if follower.weighs_samples:
+        return one.weighs_like(other)
+    return (one.own > 0) == (other.own > 0)

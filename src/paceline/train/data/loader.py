@@ -47,6 +47,8 @@ class ShardedLoader(abc.ABC):
         self._unit = 1  # of the order, in one minibatch: samples, or batches that a batch sampler makes
         self._offset = 0  # units that the pass leaves out: they made no whole minibatch when it was resumed
         self._next = 0  # the number of the next pass
+        self.left_out = 0
+        """How many of the next iterations are empty: passes of the epoch that a checkpoint was saved in."""
         self._open: list[LoaderPass] = []
         self.on_batch: list[BatchBegins] = []
         self.on_boundary: list[Callable[[], None]] = []
@@ -69,6 +71,9 @@ class ShardedLoader(abc.ABC):
         return getattr(self.source, name)
 
     def __iter__(self) -> Iterator[Any]:
+        if self.left_out:
+            self.left_out -= 1
+            return
         one = self._begin()
         batches = self._batches(one.number, one.step)
         try:

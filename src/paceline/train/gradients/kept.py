@@ -14,16 +14,21 @@ from torch import nn
 
 
 class KeptGradients:
-    """What backward left, to be compared with what is there later."""
+    """What backward left, to be compared with what is there later.
 
-    def __init__(self) -> None:
+    Args:
+        by_norms: Whether norms are compared too, which costs a pass over the gradients.
+    """
+
+    def __init__(self, *, by_norms: bool = True) -> None:
+        self._by_norms = by_norms
         self._all: list[tuple[nn.Parameter, torch.Tensor | None, int]] = []
         self._norms: list[torch.Tensor] = []
 
     def note(self, parameters: Sequence[nn.Parameter]) -> None:
         """Keep the gradients as they are now."""
         self._all = [(p, p.grad, 0 if p.grad is None else p.grad._version) for p in parameters]
-        self._norms = _norms([gradient for _, gradient, _ in self._all])
+        self._norms = _norms([gradient for _, gradient, _ in self._all]) if self._by_norms else []
 
     def forget(self) -> None:
         """They are reduced, or a further backward pass changes them."""
@@ -43,6 +48,8 @@ class KeptGradients:
         """
         if any(not _is_same(*one, arrived) for one in self._all):
             return True
+        if not self._by_norms:
+            return False
         now = _norms([gradient for _, gradient, _ in self._all])
         return any(
             p is not arrived and not torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)

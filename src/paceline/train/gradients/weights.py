@@ -18,7 +18,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from paceline.errors import ConfigError
+from paceline.train.data.handed_out import HandedBatch
 from paceline.train.replica import FlatReplica
+from paceline.types import Communicator
 
 LOSS_REDUCTIONS = ("mean", "sum")
 
@@ -34,13 +36,15 @@ class GradientWeights:
 
     Args:
         replica: The model; its `weight` is the unit.
-        size: P.
+        comm: The ranks that train together.
         loss_reduction: Whether the loss is a "mean" over samples or tokens, or their "sum".
         reduces: Whether gradients are summed over the ranks; otherwise they stay this rank's own.
     """
 
-    def __init__(self, replica: FlatReplica, size: int, *, loss_reduction: str, reduces: bool) -> None:
-        self._replica, self._size, self._reduces = replica, size, reduces
+    def __init__(
+        self, replica: FlatReplica, comm: Communicator, *, loss_reduction: str, reduces: bool
+    ) -> None:
+        self._replica, self._comm, self._size, self._reduces = replica, comm, comm.size, reduces
         self._is_sum = loss_reduction == "sum"
         self.repeats = False
         """Whether this rank ran out of data, and its batch counts nothing."""
@@ -48,6 +52,8 @@ class GradientWeights:
         """Whether samples of this rank are part of other ranks' losses too: through SyncBatchNorm."""
         self.is_cut = False
         """Whether the gradient ends at the model's outputs: only other ranks' losses have a gradient here."""
+        self._told_at: int | None = None  # the newest batch when the loop said what its passes stand for
+        self._told_of: HandedBatch | None = None  # the batch that a pass has trained since
         self._nodes: list[Any] = []  # autograd keeps a hook while its node is referred to
         self._handles: list[Any] = []
         self.clear()
@@ -67,9 +73,43 @@ class GradientWeights:
         """By what this rank's loss is multiplied so that all ranks' add up to that of one process."""
         return self._scaled_share() / self._size
 
+    @property
+    def weighs_samples(self) -> bool:
+        """Whether gradients are multiplied by this rank's share of the samples."""
+        return self._reduces and not self._is_sum
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the loop itself said what the coming passes stand for."""
+        return self._told_at is not None
+
+    def tell(self, own: float, every: float, *, newest: int, is_alone: bool) -> None:
+        """The loop says what the coming backward passes stand for; holds until they train another batch.
+
+        Args:
+            own: Samples or tokens of this rank.
+            every: Those of all ranks.
+            newest: The number of the batch that was handed out last.
+            is_alone: As for `set`.
+        """
+        self._told_at, self._told_of = newest, None
+        self.set(own, every, is_alone=is_alone)
+
+    def trains(self, batch: HandedBatch) -> None:
+        """A backward pass trains this batch."""
+        self._told_of = self._told_of or batch
+
+    def take(self, batch: HandedBatch, *, is_alone: bool) -> None:
+        """The coming backward passes stand for this batch, unless the loop has said something about it."""
+        self.repeats = batch.own == 0
+        is_meant = self._told_at is not None and batch.number <= self._told_at
+        if not (is_meant and self._told_of in (None, batch)):
+            self._told_at = None
+            self.set(batch.own, batch.every, is_alone=is_alone)
+
     def clear(self) -> None:
         """All ranks count alike from now on."""
-        self.repeats = False
+        self.repeats, self._told_at = False, None
         self.set(1.0, float(self._size), is_alone=True)
 
     def set(self, own: float, every: float, *, is_alone: bool) -> None:
@@ -113,6 +153,16 @@ class GradientWeights:
         for output in pytree.tree_leaves(outputs):
             if isinstance(output, torch.Tensor) and output.requires_grad:
                 output.register_hook(cut)  # type: ignore[no-untyped-call]
+
+    def mean_loss(self, loss: Any) -> Any:
+        """The loss over all ranks' samples, from this rank's: a tensor or a number; None stays None."""
+        if not isinstance(loss, torch.Tensor):
+            return None if loss is None else float(self.mean_loss(torch.tensor(loss, dtype=torch.float64)))
+        total = loss.detach().clone().reshape(1) * self.share
+        if self.share == 0.0:
+            total.zero_()  # a repeated batch may have given NaN
+        self._comm.all_reduce(total).wait()
+        return total.reshape(loss.shape)
 
     def _scaled_share(self) -> float:
         if self._is_sum:

@@ -34,6 +34,8 @@ class JobPosition:
     step: int
     samples: int
     training_s: float
+    passes_done: list[int]
+    """Of each loader, how many passes are over of the epoch that goes on; they are not trained again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,8 @@ def _collect_model(attachment: Attachment, rank: int) -> dict[str, Any]:
     if attachment.is_mid_window:
         raise CheckpointError(
             f"rank {rank}: save() between backward() and optimizer.step(), or inside an accumulation"
-            " window: gradients are not saved. Save after optimizer.step()"
+            " window: gradients are not saved. Save after the optimizer.step() that ends the window; with"
+            " job.accumulate after a block at whose end job.sync_gradients is true"
         )
     attachment.finish_minibatch()
     replica, strategy = attachment.replica, attachment.strategy
