@@ -225,3 +225,37 @@ def interrupted_diloco(rank: int, size: int) -> None:
         comm.synchronize()
         ends.append(torch.cat([p.to_local().flatten() for p in model.parameters()]))
     assert torch.equal(ends[0], ends[1])
+
+
+def refusals(rank: int, size: int) -> None:
+    """Of 4 ranks: what would train with wrong numbers, in silence, is refused by `install` and `load`."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+
+    def layers(*, also_the_model: bool, over: DeviceMesh | None = None) -> nn.Module:
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+        fully_shard(model[0], mesh=over)
+        return fully_shard(model, mesh=over) if also_the_model else model
+
+    def refused(words: str, over: DeviceMesh | None, **more: Any) -> None:
+        model = layers(also_the_model=words != "the model itself", over=over)
+        try:
+            paceline.fsdp_comm("int8", **more).install(model)
+        except ConfigError as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(f"not refused: {words}")
+
+    refused("the model itself", mesh["shard"])
+    shard, replicate = mesh.get_group("shard"), mesh.get_group("replicate")
+    refused("hold different shards", mesh["shard"], across="int8", replicas=shard)
+    refused("mesh of 2 dimensions", mesh, across="int8", replicas=replicate)
+    kept = paceline.fsdp_comm("error_feedback(codec=int8)")
+    kept.install(layers(also_the_model=True))
+    other = paceline.fsdp_comm("int8")
+    other.install(layers(also_the_model=True))
+    try:
+        other.load_state_dict(kept.state_dict())
+    except ConfigError as error:
+        assert "error_feedback" in str(error), error
+    else:
+        raise AssertionError("the state of another codec was loaded")

@@ -66,6 +66,10 @@ def test_an_interrupted_training_with_diloco_between_replicas_goes_on() -> None:
     run(4, bodies.interrupted_diloco)
 
 
+def test_what_would_be_wrong_in_silence_is_refused() -> None:
+    run(4, bodies.refusals)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

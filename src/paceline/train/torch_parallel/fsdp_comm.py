@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from paceline import codecs, registry, spec
 from paceline.codecs.kernel import ledger, payload
@@ -189,7 +190,9 @@ class FsdpComm:
         weights: Codec | None,
         across: Reducer | TrainingStrategy | None,
         replicas: dist.ProcessGroup | None,
+        written: dict[str, str],
     ) -> None:
+        self._written = written  # as which the codecs and the method were given
         self._gradients, self._weights, self._across, self._replicas = gradients, weights, across, replicas
         self._communicators: _Communicators = {}
         self._modules: dict[str, list[_Exchange | _AcrossReplicas]] = {}
@@ -203,7 +206,8 @@ class FsdpComm:
             optimizer: The one that steps it: needed where `across` averages models, and unused otherwise.
 
         Raises:
-            ConfigError: No module of the model did, `install` was called before, or the optimizer is missing.
+            ConfigError: No module of the model did, or the model itself is still to; `install` was called
+                before; the optimizer is missing; `replicas` is not the group of the same shard's ranks.
         """
         if self._modules:
             raise ConfigError(
@@ -214,6 +218,9 @@ class FsdpComm:
             raise ConfigError(
                 "fsdp_comm: no module of this model is sharded: call torch.distributed.fsdp.fully_shard first"
             )
+        _check_sharded(model)
+        if self._replicas is not None:
+            _check_replicas(model, self._replicas)
         if isinstance(self._across, TrainingStrategy) and optimizer is None:
             raise ConfigError(
                 "fsdp_comm: models are averaged after steps of the optimizer: install(model, optimizer)"
@@ -252,7 +259,8 @@ class FsdpComm:
             name: [e.state if isinstance(e, _AcrossReplicas) else e.states for e in own]
             for name, own in self._modules.items()
         }
-        return {"exchanges": exchanges, "across": None if self._shards is None else self._shards.state()}
+        across = None if self._shards is None else self._shards.state()
+        return {"written": dict(self._written), "exchanges": exchanges, "across": across}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()` of the same model, codecs and number of ranks; after `install`.
@@ -260,12 +268,16 @@ class FsdpComm:
         Raises:
             ConfigError: The state is of other modules or of other codecs.
         """
-        kept = {name: len(own) for name, own in self._modules.items()}
-        given = {name: len(own) for name, own in state.get("exchanges", {}).items()}
-        if kept != given or (self._shards is None) != (state.get("across") is None):
+        if state.get("written") != self._written:
             raise ConfigError(
-                f"fsdp_comm: the state is of the modules {sorted(given)}, this model has {sorted(kept)}; call"
-                " install(model) first, with the same codecs"
+                f"fsdp_comm: the state is of {state.get('written')}, this is {self._written}; make it as the"
+                " saved one was made, or begin without its state"
+            )
+        kept, given = sorted(self._modules), sorted(state["exchanges"])
+        if kept != given:
+            raise ConfigError(
+                f"fsdp_comm: the state is of the modules {given}, this model has {kept}; call install(model)"
+                " first"
             )
         for name, own in self._modules.items():
             for exchange, one in zip(own, state["exchanges"][name], strict=True):
@@ -330,7 +342,39 @@ def fsdp_comm(
         None if weights is None else _of_known_size(weights, "weights"),
         None if across is None else _between_replicas(across),
         replicas,
+        {
+            name: str(spec.parse(text))
+            for name, text in (("gradients", gradients), ("weights", weights), ("across", across))
+            if text is not None
+        },
     )
+
+
+def _check_sharded(model: nn.Module) -> None:
+    """ConfigError if parts of the model went through `fully_shard`, and the model itself is still to."""
+    whole = [n for n, p in model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    if whole and not isinstance(model, FSDPModule):
+        raise ConfigError(
+            f"fsdp_comm: {len(whole)} parameters are not sharded, {whole[0]} for one: call fully_shard(model)"
+            " for the model itself, and install(model) after it"
+        )
+
+
+def _check_replicas(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """ConfigError if these ranks hold other shards, or if FSDP sums over them itself."""
+    mesh = next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+    if mesh.ndim > 1:
+        raise ConfigError(
+            f"fsdp_comm: fully_shard got a mesh of {mesh.ndim} dimensions, and sums over replicas itself;"
+            ' shard over one of them: fully_shard(model, mesh=mesh["shard"])'
+        )
+    shards, own = set(mesh.mesh.flatten().tolist()), dist.get_rank()
+    both = sorted(shards & set(dist.get_process_group_ranks(group)) - {own})
+    if both:
+        raise ConfigError(
+            f"fsdp_comm: rank {own} and {both} hold different shards and are both in the group of replicas;"
+            ' give the group of the ranks with the same shard: replicas=mesh.get_group("replicate")'
+        )
 
 
 def _between_replicas(text: str) -> Reducer | TrainingStrategy:
