@@ -202,6 +202,8 @@ def _beside(fixed: Choices) -> None:
     beside = fixed["beside"]
     if fixed["habit"] or fixed["data"] in ("by_hand", "own") or fixed["optimizer"] in ("lbfgs", "sam"):
         fixed["beside"] = beside = None
+    if fixed["model"] == "buffers" and fixed["evaluates"] == "copy" and str(beside).startswith("validates"):
+        fixed["evaluates"] = "dataset"  # it counts its calls, and copies with other counts are refused
     if beside in ("other_loader", "thrown_away", "again"):
         fixed.update(accumulation=1, codec=None, resume=None)
         fixed["style"] = "plain" if fixed["style"] == "accumulate" else fixed["style"]
