@@ -37,6 +37,8 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github
 
 # One worker per core; tests that start many processes carry their own limits.
 test: install
@@ -103,9 +105,15 @@ quick: install
 gpu:
 	python3 benchmarks/gpu/run.py $(GPU_OPTIONS)
 
-# The page that `paceline errors` prints, also where the other pages are.
-docs:
+# The documentation as a site, in site/. The page that `paceline errors` prints is also one of its pages.
+docs: $(VENV)/.docs
 	cp src/paceline/errors.md docs/errors.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -c "$$REQUIREMENTS" docs | xargs -d '\n' \
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt
+	touch $(VENV)/.docs
 
 clean:
-	rm -rf build dist $(VENV) $(WITHOUT_CORE) .wheels .matrix runs
+	rm -rf build dist site $(VENV) $(WITHOUT_CORE) .wheels .matrix runs
