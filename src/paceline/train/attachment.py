@@ -22,7 +22,7 @@ from paceline.train.data.forwards import ForwardPasses
 from paceline.train.data.handed_out import HandedBatch
 from paceline.train.data.in_hand import BatchesInHand
 from paceline.train.gradients import drift
-from paceline.train.gradients.kept import KeptGradients
+from paceline.train.gradients.kept import KeptGradients, ReducedGradients
 from paceline.train.gradients.reduced import Reduced
 from paceline.train.gradients.scaling import scale
 from paceline.train.gradients.weights import GradientWeights
@@ -81,7 +81,7 @@ class Attachment:
         self._graphs: dict[int, torch.Tensor] = {}  # this rank's gradients that have a graph
         self._versions: list[int] = []  # of the parameters when their gradients were complete
         self._kept = KeptGradients()  # amid a window of `job.accumulate`
-        self._reduced = KeptGradients(by_norms=False)  # until the next batch
+        self._reduced = ReducedGradients()
         self._taken: set[int] = set()  # parameters whose gradients are in their buckets
         self._next_bucket = 0
         self._stepped: set[int] = set()  # optimizers that have stepped in this minibatch

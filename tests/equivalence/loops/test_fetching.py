@@ -297,3 +297,22 @@ def test_values_gathered_after_the_next_batch_was_fetched() -> None:
             assert_equal(found, expected, tolerance=1e-9)
     with pytest.raises(ConfigError, match=r"which one is gathered|outside a pass"):
         on(3, lambda job: loop(job, False))
+
+
+def test_parts_of_one_tensor_are_not_remembered_for_ever() -> None:
+    def loop(job: Job) -> int:
+        net: Any = model()
+        optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.1)
+        loader: Any = DataLoader(Slices(), batch_size=None)
+        net, optimizer, loader = job.prepare(
+            net, optimizer, loader, shard=False, batch_size_of=lambda batch: len(batch[0])
+        )
+        for _ in range(5):
+            for x, y, _mask in loader:
+                functional.cross_entropy(net(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        known = job.loaders.hands._known
+        return len({b.number for extents in known._by_storage.values() for b in extents.values()})
+
+    assert all(count <= 6 for count in on(2, loop)), "as many as there are parts"

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch.autograd import Variable
-from torch.utils import _pytree as pytree
 
-from paceline.train.data.handed_out import HandedBatch
+from paceline.train.data.handed_out import HandedBatch, tensors_in
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ class ForwardPasses:
             if one not in reached:
                 reached.append(one)
 
-        for output in pytree.tree_leaves(outputs):
-            if isinstance(output, torch.Tensor) and output.grad_fn is not None:
+        for output in tensors_in(outputs):
+            if output.grad_fn is not None:
                 output.register_hook(tell)  # type: ignore[no-untyped-call]
 
     def reached(self) -> Sequence[ForwardPass]:

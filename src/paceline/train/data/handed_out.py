@@ -17,11 +17,25 @@ Memory = dict[StorageWeakRef, tuple[int, int]]
 _numbers = itertools.count()
 
 
+def tensors_in(things: Any) -> list[torch.Tensor]:
+    """All tensors in nested tuples, lists, dicts and what else torch knows how to open; a quick walk."""
+    if isinstance(things, torch.Tensor):
+        return [things]
+    kind = type(things)
+    if kind is tuple or kind is list:
+        return [tensor for one in things for tensor in tensors_in(one)]
+    if kind is dict:
+        return [tensor for one in things.values() for tensor in tensors_in(one)]
+    if kind in (int, float, bool, str, type(None)):
+        return []
+    return [leaf for leaf in pytree.tree_leaves(things) if isinstance(leaf, torch.Tensor)]
+
+
 def memory_of(things: Any) -> Memory:
     """Where all tensors in nested tuples, lists and dicts lie; views lie in the storage of their base."""
     found: Memory = {}
-    for leaf in pytree.tree_leaves(things):
-        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and leaf.numel():
+    for leaf in tensors_in(things):
+        if leaf.layout is torch.strided and leaf.numel():
             # Wrappers around tensors have no memory of their own.
             with contextlib.suppress(NotImplementedError, RuntimeError):
                 storage = StorageWeakRef(leaf.untyped_storage())  # type: ignore[no-untyped-call]

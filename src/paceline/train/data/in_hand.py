@@ -8,7 +8,6 @@ they count differently, and is then refused.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,8 +17,6 @@ from paceline.errors import ConfigError
 from paceline.train.data.forwards import ForwardPass
 from paceline.train.data.handed_out import HandedBatch, LoaderPass, Memory, Source, Trainee, memory_of
 from paceline.train.data.known import KnownBatches, most_in
-
-_RECENT = 16
 
 
 def recognised(batches: Iterable[HandedBatch], memory: Memory) -> HandedBatch | None:
@@ -44,7 +41,7 @@ class BatchesInHand:
         self._lock = threading.RLock()  # a thread of the loop's own may fetch batches
         self._waiting: list[HandedBatch] = []
         self._passes: list[LoaderPass] = []  # the one that handed out a batch last is last
-        self._recent: deque[HandedBatch] = deque(maxlen=_RECENT)
+        self._newest = -1
         self._current: HandedBatch | None = None
         self._thread: int | None = None
         self._is_known = True
@@ -62,7 +59,7 @@ class BatchesInHand:
     @property
     def newest(self) -> int:
         """The number of the batch that was handed out last; -1 before the first."""
-        return self._recent[-1].number if self._recent else -1
+        return self._newest
 
     def hand_out(self, batch: HandedBatch) -> None:
         """A loader hands it out."""
@@ -74,7 +71,7 @@ class BatchesInHand:
                 before = []
             elsewhere = self._thread is not None and threading.get_ident() != self._thread
             self._waiting += [*before, batch]
-            self._recent.append(batch)
+            self._newest = batch.number
             if batch.one not in self._passes:
                 self._gets_own = {one: own for one, own in self._gets_own.items() if one.is_open}
             self._passes = [one for one in self._passes if one is not batch.one] + [batch.one]
@@ -97,11 +94,12 @@ class BatchesInHand:
     def given(self, follower: Trainee, inputs: Any) -> ForwardPass | None:
         """A model gets these inputs; returns which batches they are, if gradients are wanted."""
         with self._lock:
-            memory = memory_of(inputs)
             if self._waiting:
                 self._thread = threading.get_ident()
-                self._take_from_waiting(self._waiting_for(follower), memory)
-            found = self._known.among(memory)  # also of a loader that was prepared apart
+                self._take_from_waiting(follower, inputs)
+            if self._known.are_alike and self._current is not None and not self._waiting:
+                return ForwardPass([self._current], is_certain=True) if torch.is_grad_enabled() else None
+            found = self._known.among(memory_of(inputs))  # also of a loader that was prepared apart
             if len(found) == 1 and (torch.is_grad_enabled() or follower.module.training):
                 found[0].loader.own_samples = found[0].own
                 follower.take_up(found[0])
@@ -109,21 +107,32 @@ class BatchesInHand:
                 return None
             return ForwardPass(found or self._in_play(follower), is_certain=bool(found))
 
-    def _take_from_waiting(self, mine: list[HandedBatch], memory: Memory) -> None:
+    def _take_from_waiting(self, follower: Trainee, inputs: Any) -> None:
+        mine = self._waiting_for(follower)
         if all(w.is_begun for w in mine):  # several: of passes that go on side by side
-            for batch in mine:
+            for batch in self._meant(mine, follower, inputs):
                 if batch.one not in self._gets_own:
-                    self._gets_own[batch.one] = recognised([batch], memory) is batch
+                    self._gets_own[batch.one] = recognised([batch], memory_of(inputs)) is batch
                 self._found(batch)
             return
         known = [self._current] if self._current is not None and self._current not in mine else []
-        found = recognised([*mine, *known], memory)
+        found = recognised([*mine, *known], memory_of(inputs))
         if found in known and found is not None:  # once more
             self._is_known = True
         elif found is not None:
             self._found(found)
             # This loop gives its models what it got: what is gone was left out.
             self._waiting = [w for w in self._waiting if not (w.one is found.one and w.is_gone)]
+
+    def _meant(self, mine: list[HandedBatch], follower: Trainee, inputs: Any) -> list[HandedBatch]:
+        """Those of the waiting batches that may be what a model gets: in a validation, none to be trained."""
+        evaluates = not torch.is_grad_enabled() and not follower.module.training
+        if len(self._passes) < 2 and not evaluates:
+            return mine
+        memory = memory_of(inputs)
+        if recognised(mine, memory) is None and self._known.among(memory):
+            return []  # it is known, and another one
+        return [b for b in mine if not (evaluates and b.following) or b.count_in(memory)]
 
     def _in_play(self, follower: Trainee) -> list[HandedBatch]:
         """Batches that a model may have got which are not recognised: the newest of each pass.
@@ -210,9 +219,8 @@ class BatchesInHand:
             ConfigError: Several may be meant, of which only some have samples here.
         """
         with self._lock:
-            found = recognised(self._recent, memory_of(values))
-            if found is None:
-                found = self._most_likely()
+            known = self._known.among(memory_of(values))
+            found = known[0] if len(known) == 1 else self._most_likely()
             if found is not None:
                 found.is_gathered = True
                 if found in self._waiting:

@@ -14,21 +14,16 @@ from torch import nn
 
 
 class KeptGradients:
-    """What backward left, to be compared with what is there later.
+    """What backward left, to be compared with what is there later."""
 
-    Args:
-        by_norms: Whether norms are compared too, which costs a pass over the gradients.
-    """
-
-    def __init__(self, *, by_norms: bool = True) -> None:
-        self._by_norms = by_norms
+    def __init__(self) -> None:
         self._all: list[tuple[nn.Parameter, torch.Tensor | None, int]] = []
         self._norms: list[torch.Tensor] = []
 
     def note(self, parameters: Sequence[nn.Parameter]) -> None:
         """Keep the gradients as they are now."""
         self._all = [(p, p.grad, 0 if p.grad is None else p.grad._version) for p in parameters]
-        self._norms = _norms([gradient for _, gradient, _ in self._all]) if self._by_norms else []
+        self._norms = _norms([gradient for _, gradient, _ in self._all])
 
     def forget(self) -> None:
         """They are reduced, or a further backward pass changes them."""
@@ -36,9 +31,7 @@ class KeptGradients:
 
     def are_cleared(self) -> bool:
         """Whether the loop made all of them None or zero; without samples they were zero before."""
-        return self.are_changed() and not any(
-            p.grad is not None and bool(p.grad.any()) for p, _, _ in self._all
-        )
+        return self.are_changed() and _are_zero([p for p, _, _ in self._all])
 
     def are_changed(self, arrived: nn.Parameter | None = None) -> bool:
         """Whether one of them was replaced or changed in place.
@@ -48,13 +41,35 @@ class KeptGradients:
         """
         if any(not _is_same(*one, arrived) for one in self._all):
             return True
-        if not self._by_norms:
-            return False
         now = _norms([gradient for _, gradient, _ in self._all])
         return any(
             p is not arrived and not torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
             for (p, _, _), a, b in zip(self._all, now, self._norms, strict=True)
         )
+
+
+class ReducedGradients:
+    """Complete gradients, of which only their state is kept: who keeps one itself gets a copy in backward."""
+
+    def __init__(self) -> None:
+        self._parameters: Sequence[nn.Parameter] = ()
+        self._marks: list[tuple[int, int]] = []
+
+    def note(self, parameters: Sequence[nn.Parameter]) -> None:
+        """They are as they are now."""
+        self._parameters, self._marks = parameters, _marks(parameters)
+
+    def are_cleared(self) -> bool:
+        """Whether the loop made all of them None or zero since; without samples they were zero before."""
+        return _marks(self._parameters) != self._marks and _are_zero(self._parameters)
+
+
+def _marks(parameters: Sequence[nn.Parameter]) -> list[tuple[int, int]]:
+    return [(0, 0) if g is None else (id(g), g._version) for g in (p.grad for p in parameters)]
+
+
+def _are_zero(parameters: Sequence[nn.Parameter]) -> bool:
+    return not any(p.grad is not None and bool(p.grad.any()) for p in parameters)
 
 
 @torch.no_grad()
