@@ -207,6 +207,7 @@ FAULTS: dict[str, Fault] = {
     "set_seed seeds ranks differently": instead(
         RankCalls, "set_seed", lambda self, seed: random_state.seed_worker(seed, self.comm.rank)
     ),
+    "the batch that was fetched last has the weight": instead(Attachment, "take_up", nothing),
     "unused gradients are zero": after(FlatReplica, "return_unused", lambda self, _: _zeros(self)),
 }
 
@@ -279,6 +280,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "a sampler without an end is cut": {"habit": "endless"},
     "what rank 0 is to do, all ranks do": {"aside": "on_main"},
     "set_seed seeds ranks differently": {"aside": "set_seed"},
+    "the batch that was fetched last has the weight": {"beside": ("other_loader", "again")},
     "unused gradients are zero": {"model": "unused"},
     "two iterators at once": {"habit": "zip"},
     "a look ahead counts": {"looks": True},
