@@ -27,7 +27,8 @@ class JobOptions:
     fabric: str | None = None
     """"native" or "torch"."""
     interface: str = ""
-    """Network interfaces or addresses of a host to use, separated by commas; "": the route to the others."""
+    """Which interfaces or addresses of a host to use, as `interfaces.chosen` reads it; "": the route to
+    the others."""
     checkpoint: str | None = None
     """Where to save on SIGTERM, and to resume from if a checkpoint is there."""
     log_dir: str | None = None

@@ -18,12 +18,12 @@ def check(start: Path, **options: str) -> None:
     assert not list(start.iterdir()), "a check leaves nothing behind"
 
 
-@pytest.mark.parametrize("names", ["", "lo", "127.0.0.1", "lo, 127.0.0.1"])
+@pytest.mark.parametrize("names", ["", "lo", "127.0.0.1", "lo, 127.0.0.1", "=lo", "l"])
 def test_interfaces_and_addresses_of_this_host(names: str, tmp_path: Path) -> None:
     check(tmp_path, interface=names)
 
 
-@pytest.mark.parametrize("names", ["eth99", "lo,eth99", "192.0.2.1", ",", "lo\0", "::2"])
+@pytest.mark.parametrize("names", ["eth99", "lo,eth99", "198.51.100.7", ",", "lo\0", "::2", "=l", "=", "lo,"])
 def test_others_are_refused_with_what_there_is(names: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--interface .*; its interfaces: .*\blo\b"):
         check(tmp_path, interface=names)

@@ -202,8 +202,8 @@ Interface = Annotated[
     str,
     typer.Option(
         metavar="LIST",
-        help="This host's network interfaces or addresses for tensors, for example eth0,eth1. Default: the"
-        " route to the other hosts.",
+        help="This host's network interfaces or addresses for tensors: eth0,eth1 (names, or how they begin),"
+        " =eth0 (exactly), ^docker,virbr (all but those). Default: the route to the other hosts.",
         rich_help_panel=TRAIN,
     ),
 ]

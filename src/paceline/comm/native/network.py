@@ -19,6 +19,7 @@ from paceline.comm.native.codes import OperationKind as Kind
 from paceline.comm.native.communicator import NativeCommunicator, engine
 from paceline.comm.native.plan import plan
 from paceline.comm.native.work import DONE
+from paceline.comm.rendezvous.interfaces import chosen
 from paceline.comm.rendezvous.meeting import Meeting
 from paceline.errors import CommError, ConfigError, Timeout
 from paceline.options import JobOptions
@@ -54,13 +55,14 @@ def connect_hosts(meeting: Meeting, *, timeout_s: float) -> NetworkCommunicator:
     towards = next((a for r, a in enumerate(meeting.addresses) if a and r != meeting.rank), "127.0.0.1")
     wanted = JobOptions.from_environment(os.environ).interface or os.environ.get(INTERFACE, "")
     try:
+        local = ",".join(chosen(wanted)) if wanted else meeting.address
         network = _core.TcpTransport(
             engine(),
             meeting.rank,
             meeting.size,
             meeting.secret,
             session,
-            wanted or meeting.address,
+            local,
             towards,
         )
     except (ValueError, RuntimeError) as error:

@@ -26,6 +26,61 @@ def interface_of(address: str) -> str | None:
     return next((name for _, name in socket.if_nameindex() if address_of(name) == address), None)
 
 
+def chosen(wanted: str) -> list[str]:
+    """The names and addresses of this host that a list chooses, in its order; as NCCL reads its own.
+
+    Args:
+        wanted: `eth0,10.0.0.1` are names and addresses; a name that no interface has stands for all that
+            begin with it. `=eth0,eth1`: exactly these. `^docker,virbr`: all interfaces with an IPv4
+            address, but loopback and those whose names begin so; `^=eth1`: but exactly this one.
+
+    Raises:
+        ValueError: An entry stands for nothing that this host has.
+    """
+    excludes, text = wanted.startswith("^"), wanted.removeprefix("^")
+    is_exact, text = text.startswith("="), text.removeprefix("=")
+    parts = [part.strip() for part in text.split(",")]
+    names = [name for _, name in socket.if_nameindex()]
+    if excludes:
+        left_out = [name for name in names if any(_fits(name, part, is_exact=is_exact) for part in parts)]
+        found = [name for name in names if name not in left_out and _leads_out(name)]
+        if not found or not all(parts):
+            raise ValueError(f"{wanted!r} leaves no interface; there are {', '.join(names)}")
+        return found
+    found = []
+    for part in parts:
+        mine = [part] if part in names or _is_own(part) else []
+        if not mine and not is_exact:
+            mine = [name for name in names if part and name.startswith(part) and address_of(name)]
+        if not mine:
+            known = ", ".join(names)
+            raise ValueError(f"this host has no interface or address {part!r}; its interfaces: {known}")
+        found += [name for name in mine if name not in found]
+    return found
+
+
+def _fits(name: str, part: str, *, is_exact: bool) -> bool:
+    return name == part if is_exact else bool(part) and name.startswith(part)
+
+
+def _leads_out(name: str) -> bool:
+    address = address_of(name)
+    return address is not None and not address.startswith("127.")
+
+
+def _is_own(text: str) -> bool:
+    """Whether it is an address of this host."""
+    try:
+        address = ipaddress.ip_address(text)
+        if address.is_unspecified:
+            return False
+        with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6) as probe:
+            probe.bind((str(address), 0))
+    except (ValueError, OSError):
+        return False
+    return True
+
+
 def own_addresses() -> list[str]:
     """All IPv4 addresses of this host, loopback last."""
     found = [address for _, name in socket.if_nameindex() if (address := address_of(name)) is not None]

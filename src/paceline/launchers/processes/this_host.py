@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
-import socket
 import tempfile
 from pathlib import Path
 
+from paceline.comm.rendezvous.interfaces import chosen
 from paceline.errors import ConfigError
-from paceline.launchers.endpoint import is_local, parse_endpoint, resolve
+from paceline.launchers.endpoint import parse_endpoint, resolve
 from paceline.launchers.job import JobSpec
 from paceline.user_input import shortened
 
@@ -29,22 +28,13 @@ def check(job: JobSpec) -> None:
             check_writable_folder(start, path, option=option)
 
 
-def check_interfaces(names: str) -> None:
-    """ConfigError for a name of `eth0,10.0.0.1` that is no interface and no address of this host."""
-    known = [name for _, name in socket.if_nameindex()]
-    for name in names.split(",") if names else ():
-        if name.strip() not in known and not _is_own_address(name.strip()):
-            raise ConfigError(
-                f"--interface {shortened(names)}: this host has no interface or address {shortened(name)};"
-                f" its interfaces: {', '.join(known)}"
-            )
-
-
-def _is_own_address(text: str) -> bool:
+def check_interfaces(wanted: str) -> None:
+    """ConfigError for a list, such as `eth0,10.0.0.1` or `^docker`, that this host has nothing for."""
     try:
-        return is_local(str(ipaddress.ip_address(text)))
-    except (ValueError, OSError):
-        return False
+        if wanted:
+            chosen(wanted)
+    except ValueError as error:
+        raise ConfigError(f"--interface {shortened(wanted)}: {error}") from error
 
 
 def check_writable_folder(start: Path, path: str, *, option: str) -> None:
