@@ -411,3 +411,50 @@ def test_a_minibatch_is_one_whatever_is_fetched_before_its_step(loop: Loop, size
         return attachment.minibatches
 
     assert on(size, counted) == [4] * size
+
+
+@pytest.mark.parametrize("when", ["after", "amid", "before"])
+def test_what_comes_from_no_loader_counts_alike_on_all_ranks(when: str) -> None:
+    """After a pass, and of a model with a loader of its own in a pass of another's; every batch is 3 + 2."""
+
+    def noise(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return samples(4, 50 + rank).tensors  # type: ignore[return-value]
+
+    def make() -> Any:
+        nets = [network(), network()]
+        return nets, [torch.optim.SGD(net.parameters(), lr=0.3) for net in nets]
+
+    def step(net: Any, optimizer: Any, batches: Any) -> None:
+        for x, y in batches:
+            (functional.cross_entropy(net(x), y) / len(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def train(nets: Any, optimizers: Any, loaders: Any, noises: Any) -> Any:
+        if when == "before":
+            step(nets[1], optimizers[1], noises)
+        for _ in range(2):
+            for batch in loaders[0]:
+                step(nets[0], optimizers[0], [batch])
+                if when == "amid":
+                    step(nets[1], optimizers[1], noises)
+            for batch in loaders[1]:
+                step(nets[1], optimizers[1], [batch])
+            if when == "after":
+                step(nets[1], optimizers[1], noises)
+        return [p.detach() for net in nets for p in net.parameters()]
+
+    def body(job: Job) -> Any:
+        nets, optimizers = make()
+        prepared = [
+            job.prepare(net, optimizer, DataLoader(samples(15, 1), 5), batch="global")
+            for net, optimizer in zip(nets, optimizers, strict=True)
+        ]
+        parts: Any = zip(*prepared, strict=True)
+        return train(*parts, [noise(job.rank)])
+
+    nets, optimizers = make()
+    plain_loaders = [DataLoader(samples(15, 1), 5), DataLoader(samples(15, 1), 5)]
+    expected = train(nets, optimizers, plain_loaders, [noise(0), noise(1)])
+    for parameters in on(2, body):
+        assert_equal(parameters, expected, tolerance=1e-9)

@@ -97,8 +97,8 @@ class BatchesInHand:
             if self._waiting:
                 self._thread = threading.get_ident()
                 self._take_from_waiting(follower, inputs)
-            if self._known.are_alike and self._current is not None and not self._waiting:
-                return ForwardPass([self._current], is_certain=True) if torch.is_grad_enabled() else None
+            if (one := self._unmistakable(follower)) is not None:
+                return ForwardPass([one], is_certain=True) if torch.is_grad_enabled() else None
             found = self._known.among(memory_of(inputs))  # also of a loader that was prepared apart
             if len(found) == 1 and (torch.is_grad_enabled() or follower.module.training):
                 found[0].loader.own_samples = found[0].own
@@ -106,6 +106,13 @@ class BatchesInHand:
             if not torch.is_grad_enabled():
                 return None
             return ForwardPass(found or self._in_play(follower), is_certain=bool(found))
+
+    def _unmistakable(self, follower: Trainee) -> HandedBatch | None:
+        """The batch in hand, if any other that a model may get counts like it."""
+        one = self._current
+        if one is None or self._waiting or not self._known.are_alike or not one.one.is_open:
+            return None
+        return one if any(other is follower for other in one.following) else None
 
     def _take_from_waiting(self, follower: Trainee, inputs: Any) -> None:
         mine = self._waiting_for(follower)
