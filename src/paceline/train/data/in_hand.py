@@ -169,7 +169,7 @@ class BatchesInHand:
                 self._current.loader.retrieve(self._current.one)
             is_certain = bool(forwards) and all(one.is_certain for one in forwards)
             if self._waiting and not is_certain:
-                self._take_unrecognised(self._waiting_for(follower))
+                self._take_unrecognised(self._waiting_for(follower), was_called=bool(forwards))
             batches = [b for one in forwards for b in one.batches] if forwards else self._in_play(follower)
             if batches:
                 self._check_weights(follower, batches, is_certain=is_certain)
@@ -177,9 +177,9 @@ class BatchesInHand:
                 follower.take_up(batches[-1], trains=True)
             self._trained_up_to[follower] = self.newest
 
-    def _take_unrecognised(self, mine: list[HandedBatch]) -> None:
+    def _take_unrecognised(self, mine: list[HandedBatch], *, was_called: bool) -> None:
         if mine and all(w.is_begun for w in mine):
-            self._sees_models = False  # it was called in parts, or not at all
+            self._sees_models = self._sees_models and was_called  # else: in parts, or not at all
             for batch in mine:
                 self._found(batch)
         elif mine and not self._is_known:
