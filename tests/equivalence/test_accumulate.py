@@ -394,7 +394,7 @@ def test_what_is_held_back_is_itself_again_afterwards() -> None:
         return state(net, optimizer), scheduler.last_epoch
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         same_as_one_process(loop)
 
 

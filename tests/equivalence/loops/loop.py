@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from alongside import Beside
 from asides import Asides
-from beside import Beside
 from choices import Choices, is_exact
 from habits import at_epoch, at_step, once_prepared
 from models import make, output

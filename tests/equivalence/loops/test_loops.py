@@ -43,7 +43,12 @@ class ThreadJob:
         return getattr(self.job, name)
 
     def again(self) -> ThreadJob:
+        self.end()
         return ThreadJob(self.logs)
+
+    def end(self) -> None:
+        """Close the files of its log, which nobody waits for."""
+        self.job.logbook.close({})
 
 
 def by(size: int, c: Choices) -> list[Any]:
@@ -53,7 +58,11 @@ def by(size: int, c: Choices) -> list[Any]:
 
         def rank() -> Any:
             logs = Path(folder) / "logs" if c["aside"] == "track" else None
-            return Run(c, ThreadJob(logs), Path(folder))()
+            run = Run(c, ThreadJob(logs), Path(folder))
+            try:
+                return run()
+            finally:
+                run.job.end()
 
         return list(simulate(rank, num_workers=size))
 
