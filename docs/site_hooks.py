@@ -10,10 +10,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import typer
 from mkdocs.structure.files import File, Files
+
+from paceline.cli.main import make_app
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -62,13 +66,17 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def command_line() -> str:
     """Every command's help, as it is printed 80 columns wide."""
     lines = ["# Command line", "", "What `paceline COMMAND --help` prints.", ""]
-    groups = {"": ["run", "compare", "doctor", "manifest", "strategies", "codecs", "errors"]}
-    groups |= {"schedule": ["list", "show", "verify", "simulate", "compare"]}
-    for group, verbs in groups.items():
-        for verb in verbs:
-            words = [*group.split(), verb]
-            lines += [f"## paceline {' '.join(words)}", "", "```text", _printed(*words, "--help"), "```", ""]
+    for words in _commands(typer.main.get_command(make_app())):
+        lines += [f"## paceline {' '.join(words)}", "", "```text", _printed(*words, "--help"), "```", ""]
     return "\n".join(lines)
+
+
+def _commands(command: Any, *words: str) -> Iterator[tuple[str, ...]]:
+    """The words of every command below this one; groups are no commands themselves."""
+    if not hasattr(command, "commands"):
+        yield words
+    for name, child in getattr(command, "commands", {}).items():
+        yield from _commands(child, *words, name)
 
 
 def plug_ins(kind: str) -> str:
@@ -76,12 +84,8 @@ def plug_ins(kind: str) -> str:
     lines = [f"# {kind.capitalize()}", "", f"`paceline {kind}` prints them in short.", ""]
     for path in sorted((ROOT / "src" / "paceline" / kind).glob("[!_]*.py")):
         lines += [f"## {path.stem}", "", f"::: paceline.{kind}.{path.stem}", "    options:"]
-        lines += [
-            "      show_root_heading: false",
-            "      show_root_toc_entry: false",
-            "      heading_level: 3",
-        ]
-        lines += ["      filters: ['!^_', '!^[a-z]']", ""]
+        lines += ["      show_root_heading: false", "      show_root_toc_entry: false"]
+        lines += ["      heading_level: 3", "      filters: ['!^_', '!^[a-z]']", ""]
     return "\n".join(lines)
 
 
