@@ -209,18 +209,23 @@ def test_lbfgs_decides_by_the_loss_of_all_ranks(kind: str) -> None:
     same_as_one_process(loop, tolerance=1e-7)
 
 
+def with_two_loaders(job: Job, saved: Path | None) -> Any:
+    """Prepared, and loaded from a checkpoint if it is there."""
+    net: Any = model()
+    optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    loaders: Any = DataLoader(data(10), 4, shuffle=True), DataLoader(data(14), 4, shuffle=True)
+    net, optimizer, *loaders = job.prepare(net, optimizer, *loaders, batch="global")
+    if saved is not None and saved.exists():
+        job.load(saved)
+    return net, optimizer, loaders
+
+
 @pytest.mark.parametrize("where", [("a", 1, 1), ("b", 0, 1), ("b", 2, 3), ("a", 3, 2)])
 def test_a_checkpoint_amid_an_epoch_of_several_passes(tmp_path: Path, where: tuple[str, int, int]) -> None:
     """Passes that are over are not trained again: of one loader after the other, or of one several times."""
-    stop_in, stop_pass, stop_step = where
 
     def train(job: Job, *, stops: bool) -> Any:
-        net: Any = model()
-        optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-        loaders: Any = DataLoader(data(10), 4, shuffle=True), DataLoader(data(14), 4, shuffle=True)
-        net, optimizer, *loaders = job.prepare(net, optimizer, *loaders, batch="global")
-        if not stops and (tmp_path / "saved").exists():
-            job.load(tmp_path / "saved")
+        net, optimizer, loaders = with_two_loaders(job, None if stops else tmp_path / "saved")
         for _ in job.epochs(2):
             for name, loader in zip("ab", loaders, strict=True):
                 for _ in range(2):
@@ -235,7 +240,7 @@ def test_a_checkpoint_amid_an_epoch_of_several_passes(tmp_path: Path, where: tup
 
     expected = on(1, lambda job: train(job, stops=False))[0]
     on(2, lambda job: train(job, stops=True))
-    assert (tmp_path / "saved").exists(), (stop_in, stop_pass, stop_step)
+    assert (tmp_path / "saved").exists()
     for resumed in on(2, lambda job: train(job, stops=False)):
         assert_equal(resumed, expected)
 
@@ -244,12 +249,7 @@ def test_a_checkpoint_between_the_passes_of_an_epoch(tmp_path: Path) -> None:
     """From the second epoch on it is known that the other loader is still to come."""
 
     def train(job: Job, *, stops: bool) -> Any:
-        net: Any = model()
-        optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-        loaders: Any = DataLoader(data(10), 4, shuffle=True), DataLoader(data(14), 4, shuffle=True)
-        net, optimizer, *loaders = job.prepare(net, optimizer, *loaders, batch="global")
-        if not stops and (tmp_path / "saved").exists():
-            job.load(tmp_path / "saved")
+        net, optimizer, loaders = with_two_loaders(job, None if stops else tmp_path / "saved")
         for epoch in job.epochs(3):
             for loader in loaders:
                 for x, y in loader:

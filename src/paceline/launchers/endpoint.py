@@ -40,17 +40,6 @@ def resolve(host: str) -> str:
         ) from None
 
 
-def is_local(address: str) -> bool:
-    """Whether `address` belongs to this host, which is so exactly when a socket can be bound to it."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind((address, 0))
-        except OSError:
-            return False
-    return True
-
-
 def address_towards(peer: str, port: int) -> str:
     """The address of this host's interface that leads to `peer`; ConfigError if there is no route."""
     try:

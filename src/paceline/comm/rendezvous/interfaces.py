@@ -7,6 +7,8 @@ import ipaddress
 import socket
 import struct
 
+from paceline.user_input import shortened
+
 _SIOCGIFADDR = 0x8915  # Linux: get the address of an interface
 
 
@@ -45,7 +47,7 @@ def chosen(wanted: str) -> list[str]:
         left_out = [name for name in names if any(_fits(name, part, is_exact=is_exact) for part in parts)]
         found = [name for name in names if name not in left_out and _leads_out(name)]
         if not found or not all(parts):
-            raise ValueError(f"{wanted!r} leaves no interface; there are {', '.join(names)}")
+            raise ValueError(f"{shortened(wanted)} leaves no interface; there are {', '.join(names)}")
         return found
     found = []
     for part in parts:
@@ -53,8 +55,9 @@ def chosen(wanted: str) -> list[str]:
         if not mine and not is_exact:
             mine = [name for name in names if part and name.startswith(part) and address_of(name)]
         if not mine:
-            known = ", ".join(names)
-            raise ValueError(f"this host has no interface or address {part!r}; its interfaces: {known}")
+            raise ValueError(
+                f"this host has no interface or address {shortened(part)}; its interfaces: {', '.join(names)}"
+            )
         found += [name for name in mine if name not in found]
     return found
 
@@ -72,12 +75,19 @@ def _is_own(text: str) -> bool:
     """Whether it is an address of this host."""
     try:
         address = ipaddress.ip_address(text)
-        if address.is_unspecified:
-            return False
-        with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6) as probe:
-            probe.bind((str(address), 0))
+        return not address.is_unspecified and is_local(str(address))
     except (ValueError, OSError):
         return False
+
+
+def is_local(address: str) -> bool:
+    """Whether `address` belongs to this host, which is so exactly when a socket can be bound to it."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
     return True
 
 

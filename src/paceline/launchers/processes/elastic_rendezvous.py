@@ -21,13 +21,14 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
+from paceline.comm.rendezvous.interfaces import is_local
 from paceline.comm.rendezvous.job_store import JobStore, Prefixed
 from paceline.comm.rendezvous.lost_ranks import LostRanks
 from paceline.comm.rendezvous.store_server import StoreServer
 from paceline.comm.rendezvous.stores import attempt_name
 from paceline.comm.security.keys import account_key, derive, read_secret
 from paceline.errors import ConfigError, ProtocolError, Timeout
-from paceline.launchers.endpoint import address_towards, is_local, parse_endpoint, resolve
+from paceline.launchers.endpoint import address_towards, parse_endpoint, resolve
 from paceline.launchers.job import JobSpec
 from paceline.launchers.processes.console import Console
 from paceline.options import new_secret

@@ -7,6 +7,7 @@ they count differently, and is then refused.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -41,7 +42,8 @@ class BatchesInHand:
         self._lock = threading.RLock()  # a thread of the loop's own may fetch batches
         self._waiting: list[HandedBatch] = []
         self._passes: list[LoaderPass] = []  # the one that handed out a batch last is last
-        self._newest = -1
+        self.newest = -1
+        """The number of the batch that was handed out last; -1 before the first."""
         self._current: HandedBatch | None = None
         self._thread: int | None = None
         self._is_known = True
@@ -56,11 +58,6 @@ class BatchesInHand:
         self._sees_models = True
         """Whether models are called as a whole, so that it is known what they get."""
 
-    @property
-    def newest(self) -> int:
-        """The number of the batch that was handed out last; -1 before the first."""
-        return self._newest
-
     def hand_out(self, batch: HandedBatch) -> None:
         """A loader hands it out."""
         with self._lock:
@@ -71,7 +68,7 @@ class BatchesInHand:
                 before = []
             elsewhere = self._thread is not None and threading.get_ident() != self._thread
             self._waiting += [*before, batch]
-            self._newest = batch.number
+            self.newest = batch.number
             if batch.one not in self._passes:
                 self._gets_own = {one: own for one, own in self._gets_own.items() if one.is_open}
             self._passes = [one for one in self._passes if one is not batch.one] + [batch.one]
@@ -93,13 +90,14 @@ class BatchesInHand:
 
     def given(self, follower: Trainee, inputs: Any) -> ForwardPass | None:
         """A model gets these inputs; returns which batches they are, if gradients are wanted."""
+        look = functools.cache(lambda: memory_of(inputs))  # most loops need not look
         with self._lock:
             if self._waiting:
                 self._thread = threading.get_ident()
-                self._take_from_waiting(follower, inputs)
+                self._take_from_waiting(follower, look)
             if (one := self._unmistakable(follower)) is not None:
                 return ForwardPass([one], is_certain=True) if torch.is_grad_enabled() else None
-            found = self._known.among(memory_of(inputs))  # also of a loader that was prepared apart
+            found = self._known.among(look())  # also of a loader that was prepared apart
             if len(found) == 1 and (torch.is_grad_enabled() or follower.module.training):
                 found[0].loader.own_samples = found[0].own
                 follower.take_up(found[0])
@@ -114,16 +112,16 @@ class BatchesInHand:
             return None
         return one if any(other is follower for other in one.following) else None
 
-    def _take_from_waiting(self, follower: Trainee, inputs: Any) -> None:
+    def _take_from_waiting(self, follower: Trainee, look: Callable[[], Memory]) -> None:
         mine = self._waiting_for(follower)
         if all(w.is_begun for w in mine):  # several: of passes that go on side by side
-            for batch in self._meant(mine, follower, inputs):
+            for batch in self._meant(mine, follower, look):
                 if batch.one not in self._gets_own:
-                    self._gets_own[batch.one] = recognised([batch], memory_of(inputs)) is batch
+                    self._gets_own[batch.one] = recognised([batch], look()) is batch
                 self._found(batch)
             return
         known = [self._current] if self._current is not None and self._current not in mine else []
-        found = recognised([*mine, *known], memory_of(inputs))
+        found = recognised([*mine, *known], look())
         if found in known and found is not None:  # once more
             self._is_known = True
         elif found is not None:
@@ -131,15 +129,16 @@ class BatchesInHand:
             # This loop gives its models what it got: what is gone was left out.
             self._waiting = [w for w in self._waiting if not (w.one is found.one and w.is_gone)]
 
-    def _meant(self, mine: list[HandedBatch], follower: Trainee, inputs: Any) -> list[HandedBatch]:
+    def _meant(
+        self, mine: list[HandedBatch], follower: Trainee, look: Callable[[], Memory]
+    ) -> list[HandedBatch]:
         """Those of the waiting batches that may be what a model gets: in a validation, none to be trained."""
         evaluates = not torch.is_grad_enabled() and not follower.module.training
         if len(self._passes) < 2 and not evaluates:
             return mine
-        memory = memory_of(inputs)
-        if recognised(mine, memory) is None and self._known.among(memory):
+        if recognised(mine, look()) is None and self._known.among(look()):
             return []  # it is known, and another one
-        return [b for b in mine if not (evaluates and b.following) or b.count_in(memory)]
+        return [b for b in mine if not (evaluates and b.following) or b.count_in(look())]
 
     def _in_play(self, follower: Trainee) -> list[HandedBatch]:
         """Batches that a model may have got which are not recognised: the newest of each pass.

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils import _pytree as pytree
 
 from paceline.errors import ConfigError
-from paceline.train.data.handed_out import HandedBatch
+from paceline.train.data.handed_out import HandedBatch, tensors_in
 from paceline.train.replica import FlatReplica
 from paceline.types import Communicator
 
@@ -150,8 +149,8 @@ class GradientWeights:
         def cut(gradient: torch.Tensor) -> torch.Tensor | None:
             return torch.zeros_like(gradient) if self.is_cut else None
 
-        for output in pytree.tree_leaves(outputs):
-            if isinstance(output, torch.Tensor) and output.requires_grad:
+        for output in tensors_in(outputs):
+            if output.requires_grad:
                 output.register_hook(cut)  # type: ignore[no-untyped-call]
 
     def mean_loss(self, loss: Any) -> Any:
