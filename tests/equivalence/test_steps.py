@@ -265,3 +265,33 @@ def test_a_checkpoint_between_the_passes_of_an_epoch(tmp_path: Path) -> None:
     on(2, lambda job: train(job, stops=True))
     for resumed in on(2, lambda job: train(job, stops=False)):
         assert_equal(resumed, expected)
+
+
+@pytest.mark.parametrize(
+    ("inner", "stop_at"), [("passes", n) for n in range(1, 7)] + [("iterator", n) for n in (1, 2, 4, 5)]
+)
+def test_a_checkpoint_amid_passes_inside_a_pass(tmp_path: Path, inner: str, stop_at: int) -> None:
+    """An inner pass for each batch of the outer one, or an iterator beside it: each goes on where it was."""
+
+    def train(job: Job, *, stops: bool) -> Any:
+        net, optimizer, (outer, other) = with_two_loaders(job, None if stops else tmp_path / "saved")
+        count = 0
+        for _ in job.epochs(2):
+            beside = iter(other)
+            for batch in outer:
+                insides = other if inner == "passes" else [next(beside)]
+                for x, y in (batch, *insides):
+                    functional.cross_entropy(net(x), y).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                count += 1
+                if stops and count == stop_at:
+                    job.save(tmp_path / "saved")
+                    return None
+        return state(net, optimizer), job.step
+
+    expected = on(1, lambda job: train(job, stops=False))[0]
+    on(2, lambda job: train(job, stops=True))
+    assert (tmp_path / "saved").exists()
+    for resumed in on(2, lambda job: train(job, stops=False)):
+        assert_equal(resumed, expected)

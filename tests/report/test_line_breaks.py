@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 
@@ -61,6 +62,14 @@ def test_a_table_cuts_no_name(columns: int) -> None:
     words = set(WORDS.findall(console.export_text()))
     for strategy in LONG:
         assert set(WORDS.findall(strategy)) <= words
+
+
+def test_a_narrow_terminal_cuts_no_figure_beside_short_names() -> None:
+    console = Console(file=io.StringIO(), record=True, width=80)
+    named = [dataclasses.replace(t, strategy="a") for t in comparison().trials]
+    show(dataclasses.replace(comparison(), trials=tuple(named)), console)
+    table = console.export_text().partition("* best of its column")[0]
+    assert "wire bytes" in table and "…" not in table
 
 
 def test_text_below_the_table_fits_the_terminal() -> None:

@@ -13,6 +13,8 @@ from paceline.report import ledger, line_breaks, strategy_rows, work
 from paceline.report.verdict import SPEED_TIE, amount, criteria, duration, noise, notes, passes, verdict
 
 _WIDTH = 110
+_LEAST_NAME = 16
+"""Columns of the strategies' names, at least."""
 
 
 def show(comparison: Comparison, console: Console | None = None) -> None:
@@ -26,7 +28,7 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
         padding=(0, 1),
         title=f"{comparison.task}: {comparison.epochs:g} epochs of {comparison.train_samples} samples",
     )
-    table.add_column("strategy", min_width=16, no_wrap=True)
+    table.add_column("strategy", min_width=_LEAST_NAME, no_wrap=True)
     for head in (
         "workers",
         "samples/s",
@@ -80,7 +82,7 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
 def _width(comparison: Comparison, *, is_stale: bool) -> int:
     """Columns of the table. A narrow terminal wraps lines; better than columns that lose their figures."""
     longest = max(len(line) for t in comparison.trials for line in line_breaks.lines(t.strategy))
-    return _WIDTH + longest + 14 * is_stale
+    return _WIDTH + max(longest, _LEAST_NAME) + 14 * is_stale
 
 
 def _staleness(row: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from torch.autograd import Variable
 
 from paceline.errors import ConfigError
 from paceline.strategies.base.strategy import TrainingStrategy
-from paceline.train.data.forwards import ForwardPasses
+from paceline.train.data.forwards import ForwardPass, ForwardPasses
 from paceline.train.data.handed_out import HandedBatch
 from paceline.train.data.in_hand import BatchesInHand
 from paceline.train.gradients import drift
@@ -75,7 +75,7 @@ class Attachment:
         self._pass: object = None  # of the batch in hand
         self._batch: HandedBatch | None = None  # whose weight the coming backward passes have
         self._has_new_batch = False  # since the last forward pass
-        self._forwards = ForwardPasses()
+        self._forwards = ForwardPasses(self._is_reached)
         self._only_accumulates = False  # inside `no_sync`
         self._sends = False  # whether the backward pass that runs reduces its gradients
         self._graphs: dict[int, torch.Tensor] = {}  # this rank's gradients that have a graph
@@ -115,6 +115,11 @@ class Attachment:
             self.weights.take(batch, is_alone=self._is_alone)
         if trains:
             self.weights.trains(batch)
+
+    def _is_reached(self, one: ForwardPass) -> None:
+        """A gradient reaches the model's outputs: layers inside (SyncBatchNorm) need the weight at once."""
+        if one.is_certain and len(one.batches) == 1:
+            self.take_up(one.batches[0])
 
     def _drop_cleared(self) -> None:
         """A window of an earlier pass goes on in this one, unless its gradients were cleared in between."""
@@ -357,7 +362,7 @@ class Attachment:
 
     def _begin_backward(self) -> None:
         if self.hands is not None:
-            self.hands.backward(self, self._forwards.reached())
+            self.hands.backward(self, self._forwards.trained())
         self._minibatch.advance(MinibatchEvent.BACKWARD_BEGINS)
         self._window.backwards += 1
         self._kept.forget()

@@ -348,7 +348,7 @@ class Job(LoopCalls):
         step, samples = self.step - batches, self.samples - samples
         next_epoch = self.next_epoch
         in_epoch = self._epoch_over is not None and next_epoch == self.epoch
-        done = self.loaders.passes_done() if in_epoch else [0] * len(self.loaders)
+        done = self.loaders.passes_to_leave_out() if in_epoch else [0] * len(self.loaders)
         position = persistence.JobPosition(next_epoch, step, samples, self.clock.seconds, done)
         return persistence.collect(self._parts(), position, extra)
 

@@ -62,6 +62,8 @@ class Loaders(Sequence[ShardedLoader]):
         self._own: dict[int, list[ShardedLoader]] = {}  # by model
         self._is_closed = False
         self._begun_at: list[int] = []  # the pass of each loader with which the epoch began
+        self._outermost: LoaderPass | None = None  # of the passes that are open, the one that began first
+        self._before: list[int] = []  # the pass of each loader when that one began
         self.hands = BatchesInHand(comm.rank, lambda one, loader: loader in self._loaders_of(one))
 
     def __len__(self) -> int:
@@ -133,13 +135,26 @@ class Loaders(Sequence[ShardedLoader]):
         self._on_boundary()
 
     def epoch_begins(self) -> None:
-        """Passes count from here on."""
-        self._begun_at = [loader.epoch - loader.left_out for loader in self._all]
+        """Passes count from here on; one that is still open is the epoch before's."""
+        self._begun_at = [loader.epoch + loader.is_open - loader.left_out for loader in self._all]
 
     def passes_done(self) -> list[int]:
         """Of each loader, how many passes of the epoch in progress are over."""
+        return self._since_the_epoch_began([loader.epoch for loader in self._all])
+
+    def passes_to_leave_out(self) -> list[int]:
+        """Of each loader, how many passes come before the place where a loop goes on that is resumed here.
+
+        Not those inside a pass that is not over: the loop makes one for each of its batches.
+        """
+        is_amid = self._outermost is not None and self._outermost.is_open
+        return self._since_the_epoch_began(self._before) if is_amid else self.passes_done()
+
+    def _since_the_epoch_began(self, epochs: Sequence[int]) -> list[int]:
+        """How many passes each loader had been through; loaders that were added later are at their first."""
         begun_at = [*self._begun_at, *(0 for _ in self._all[len(self._begun_at) :])]
-        return [loader.epoch - first for loader, first in zip(self._all, begun_at, strict=True)]
+        now = [*epochs, *begun_at[len(epochs) :]]
+        return [max(0, epoch - first) for epoch, first in zip(now, begun_at, strict=True)]
 
     def are_through(self) -> bool:
         """Whether the epoch in progress has had its passes.
@@ -159,6 +174,8 @@ class Loaders(Sequence[ShardedLoader]):
         following = [one for one in self._following(loader) if one.module.training or torch.is_grad_enabled()]
         assert loader.newest is not None
         loader.newest.following = following
+        if following and (self._outermost is None or not self._outermost.is_open):
+            self._outermost, self._before = loader.newest.one, [other.epoch for other in self._all]
         self.hands.hand_out(loader.newest)
         if following or not self._followers:
             self._on_batch(own, every, is_last)

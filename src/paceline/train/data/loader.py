@@ -181,6 +181,11 @@ class ShardedLoader(abc.ABC):
             dropped(-one.handed[0], -one.handed[1])
 
     @property
+    def is_open(self) -> bool:
+        """Whether an iterator over it has begun and is not over."""
+        return bool(self._open)
+
+    @property
     def local_batch_size(self) -> int:
         """Samples in a full batch of this rank; 0 if the source does not say."""
         return -(-self._round_size // self._comm.size)
