@@ -56,6 +56,22 @@ def test_without_permission_to_go_on_the_job_ends(fault: str, strategy: str) -> 
     assert "rank 1" in output, output
 
 
+def test_a_method_that_cannot_go_on_is_refused_before_it_trains() -> None:
+    code, output = run("kill", "all_reduce", "--min-workers", "2")
+    assert code != 0, output
+    assert "strategy all_reduce: it cannot go on without a lost worker, as --min-workers 2" in output
+    assert "use parameter_server, gossip or decentralized_threshold, or leave --min-workers out" in output
+    assert "continuing without" not in output
+
+
+@pytest.mark.parametrize("phase", ["init", "prepare"])
+def test_a_loss_before_the_ranks_can_go_on_is_not_told_as_survived(phase: str) -> None:
+    code, output = run("kill", "gossip", "--min-workers", "2", phase=phase)
+    assert code != 0, output
+    assert "continuing without" not in output
+    assert "rank 1 of 3" in output and "SIGKILL" in output
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_gloo_names_the_rank_at_fault_too(fault: str) -> None:
     code, output = run(fault, "all_reduce", "--fabric", "torch")

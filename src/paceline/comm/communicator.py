@@ -291,6 +291,7 @@ class FabricCommunicator(FabricOperations):
             self.mailbox().gives_up_stuck_ranks = True
             self._survivors = Survivors(self.mailbox(), self.rank, self.size)
             if self.rank == 0 and self.meeting is not None and self.meeting.lost_ranks is not None:
+                self.meeting.lost_ranks.tolerate()
                 loss_exchange.start(self.mailbox(), self.meeting.lost_ranks)
             self.barrier().wait()  # rank 0 has a connection to every rank, and so sees it die
 

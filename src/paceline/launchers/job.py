@@ -61,8 +61,8 @@ class JobSpec:
         resources: What each worker needs; None: what the engine gives by default.
         working_directory: Where workers run; None: the launcher's current directory.
         ship: A folder of code that the engine sends to its hosts; workers run in a copy of it there.
-        min_workers: The job continues after losing workers while this many live, over all hosts; None: any
-            loss is a failure.
+        min_workers: The job continues after losing workers while this many live, over all hosts, from
+            `prepare` with a strategy that can go on without them; None: any loss is a failure.
         max_workers: Start up to this many workers, over all hosts, when the engine has room; None: only those
             asked for.
         engine_options: What only one engine knows, such as a cluster's address or a queue; see

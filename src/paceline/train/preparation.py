@@ -168,6 +168,12 @@ def _check(
             f"strategy {name!r} trains on {strategy.max_workers} worker, this job has {comm.size};"
             " start one worker or choose another strategy (`paceline strategies` lists them)"
         )
+    if comm.min_size < comm.size and not strategy.survives_loss:
+        raise ConfigError(
+            f"strategy {strategy.name}: it cannot go on without a lost worker, as --min-workers {comm.min_size}"
+            " asks it to; use parameter_server, gossip or decentralized_threshold, or leave --min-workers out:"
+            " --max-restarts N with --checkpoint PATH begins again from the last save"
+        )
     whole_number("accumulation_steps", settings.accumulation_steps, least=1)
     check_reduction(settings.loss_reduction)
     if strategy.needs_gradients and comm.size > 1:

@@ -13,11 +13,11 @@ from torch._C._distributed_c10d import Store
 
 from paceline.types import Rank
 
-_ENDED, _LOST, _DEADLINE = "gone/ended", "gone/lost", "gone/deadline"
+_ENDED, _LOST, _DEADLINE, _TOLERATED = "gone/ended", "gone/lost", "gone/deadline", "gone/tolerated"
 
 
 class LostRanks:
-    """The two lists, and the deadline of the job.
+    """The two lists, the deadline of the job, and whether the ranks can do without one.
 
     Args:
         store: The launcher's store, for one attempt of the job.
@@ -41,6 +41,14 @@ class LostRanks:
     def lost(self) -> dict[Rank, str]:
         """The ranks that rank 0 has named, and why."""
         return self._members(_LOST)
+
+    def tolerate(self) -> None:
+        """Rank 0: from now on the ranks go on without one that is lost."""
+        self._store.set(_TOLERATED, "")
+
+    def are_tolerated(self) -> bool:
+        """Whether rank 0 has said that the ranks go on."""
+        return bool(self._store.check([_TOLERATED]))
 
     def set_deadline(self, seconds: float) -> None:
         """Rank 0: after how many seconds a rank that is waited for counts as lost."""

@@ -154,9 +154,12 @@ class ElasticAgent(SimpleElasticAgent):
         return RunResult(state=WorkerState.SUCCEEDED, return_values={w.rank: None for w in self._workers.all})
 
     def _continues_without(self, failed: Sequence[WorkerProcess]) -> bool:
-        """Whether enough workers live. Rank 0 is needed, because the others agree through it."""
+        """Whether enough workers live, and can go on. Rank 0 is needed, because the others agree through it."""
+        assert self._losses is not None
         if self._job.min_workers is None or any(w.rank == 0 for w in failed):
             return False
+        if not self._losses.are_tolerated():
+            return False  # a loop of collectives, or a loss before `prepare`: the others wait for this one
         new = [w for w in failed if w.rank not in self._lost]
         self._lost.update(w.rank for w in new)
         size = self._worker_group.workers[0].world_size
@@ -166,7 +169,6 @@ class ElasticAgent(SimpleElasticAgent):
         if size - num_lost < self._job.min_workers and any(w.exit_code for w in failed):
             return False
         for worker in new:
-            assert self._losses is not None
             self._losses.add_ended(worker.rank)
             failure = first_failure([worker.exit_reason], size)
             if failure is not None:

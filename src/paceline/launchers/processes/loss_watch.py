@@ -35,6 +35,10 @@ class LossWatch:
         """Tell rank 0 that the process of `rank` has ended."""
         self._lost_ranks.add_ended(rank)
 
+    def are_tolerated(self) -> bool:
+        """Whether the ranks have come to where they go on without one: to `prepare` with a method that can."""
+        return self._lost_ranks.are_tolerated()
+
     def look(self, workers: Sequence[WorkerProcess], *, at_once: bool = False) -> None:
         """Called often; looks now and then, or now."""
         now = time.monotonic()
