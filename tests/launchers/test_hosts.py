@@ -23,12 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"RES_OPTIONS": "timeout:1 attempts:1"}
 
 
-def start(lab: Lab, host: int, *arguments: str) -> subprocess.Popen[Any]:
+def start(lab: Lab, host: int, *arguments: str, rendezvous: str = "") -> subprocess.Popen[Any]:
     return lab.popen(
         host,
         [
             *(sys.executable, "-m", "paceline.cli.main", "run", "--nodes", "2"),
-            *("--rendezvous", f"{lab.address(0)}:29400", *arguments),
+            *("--rendezvous", rendezvous or f"{lab.address(0)}:29400", *arguments),
         ],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -73,6 +73,31 @@ def test_one_secret_for_all_hosts_and_failures_told_on_both(tmp_path: Path) -> N
     assert all(code not in (0, None) for code, *_ in results)
     assert sum("[1] ValueError: boom" in err.splitlines()[-1] for *_, err in results) == 1
     assert all("frame #" not in err for *_, err in results), "no stacks of the C++ store"
+
+
+@pytest.mark.parametrize("fabric", ["native", "torch"])
+def test_hosts_without_ipv4(fabric: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, paceline\n"
+        "from paceline.types import Message\n"
+        "job = paceline.init(timeout_s=60)\n"
+        "both = torch.full((3,), job.rank + 1.0)\n"
+        "job.comm.all_reduce(both).wait()\n"
+        "job.comm.serve('told', lambda peer, message: message)\n"
+        "job.comm.barrier().wait()\n"
+        "job.comm.call(1 - job.rank, 'told', Message({}, [both])).wait()\n"
+        "job.comm.drain()\n"
+        "print('sum', both.tolist(), flush=True)\n"
+    )
+    with Lab(hosts=2) as lab:
+        for host in (0, 1):
+            lab.run(host, ["ip", "-4", "addr", "flush", "dev", "eth0"])
+        at = f"[{lab.address6(0)}]:29400"
+        what = ("--fabric", fabric, str(script))
+        results = finish(*(start(lab, host, *what, rendezvous=at) for host in (0, 1)))
+    assert [code for code, *_ in results] == [0, 0], results
+    assert all("sum [3.0, 3.0, 3.0]" in out for _, out, _ in results), results
 
 
 def test_secret_file_on_every_host(tmp_path: Path) -> None:

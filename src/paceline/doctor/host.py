@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import platform
 import resource
@@ -129,7 +130,7 @@ def _name() -> Finding:
     """Whether the host's own name resolves, and to an address that other hosts can use."""
     name = socket.gethostname()
     try:
-        address = str(socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+        address = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
         return Finding(
             "own name",
@@ -137,7 +138,7 @@ def _name() -> Finding:
             f"{name!r} cannot be resolved on this host ({error.strerror or error}), as Gloo and MPI require",
             f"add a line `<address> {name}` to /etc/hosts",
         )
-    if address.startswith("127."):
+    if ipaddress.ip_address(address).is_loopback:
         message = f"{name!r} resolves to {address}: other software may give that address to other hosts"
         return Finding("own name", NOTE, f"{message}; Paceline does not", values={"address": address})
     return Finding("own name", OK, f"{name!r} is {address}", values={"address": address})

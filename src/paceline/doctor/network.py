@@ -37,7 +37,7 @@ def interfaces() -> Finding:
         for i in used
     )
     values: dict[str, Any] = {"interfaces": found}
-    if not [i for i in used if not str(i["address"]).startswith("127.")]:
+    if all(ipaddress.ip_address(str(i["address"])).is_loopback for i in used):
         fix = "give the host a network (in a container: a bridge or host network)"
         return Finding("interfaces", WARNING, f"only loopback: {text or 'nothing'}", fix, values=values)
     return Finding("interfaces", OK, text, values=values)
@@ -57,7 +57,7 @@ def resolve(name: str) -> tuple[str | None, Finding]:
         return None, Finding("name", PROBLEM, f"{name!r} cannot be resolved: {error.strerror or error}", fix)
     took_s = time.perf_counter() - began
     values = {"address": address, "seconds": took_s}
-    if address.startswith("127.") and name not in ("localhost", socket.gethostname()):
+    if ipaddress.ip_address(address).is_loopback and name not in ("localhost", socket.gethostname()):
         fix = f"give {name} its address on the network in /etc/hosts"
         return address, Finding(
             "name", PROBLEM, f"{name} resolves to {address}, which is this host", fix, values=values

@@ -170,9 +170,9 @@ def _check(
         )
     if comm.min_size < comm.size and not strategy.survives_loss:
         raise ConfigError(
-            f"strategy {strategy.name}: it cannot go on without a lost worker, as --min-workers {comm.min_size}"
-            " asks it to; use parameter_server, gossip or decentralized_threshold, or leave --min-workers out:"
-            " --max-restarts N with --checkpoint PATH begins again from the last save"
+            f"strategy {strategy.name}: it cannot go on without a lost worker, as --min-workers"
+            f" {comm.min_size} asks it to; use parameter_server, gossip or decentralized_threshold, or leave"
+            " --min-workers out: --max-restarts N with --checkpoint PATH begins again from the last save"
         )
     whole_number("accumulation_steps", settings.accumulation_steps, least=1)
     check_reduction(settings.loss_reduction)

@@ -92,7 +92,7 @@ def own_address(store: Store) -> str:
         address = address_of(interface)
         if address is None:
             raise CommError(
-                f"GLOO_SOCKET_IFNAME={interface}: this host has no such interface, or it has no IPv4 address"
+                f"GLOO_SOCKET_IFNAME={interface}: this host has no such interface, or it has no address"
             )
         return address
     base: Store = store

@@ -1,4 +1,4 @@
-"""This host's network interfaces and IPv4 addresses, and the local address of a route."""
+"""This host's network interfaces and addresses, and the local address of a route."""
 
 from __future__ import annotations
 
@@ -6,14 +6,29 @@ import fcntl
 import ipaddress
 import socket
 import struct
+from pathlib import Path
 
 from paceline.user_input import shortened
 
 _SIOCGIFADDR = 0x8915  # Linux: get the address of an interface
+_IPV6_ADDRESSES = Path("/proc/net/if_inet6")  # Linux: address, index, length of prefix, scope, flags, name
+_LINK_LOCAL = "20"  # a scope: such an address says nothing without the interface
+
+
+def addresses_of(interface: str) -> list[str]:
+    """The addresses of `interface`: IPv4 first; no IPv6 addresses of the link alone; [] without interface."""
+    ipv4 = _ipv4_address_of(interface)
+    rows = [row.split() for row in _text_or_empty(_IPV6_ADDRESSES).splitlines()]
+    mine = [row[0] for row in rows if row[5] == interface and row[3] != _LINK_LOCAL]
+    return [*([ipv4] if ipv4 else []), *(str(ipaddress.IPv6Address(bytes.fromhex(text))) for text in mine)]
 
 
 def address_of(interface: str) -> str | None:
-    """The IPv4 address of `interface`; None if there is no such interface or it has no IPv4 address."""
+    """The first of its addresses; None if there is no such interface or it has none."""
+    return next(iter(addresses_of(interface)), None)
+
+
+def _ipv4_address_of(interface: str) -> str | None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         request = struct.pack("256s", interface.encode()[:15])
         try:
@@ -23,9 +38,14 @@ def address_of(interface: str) -> str | None:
     return socket.inet_ntoa(reply[20:24])
 
 
+def _text_or_empty(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
 def interface_of(address: str) -> str | None:
-    """The name of the interface that has the IPv4 `address`; None if no interface has it."""
-    return next((name for _, name in socket.if_nameindex() if address_of(name) == address), None)
+    """The name of the interface that has the IP `address`; None if no interface has it."""
+    wanted = str(ipaddress.ip_address(address))
+    return next((name for _, name in socket.if_nameindex() if wanted in addresses_of(name)), None)
 
 
 def chosen(wanted: str) -> list[str]:
@@ -33,7 +53,7 @@ def chosen(wanted: str) -> list[str]:
 
     Args:
         wanted: `eth0,10.0.0.1` are names and addresses; a name that no interface has stands for all that
-            begin with it. `=eth0,eth1`: exactly these. `^docker,virbr`: all interfaces with an IPv4
+            begin with it. `=eth0,eth1`: exactly these. `^docker,virbr`: all interfaces with an
             address, but loopback and those whose names begin so; `^=eth1`: but exactly this one.
 
     Raises:
@@ -68,7 +88,7 @@ def _fits(name: str, part: str, *, is_exact: bool) -> bool:
 
 def _leads_out(name: str) -> bool:
     address = address_of(name)
-    return address is not None and not address.startswith("127.")
+    return address is not None and not ipaddress.ip_address(address).is_loopback
 
 
 def _is_own(text: str) -> bool:
@@ -92,9 +112,9 @@ def is_local(address: str) -> bool:
 
 
 def own_addresses() -> list[str]:
-    """All IPv4 addresses of this host, loopback last."""
-    found = [address for _, name in socket.if_nameindex() if (address := address_of(name)) is not None]
-    return sorted(found, key=lambda a: a.startswith("127.")) or ["127.0.0.1"]
+    """All addresses of this host: IPv4 first, loopback last."""
+    found = [ipaddress.ip_address(a) for _, name in socket.if_nameindex() for a in addresses_of(name)]
+    return [str(a) for a in sorted(found, key=lambda a: (a.is_loopback, a.version))] or ["127.0.0.1"]
 
 
 def local_address_towards(host: str, port: int) -> str:
@@ -116,6 +136,11 @@ def listening_address(host: str) -> str:
     try:
         address = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError:
-        return "0.0.0.0"
+        return _every_address()
     is_name_of_loopback = ipaddress.ip_address(address).is_loopback and host not in (address, "localhost")
-    return "0.0.0.0" if is_name_of_loopback else address
+    return _every_address() if is_name_of_loopback else address
+
+
+def _every_address() -> str:
+    """What a listener is bound to for all addresses: those of IPv4, unless others come by IPv6 only."""
+    return "::" if ":" in own_addresses()[0] else "0.0.0.0"

@@ -36,7 +36,7 @@ class LossWatch:
         self._lost_ranks.add_ended(rank)
 
     def are_tolerated(self) -> bool:
-        """Whether the ranks have come to where they go on without one: to `prepare` with a method that can."""
+        """Whether the ranks go on without one: from `prepare` with a method that can."""
         return self._lost_ranks.are_tolerated()
 
     def look(self, workers: Sequence[WorkerProcess], *, at_once: bool = False) -> None:
