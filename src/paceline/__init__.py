@@ -6,7 +6,7 @@ import importlib
 import sys
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Lazy (PEP 562): `import paceline` and `paceline schedule …` must not pay for torch.
 _EXPORTS = {

@@ -9,6 +9,7 @@ import torch
 from runs import assert_equal, on, same_as_one_process, state
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 from paceline.train.job import Job
 
@@ -107,6 +108,29 @@ def test_two_models_against_each_other() -> None:
         return state(*nets)
 
     same_as_one_process(loop, tolerance=2e-3)
+
+
+@pytest.mark.parametrize("bad", [{0}, {1}, {0, 1}, set()], ids=str)
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_minibatch_of_two_passes_is_left_out_if_either_overflows(bad: set[int], size: int) -> None:
+    def loop(job: Job) -> None:
+        net: Any = network()
+        optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.1)
+        loader: Any = DataLoader(TensorDataset(torch.randn(8, 6)), batch_size=4)
+        net, optimizer, loader = job.prepare(net, optimizer, loader, precision="fp16")
+        precision = job.registered["precision"]
+        for number, (x,) in enumerate(loader):
+            before = [p.detach().clone() for p in net.parameters()]
+            for one in (0, 1):
+                factor = float("inf") if number == 0 and one in bad else 1.0
+                (net(x).square().mean() * factor).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            moved = [not torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True)]
+            assert any(moved) == (number == 1 or not bad)
+            assert (precision.skipped, precision.scale) == ((1, 32768.0) if bad else (0, 65536.0))
+
+    on(size, loop)
 
 
 class Again(nn.Module):

@@ -66,7 +66,7 @@ class Attachment:
         self.on_update: Callable[[], None] | None = None
         """Called after each minibatch's update."""
         self.hands: BatchesInHand | None = None
-        self.on_gradients: Callable[[], None] | None = None
+        self.on_gradients: Callable[[bool], None] | None = None
         """Called when all gradients are complete, at the end of backward."""
         self._size = comm.size
         self.comm = comm
@@ -394,7 +394,7 @@ class Attachment:
         self._window.backwards = 0
         self._kept.forget()
         self._minibatch.advance(MinibatchEvent.GRADIENTS_REDUCED)
-        self._minibatch.awaits_step = bool(self.replica.optimizers)
+        is_further, self._minibatch.awaits_step = self._minibatch.awaits_step, bool(self.replica.optimizers)
         self._versions = [] if self.has_loader else self._parameter_versions()
         if not self.replica.optimizers:
             self._minibatch.advance(MinibatchEvent.MINIBATCH_ENDS)
@@ -410,7 +410,7 @@ class Attachment:
         if self.has_loader:
             self._reduced.note(self.replica.trained)
         if self.on_gradients is not None:
-            self.on_gradients()
+            self.on_gradients(is_further)
 
     def _connect(self) -> None:
         """After backward(create_graph=True): what depends on a reduced gradient has a gradient itself."""

@@ -43,6 +43,7 @@ class MixedPrecision:
         self.skipped = 0
         """Minibatches whose update was left out because a gradient overflowed."""
         self._good = 0
+        self._has_overflowed = False  # in the minibatch in progress
         self._attachment = attachment
         self._is_scaling = dtype == torch.float16
         module: Any = attachment.replica.module
@@ -66,7 +67,13 @@ class MixedPrecision:
         return self.scale
 
     @torch.no_grad()
-    def _check(self) -> None:
+    def _check(self, is_further: bool) -> None:
+        """At the end of a backward pass.
+
+        Args:
+            is_further: Whether an earlier pass of the same minibatch was checked, whose step is to come.
+        """
+        was_dropped = is_further and self._has_overflowed
         replica = self._attachment.replica
         gradients = [real(p.grad) for p in replica.trained if p.grad is not None]
         overflow = torch.zeros(1, device=gradients[0].device if gradients else None)
@@ -74,12 +81,17 @@ class MixedPrecision:
         for dtype in {g.dtype for g in gradients}:
             same = [g for g in gradients if g.dtype == dtype]
             torch._amp_foreach_non_finite_check_and_unscale_(same, overflow, one)
-        if float(overflow):
+        self._has_overflowed = was_dropped or bool(overflow)
+        if self._has_overflowed:
             for parameter in replica.trained:
                 parameter.grad = None
+            if was_dropped:  # the sum of a minibatch is not finite once, however many passes it has
+                return
             self.skipped += 1
             self._good = 0
             self.scale = max(1.0, self.scale / 2)
+            return
+        if is_further:
             return
         self._good += 1
         if self._good == GROWTH_INTERVAL:

@@ -154,7 +154,7 @@ class ElasticAgent(SimpleElasticAgent):
         return RunResult(state=WorkerState.SUCCEEDED, return_values={w.rank: None for w in self._workers.all})
 
     def _continues_without(self, failed: Sequence[WorkerProcess]) -> bool:
-        """Whether enough workers live and can go on. Rank 0 is needed, because the others agree through it."""
+        """Whether enough workers live and can go on; rank 0 too, because the others agree through it."""
         assert self._losses is not None
         if self._job.min_workers is None or any(w.rank == 0 for w in failed):
             return False
