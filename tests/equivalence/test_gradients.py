@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from runs import on, same_as_one_process, state
-from small import AVERAGING, SERVERS, data, model
+from runs import assert_equal, on, same_as_one_process, state
+from small import AVERAGING, SERVERS, data, model, step
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from paceline.errors import ConfigError
 from paceline.train.job import Job
 
 ENCODED = [
@@ -184,3 +185,31 @@ def test_odd_parameters_under_every_method(strategy: str) -> None:
             assert torch.isfinite(torch.view_as_real(a) if a.is_complex() else a).all()
             assert a.shape == start.shape
     assert not torch.equal(results[0][0], state(Odd())[0])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("strategy", ["all_reduce", "local_sgd(period=2)"])
+def test_gradient_hooks_after_prepare_are_refused_where_gradients_are_sent(strategy: str, size: int) -> None:
+    def halve(parameter: Any) -> None:
+        parameter.grad.mul_(0.5)
+
+    def loop(job: Job) -> Any:
+        net: Any = model()
+        net[0].weight.register_post_accumulate_grad_hook(halve)  # gets this rank's gradient
+        optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.1)
+        net, optimizer, loader = job.prepare(
+            net, optimizer, DataLoader(data(), 6), strategy=strategy, batch="global"
+        )
+        for number, batch in enumerate(loader):
+            if number == 1:
+                net[0].bias.register_post_accumulate_grad_hook(halve)
+            step(net, optimizer, batch)
+        job.synchronize()
+        return state(net)
+
+    if strategy == "all_reduce" and size == 2:
+        with pytest.raises(ConfigError, match=r"0\.bias got a post-accumulate-grad hook after prepare\(\)"):
+            on(size, loop)
+    else:
+        results = on(size, loop)
+        assert_equal(results[-1], results[0])

@@ -1,4 +1,4 @@
-"""An overflow on one rank reaches every rank's GradScaler, whatever encodes the gradients."""
+"""An overflow on one rank: all skip the step where gradients are summed, else this rank alone."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from runs import on
+from runs import assert_equal, on
 from small import data, model
+from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 from paceline.train.job import Job
 
@@ -50,3 +52,116 @@ def test_all_ranks_skip_the_step_and_go_on(codec: str | None, bad: float) -> Non
     for changed, scale, finite, parameters in results:
         assert (changed, scale, finite) == ([True, False, True, True], 4.0, True)
         assert all(torch.equal(a, b) for a, b in zip(parameters, results[0][3], strict=True))
+
+
+METHODS = ["all_reduce", "local_sgd(period=1)", "local_sgd(period=2)", "diloco(period=3)", "gossip"]
+PLACES = ["first", "between forward and backward", "last", "last, set to zero"]
+
+
+def deep() -> Any:
+    """Its backward needs the weights that its forward used."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1))
+
+
+@pytest.mark.filterwarnings("ignore:strategy")
+@pytest.mark.parametrize("has_loader", [True, False], ids=["loader", "no loader"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("method", METHODS)
+def test_minibatches_are_counted_wherever_gradients_are_cleared(
+    method: str, place: str, has_loader: bool
+) -> None:
+    """Rank 0 has to skip the steps of two batches, by itself where ranks step by themselves."""
+
+    def loop(job: Job) -> Any:
+        net: Any = deep()
+        optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.01)
+        loader: Any = DataLoader(TensorDataset(torch.randn(32, 4)), 4)
+        if has_loader:
+            net, optimizer, loader = job.prepare(net, optimizer, loader, strategy=method)
+        else:
+            net, optimizer = job.prepare(net, optimizer, strategy=method)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for number, (x,) in enumerate(loader):
+            if place == "first":
+                optimizer.zero_grad()
+            loss = net(x).square().mean()
+            if place == "between forward and backward":
+                optimizer.zero_grad()
+            if job.rank == 0 and number in (1, 2):
+                loss = loss * float("inf")
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if place.startswith("last"):
+                optimizer.zero_grad(set_to_none="zero" not in place)
+        job.synchronize()
+        (attachment,) = job.attachments
+        parameters = [p.detach() for p in net.parameters()]
+        return attachment.minibatches, number + 1, attachment.num_updates, parameters
+
+    results = on(2, loop)
+    for rank, (minibatches, batches, updates, parameters) in enumerate(results):
+        assert minibatches == batches
+        assert updates == batches - (2 if rank == 0 or method == "all_reduce" else 0)
+        assert all(torch.equal(a, b) for a, b in zip(parameters, results[0][3], strict=True))
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_without_a_loader_several_passes_are_one_minibatch(passes: int) -> None:
+    def loop(job: Job) -> tuple[int, int]:
+        net: Any = deep()
+        optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.01)
+        net, optimizer = job.prepare(net, optimizer, strategy="local_sgd(period=2)")
+        for _ in range(4):
+            for _ in range(passes):
+                net(torch.randn(3, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        (attachment,) = job.attachments
+        return attachment.minibatches, attachment.num_updates
+
+    assert on(2, loop) == [(4, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("when", ["before forward", "before backward"])
+@pytest.mark.parametrize("place", PLACES)
+def test_what_the_loop_said_holds_after_a_skipped_step(place: str, when: str) -> None:
+    """Without a loader, where the counts of the coming pass may be told before the skipped one is over."""
+    counts = [(3, 1), (2, 2), (1, 4), (4, 1)]
+
+    def train(net: Any, optimizer: Any, parts: Any, weight: Any) -> Any:
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for number, batches in enumerate(parts):
+            if place == "first":
+                optimizer.zero_grad()
+            x = torch.cat(batches)
+            if when == "before forward":
+                weight(len(x))
+            loss = net(x).square().mean()
+            if place == "between forward and backward":
+                optimizer.zero_grad()
+            if when == "before backward":
+                weight(len(x))
+            if number == 1:
+                loss = loss * float("inf")
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if place.startswith("last"):
+                optimizer.zero_grad(set_to_none="zero" not in place)
+        return [p.detach() for p in net.parameters()]
+
+    generator = torch.Generator().manual_seed(0)
+    rows = [[torch.randn(n, 4, generator=generator) for n in both] for both in counts]
+
+    def loop(job: Job) -> Any:
+        net: Any = deep()
+        optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.1)
+        net, optimizer = job.prepare(net, optimizer, strategy="all_reduce")
+        return train(net, optimizer, [[both[job.rank]] for both in rows], job.weight)
+
+    net = deep()
+    expected = train(net, torch.optim.SGD(net.parameters(), lr=0.1), rows, lambda _: None)
+    for parameters in on(2, loop):
+        assert_equal(parameters, expected, tolerance=1e-6)

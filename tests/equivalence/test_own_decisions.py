@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import on, same_as_one_process, state
+from runs import assert_equal, on, same_as_one_process, state
 from small import data, model, step
 from torch import nn
 from torch.nn import functional
@@ -218,3 +218,90 @@ def test_a_loader_of_a_closed_job_is_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"the job of this loader is closed"):
         on(2, loop)
+
+
+def drifts_by_its_loss(job: Job, net: Any, number: int) -> None:
+    with torch.no_grad():
+        net[0].bias.add_(0.1 * job.rank)
+
+
+def drifts_by_random_numbers(job: Job, net: Any, number: int) -> None:
+    with torch.no_grad():
+        net[0].weight.add_(torch.randn_like(net[0].weight), alpha=0.1)
+
+
+@pytest.mark.parametrize("how", [drifts_by_its_loss, drifts_by_random_numbers], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("seen_by", ["evaluate", "synchronize"])
+def test_replicas_that_a_loop_makes_unequal_are_noticed(how: Any, seen_by: str) -> None:
+    def loop(job: Job) -> None:
+        net, optimizer, loader = prepared(job)
+        for number, batch in enumerate(loader):
+            step(net, optimizer, batch)
+            how(job, net, number)
+        if seen_by == "evaluate":
+            job.evaluate(net, data(), {"wrong": wrong})
+        else:
+            job.synchronize()
+
+    on(1, loop)
+    with pytest.raises(Mismatch, match=r"parameters of rank 1 are others .*drifted apart.*job\.set_seed"):
+        on(2, loop)
+
+
+class CodeBook(nn.Module):
+    """Entries that follow what passes through, without gradients; and a table that nothing changes."""
+
+    def __init__(self, *, by_data: bool) -> None:
+        super().__init__()
+        self.by_data = by_data
+        self.entries = nn.Parameter(torch.zeros(3, 6, dtype=torch.float64), requires_grad=False)
+        self.table = nn.Parameter(torch.rand(5, dtype=torch.float64) / 3, requires_grad=False)
+        self.inner = model()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if self.training:
+            mean = x.detach().mean(0).expand_as(self.entries)
+            (self.entries.data if self.by_data else self.entries).lerp_(mean, 0.3)
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("by_data", [True, False])
+@pytest.mark.parametrize("strategy", ["all_reduce", "local_sgd(period=2)", "gossip"])
+def test_frozen_parameters_that_change_are_equal_in_the_end(strategy: str, by_data: bool) -> None:
+    def loop(job: Job) -> Any:
+        net: Any = CodeBook(by_data=by_data)
+        optimizer: Any = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+        loader: Any = DataLoader(data(), 6)
+        net, optimizer, loader = job.prepare(net, optimizer, loader, strategy=strategy, batch="global")
+        table, own = net.table.tolist(), []
+        for _ in job.epochs(2):
+            for batch in loader:
+                step(net, optimizer, batch)
+            own = net.entries.tolist()
+            job.evaluate(net, data(), {"wrong": wrong})
+            assert net.entries.tolist() == own
+        assert net.table.tolist() == table  # bit for bit
+        return own, net.entries.tolist()
+
+    (first, agreed), (second, same) = on(2, loop)
+    assert first != second and agreed == same
+    assert_equal(
+        agreed,
+        [[(a + b) / 2 for a, b in zip(*both, strict=True)] for both in zip(first, second, strict=True)],
+    )
+
+
+@pytest.mark.parametrize("strategy", ["local_sgd(period=1)", "local_sgd(period=2, codec=fp16)"])
+def test_what_a_loop_changes_after_the_last_average_is_averaged_too(strategy: str) -> None:
+    def loop(job: Job) -> Any:
+        net, optimizer, loader = prepared(job, strategy=strategy)
+        for _ in job.epochs(1):
+            for number, batch in enumerate(loader):
+                if number < 6:  # of seven: the last step is followed by an average
+                    step(net, optimizer, batch)
+            with torch.no_grad():
+                net[0].bias.add_(float(job.rank))
+        return state(net)
+
+    first, second = on(2, loop)
+    assert_equal(first, second, tolerance=0.0)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from paceline import local_work
+from paceline.comm.spread import spread_elements
 from paceline.spec import Spec
 from paceline.strategies.base.periodic import AveragingStrategy
 from paceline.strategies.outer import optimizer_state
@@ -99,8 +100,11 @@ class LocalSGD(AveragingStrategy):
             optimizer_state.check_count(works[0], totals, len(tensors), self.comm)
         if finishing:
             works[0].wait()
-            if totals[0] == 0:  # no rank trained since the last average: all hold the same already
-                return bool(totals[1] == self.comm.size)
+            if totals[0] == 0:  # no rank trained since the last average
+                rows = spread_elements(tensors, self.comm)
+                if torch.equal(rows, rows[:1].expand_as(rows)):
+                    return bool(totals[1] == self.comm.size)
+                weight, totals[0] = 1.0, self.comm.size  # what the loop itself has changed since: Lookahead
         flats = [tensor.contiguous() for tensor in tensors]
         encoded, plain = flats[: len(starts)], flats[len(starts) :]
         # Dividing; with a codec also both differences and the copy of the new start.

@@ -23,7 +23,8 @@ from paceline.train.data.handed_out import HandedBatch
 from paceline.train.data.in_hand import BatchesInHand
 from paceline.train.gradients import drift
 from paceline.train.gradients.kept import KeptGradients, ReducedGradients
-from paceline.train.gradients.reduced import Reduced
+from paceline.train.gradients.later_hooks import LaterHooks
+from paceline.train.gradients.reduced import connect
 from paceline.train.gradients.scaling import scale
 from paceline.train.gradients.weights import GradientWeights
 from paceline.train.minibatch import AccumulationWindow, MinibatchEvent, MinibatchState, Phase
@@ -52,6 +53,7 @@ class Attachment:
         loss_reduction: str = "mean",
     ) -> None:
         self.replica = replica
+        self.module: nn.Module = replica.module
         self.strategy = strategy
         self.weights = GradientWeights(
             replica, comm, loss_reduction=loss_reduction, reduces=strategy.needs_gradients
@@ -74,12 +76,12 @@ class Attachment:
         self._window = AccumulationWindow(accumulation_steps)
         self._pass: object = None  # of the batch in hand
         self._batch: HandedBatch | None = None  # whose weight the coming backward passes have
-        self._has_new_batch = False  # since the last forward pass
+        self._has_new_batch = False  # since gradients were complete
+        self._untold: Callable[[], None] | None = None  # the strategy does not know yet how a minibatch ended
         self._forwards = ForwardPasses(self._is_reached)
         self._only_accumulates = False  # inside `no_sync`
         self._sends = False  # whether the backward pass that runs reduces its gradients
         self._graphs: dict[int, torch.Tensor] = {}  # this rank's gradients that have a graph
-        self._versions: list[int] = []  # of the parameters when their gradients were complete
         self._kept = KeptGradients()  # amid a window of `job.accumulate`
         self._reduced = ReducedGradients()
         self._taken: set[int] = set()  # parameters whose gradients are in their buckets
@@ -87,6 +89,7 @@ class Attachment:
         self._stepped: set[int] = set()  # optimizers that have stepped in this minibatch
         self._has_warned = False
         self._handles: list[Removable] = []
+        self._later_hooks = LaterHooks(replica, comm.rank)
         self._hook()
 
     # The data's side.
@@ -162,11 +165,6 @@ class Attachment:
         return self.accumulation_steps == 1 and not self._only_accumulates and not self._window.backwards
 
     @property
-    def module(self) -> nn.Module:
-        """The prepared module."""
-        return self.replica.module
-
-    @property
     def accumulation_steps(self) -> int:
         """Backward passes, or blocks of `job.accumulate`, per update."""
         return self._window.steps
@@ -176,15 +174,11 @@ class Attachment:
         """Backward passes whose gradients are not reduced yet."""
         return self._window.backwards
 
-    @property
-    def is_mid_window(self) -> bool:
-        """Whether gradients wait for more backward passes."""
-        return self._window.backwards > 0
-
     def check_steps(self) -> None:
-        """Mismatch if ranks that sum their gradients took different steps. Collective."""
+        """Mismatch if ranks that sum their gradients took other steps or have drifted apart. Collective."""
         if self.reduces_gradients and self._size > 1:
-            drift.check(self.num_updates, self.replica.optimizers, self.comm)
+            self.replica.adopt()
+            drift.check(self.num_updates, self.replica.optimizers, self.replica.parameters, self.comm)
 
     @property
     def is_in_block(self) -> bool:
@@ -202,26 +196,48 @@ class Attachment:
 
         In loops without such blocks: whether no gradients wait for more backward passes.
         """
-        return not self.is_mid_window if self._window.closes is None else self._window.closes
+        return not self.waiting_backwards if self._window.closes is None else self._window.closes
 
-    def finish_skipped(self) -> None:
+    def finish_skipped(self, arrived: nn.Parameter | None = None, *, meets: bool = False) -> None:
         """Close a minibatch of which some optimizers have stepped, or none, and the gradients were cleared.
 
         Others may still be stepped: the next batch may be fetched before, or trained in the same step.
-        """
-        if self._minibatch.awaits_step and (self._stepped or self._reduced.are_cleared()):
-            self.finish_minibatch()
 
-    def finish_minibatch(self) -> None:
-        """Close a minibatch whose optimizer steps did not all come (a GradScaler skipped them)."""
+        Args:
+            arrived: The one whose next gradient has been added already.
+            meets: Whether all ranks meet now: each is level with the others, also one that left out its steps
+                for gradients that are not finite, or that has another batch in hand.
+        """
         if not self._minibatch.awaits_step:
             return
-        has_stepped = bool(self._stepped)
+        has_left_out = meets and not self.reduces_gradients
+        if has_left_out:
+            has_left_out = self._has_new_batch or not self._reduced.are_finite()
+        if has_left_out or self._stepped or self._reduced.are_cleared(arrived):
+            self.finish_minibatch(is_late=arrived is not None)
+
+    def _goes_on(self, arrived: nn.Parameter | None = None) -> None:
+        """A forward or backward pass begins: the minibatch before it may be one whose steps did not come."""
+        if self._minibatch.awaits_step and (
+            # Without a loader: SAM moves the parameters before the second pass of a minibatch.
+            self._has_new_batch if self.has_loader else not self._reduced.parameters_moved()
+        ):
+            self.finish_skipped(arrived)
+
+    def finish_minibatch(self, *, is_late: bool = False) -> None:
+        """Close a minibatch whose optimizer steps did not all come (a GradScaler skipped them).
+
+        Args:
+            is_late: Whether a backward pass runs, after which the strategy may change parameters.
+        """
+        if not self._minibatch.awaits_step:
+            return
+        tell = self.strategy.after_update if self._stepped else self.strategy.update_skipped
         self._end_minibatch()
-        if has_stepped:
-            self.strategy.after_update()
+        if is_late:
+            self._untold = tell
         else:
-            self.strategy.update_skipped()
+            tell()
 
     def _end_minibatch(self) -> None:
         self._stepped.clear()
@@ -229,7 +245,7 @@ class Attachment:
         self._minibatch.advance(MinibatchEvent.MINIBATCH_ENDS)
         self.minibatches += 1
         if not self.has_loader:
-            self.weights.clear()
+            self.weights.clear_spent()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -321,30 +337,20 @@ class Attachment:
     def _before_forward(self, module: nn.Module, arguments: object, keywords: object) -> None:
         if self.hands is not None and not torch.compiler.is_compiling():
             self._forwards.begin(self.hands.given(self, (arguments, keywords)))
-            if self._has_new_batch and torch.is_grad_enabled():
-                self._has_new_batch = False
-                self.finish_skipped()
-        if (
-            self._minibatch.awaits_step
-            and not self.has_loader
-            and torch.is_grad_enabled()
-            and module.training
-            and self._versions == self._parameter_versions()
-        ):
-            self.finish_minibatch()
-
-    def _parameter_versions(self) -> list[int]:
-        """They differ after a change by the loop itself: SAM moves the parameters before its second pass."""
-        return [p._version for p in self.replica.trained]  # noqa: SLF001  torch's count of changes in place
+        if torch.is_grad_enabled() and (self.has_loader or module.training):
+            self._goes_on()
 
     def _gradient_hook(self, index: int) -> Callable[[nn.Parameter], None]:
         lays_flat = self.strategy.needs_gradients and self._size > 1
-        minibatch = self._minibatch
+        minibatch, later = self._minibatch, self._later_hooks
 
         def hook(parameter: nn.Parameter) -> None:
             if minibatch.phase is not Phase.BACKWARD:
                 self._check_untouched(parameter)
+                self._goes_on(parameter)
                 self._begin_backward()
+            if lays_flat:
+                later.check(parameter)
             if lays_flat and self._sends:
                 if index in self._taken:
                     raise ConfigError(
@@ -380,6 +386,9 @@ class Attachment:
             bucket.missing = len(bucket.members)
 
     def _end_backward(self) -> None:
+        untold, self._untold = self._untold, None
+        if untold is not None:
+            untold()
         if self._minibatch.phase is not Phase.BACKWARD:
             return  # it raised, and the loop has gone on to another batch
         if not self._sends:
@@ -395,7 +404,6 @@ class Attachment:
         self._kept.forget()
         self._minibatch.advance(MinibatchEvent.GRADIENTS_REDUCED)
         is_further, self._minibatch.awaits_step = self._minibatch.awaits_step, bool(self.replica.optimizers)
-        self._versions = [] if self.has_loader else self._parameter_versions()
         if not self.replica.optimizers:
             self._minibatch.advance(MinibatchEvent.MINIBATCH_ENDS)
         if self.replica.buckets and self._size > 1:
@@ -405,20 +413,13 @@ class Attachment:
         self.strategy.backward_done()
         if self.replica.buckets and self._size > 1:
             self.replica.return_unused()
-        if self._graphs:
-            self._connect()
-        if self.has_loader:
-            self._reduced.note(self.replica.trained)
+        connect(self._graphs, self.replica.trained)
+        self._graphs = {}
+        self._has_new_batch = False
+        self.weights.spend()
+        self._reduced.note(self.replica.trained)
         if self.on_gradients is not None:
             self.on_gradients(is_further)
-
-    def _connect(self) -> None:
-        """After backward(create_graph=True): what depends on a reduced gradient has a gradient itself."""
-        graphs, self._graphs = self._graphs, {}
-        for index, own in graphs.items():
-            parameter = self.replica.trained[index]
-            if parameter.grad is not None:
-                parameter.grad = Reduced.apply(own, parameter.grad)  # type: ignore[no-untyped-call]
 
     def _send_full_buckets(self) -> None:
         buckets = self.replica.buckets

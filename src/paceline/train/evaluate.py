@@ -150,7 +150,7 @@ def consensus(attachments: Sequence[Attachment], comm: Communicator) -> Iterator
                 for mine, agreed in zip(attachment.replica.parameters, flats, strict=True):
                     backups.append((mine, mine.clone()))
                     mine.copy_(agreed)
-            buffers = attachment.replica.buffers()
+            buffers = preparation.shared_state(attachment.replica, attachment.comm)
             backups += [(buffer, buffer.detach().clone()) for buffer in buffers]
             if comm.size > 1:
                 preparation.average_buffers(buffers, attachment.comm)

@@ -20,9 +20,10 @@ from paceline.comm.rendezvous.meeting import Meeting
 from paceline.errors import ConfigError
 from paceline.options import JobOptions
 from paceline.spec import whole_number
-from paceline.strategies.base.strategy import TrainingStrategy, make, rest
+from paceline.strategies.base.strategy import TrainingStrategy, make
 from paceline.train import arguments, exchange, preparation, random_state
 from paceline.train.attachment import Attachment
+from paceline.train.calls.waiting import about_to_wait
 from paceline.train.clock import TrainingClock
 from paceline.train.data.following import Loaders
 from paceline.train.evaluate import Forward, evaluate, holders
@@ -261,7 +262,8 @@ class Job(LoopCalls):
             attachment.finish_minibatch()
             attachment.strategy.synchronize()
             if self.size > 1:
-                preparation.average_buffers(attachment.replica.buffers(), attachment.comm)
+                shared = preparation.shared_state(attachment.replica, attachment.comm)
+                preparation.average_buffers(shared, attachment.comm)
         self._undrained = 0
 
     def evaluate(
@@ -299,9 +301,7 @@ class Job(LoopCalls):
         attachments = holders(model, self.attachments)
         options: Any = {"batch_size": batch_size, "forward": forward, "average": average}
         with self.clock.paused():
-            for one in self.attachments:
-                one.finish_skipped()
-            rest(a.strategy for a in self.attachments)
+            about_to_wait(self.attachments)
             for one in attachments:
                 one.check_steps()
             return evaluate(model, data, metrics, self.comm, attachments, **options)
@@ -401,7 +401,7 @@ class Job(LoopCalls):
         """Between two steps: stop here if the ranks agreed to."""
         if self._stop is None:
             return
-        between = not any(a.is_mid_window for a in self.attachments)
+        between = not any(a.waiting_backwards for a in self.attachments)
         if self._stop.must_stop(self.step, may_stop=between):
             assert self.checkpoint is not None
             self.save(self.checkpoint)
@@ -413,7 +413,7 @@ class Job(LoopCalls):
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        rest(a.strategy for a in self.attachments)
+        about_to_wait(self.attachments)
         self.comm.barrier().wait()
 
     def log(self, values: Mapping[str, Any] | None = None, /, **more: object) -> None:

@@ -17,6 +17,7 @@ from paceline.train.calls.accumulating import AccumulatingCalls
 from paceline.train.calls.batches import BatchCalls
 from paceline.train.calls.ranks import RankCalls
 from paceline.train.calls.results import ResultCalls
+from paceline.train.calls.waiting import about_to_wait
 
 
 class LoopCalls(AccumulatingCalls, BatchCalls, RankCalls, ResultCalls):
@@ -109,6 +110,7 @@ class LoopCalls(AccumulatingCalls, BatchCalls, RankCalls, ResultCalls):
         Args:
             values: Names and (sum, count) pairs, which become Σ sum / Σ count; plain numbers are added up.
         """
+        about_to_wait(self.attachments)
         return exchange.all_reduce_metrics(values, self.comm)
 
     def gather_objects(self, value: object) -> list[Any]:
@@ -117,4 +119,5 @@ class LoopCalls(AccumulatingCalls, BatchCalls, RankCalls, ResultCalls):
         Args:
             value: Numbers, strings, lists, dicts and tensors.
         """
+        about_to_wait(self.attachments)
         return exchange.gather_objects(value, self.comm)

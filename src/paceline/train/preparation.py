@@ -16,7 +16,7 @@ from paceline.strategies.base.strategy import TrainingStrategy
 from paceline.train import plain
 from paceline.train.attachment import Attachment
 from paceline.train.clock import TrainingClock
-from paceline.train.data.fingerprint import different, exact
+from paceline.train.data.fingerprint import UNKNOWN, different, digest, exact
 from paceline.train.data.loader import ShardedLoader, known_length
 from paceline.train.gradients.weights import check_reduction
 from paceline.train.heap import keep_freed_memory
@@ -138,6 +138,23 @@ def broadcast_all(tensors: Sequence[torch.Tensor], comm: Communicator) -> None:
     for flat, group in flattened(t for t in tensors if t.numel()):
         comm.broadcast(flat).wait()
         unflatten(flat, group)
+
+
+def shared_state(replica: FlatReplica, comm: Communicator) -> list[torch.Tensor]:
+    """What the ranks share without training it: buffers, and frozen parameters that differ. Collective.
+
+    Frozen parameters are what a loop or a forward pass may change by itself (averages, code books), or large
+    and constant: only those are meant of which evenly spread elements are not equal on all ranks.
+    """
+    frozen = [real(p.detach()) for p in replica.frozen]
+    if comm.size == 1 or not frozen:
+        return replica.buffers()
+    own = torch.tensor([digest(one) for one in frozen])
+    everyone = own.new_zeros(comm.size * len(frozen))
+    comm.all_gather(everyone, own).wait()
+    rows = everyone.view(comm.size, -1)
+    differ = ((rows != own) & (rows != UNKNOWN)).any(0)  # all ranks see it or none; lost ones left zeros
+    return [*replica.buffers(), *(one for one, is_other in zip(frozen, differ, strict=True) if is_other)]
 
 
 def average_buffers(tensors: Sequence[torch.Tensor], comm: Communicator) -> None:

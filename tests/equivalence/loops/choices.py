@@ -32,7 +32,8 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "accumulation": (1, 2, 3),
     "declares_accumulation": (True, False),
     "style": ("plain", "accumulate", "backward"),
-    "zeroes_first": (False, True),
+    "zeroes": ("last", "first", "between"),
+    "omits_steps": (False, True),
     "clip": (None, "norm", "value"),
     "scheduler": (None, "step", "epoch", "cosine"),
     "ema": (False, True),
@@ -73,7 +74,7 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
 SIMPLEST = {
     "habit": 0.9, "codec": 0.6, "precision": 0.3, "data": 0.5, "prepares": 0.7, "loss": 0.3, "model": 0.2,
     "optimizer": 0.3, "evaluate": 0.15, "evaluates": 0.1, "resume": 0.5, "strategy": 0.7, "fetches": 0.6,
-    "beside": 0.7,
+    "beside": 0.7, "omits_steps": 0.7,
 }  # fmt: skip
 """The share of loops in which these dimensions have the simplest value."""
 SERVED = ("gossip", "parameter_server", "decentralized_threshold")
@@ -142,6 +143,9 @@ def _optimizer(fixed: Choices) -> None:
         fixed.update(accumulation=1, loss="one", between=None, clip=None, resume=None)
     if kind == "sam":
         fixed.update(accumulation=1, loss="one", between=None, resume=None)
+    if kind in ("lbfgs", "sam"):
+        fixed["omits_steps"] = False
+        fixed["zeroes"] = "first" if fixed["zeroes"] == "between" else fixed["zeroes"]
     if kind in ("late", "wrapper", "lookahead"):
         fixed["resume"] = None
     if fixed["num_models"] > 1 and kind in ("lbfgs", "sam", "subclass", "wrapper", "lookahead", "late"):
@@ -168,6 +172,8 @@ def _accumulation(fixed: Choices) -> None:
         fixed["epochs"] = max(2, fixed["epochs"])  # there is something to resume
         if fixed["between"] == "keep":  # what is kept is of the models before
             fixed["between"] = None
+    if fixed["resume"] == "middle":  # a checkpoint amid a minibatch is refused
+        fixed["omits_steps"] = False
     if fixed["resume"] == "middle":  # what is counted from the pass' first batch is not to happen twice
         fixed["leaves_early"] = False
         fixed["evaluate"] = "epoch" if fixed["evaluate"] == "middle" else fixed["evaluate"]
@@ -194,6 +200,8 @@ def _strategy(fixed: Choices) -> None:
         fixed["codec"] = None
     if fixed["codec"] and fixed["loss"] == "retain_graph":  # twice the gradient: too large for small batches
         fixed["loss"] = "one"
+    if fixed["data"] == "by_hand" and fixed["strategy"] != "all_reduce":
+        fixed["omits_steps"] = False  # without a loader, job.step counts the steps that this rank took
     if fixed["codec"]:  # it needs float32, of which autocast makes less; float64 it leaves alone
         fixed["precision"] = None
 

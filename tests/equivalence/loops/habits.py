@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 REFUSALS = {
-    "step_in_hook": r"step\(\) inside backward",
+    "step_in_hook": r"step\(\), after backward",
     "second_optimizer": r"that prepare\(\) was not given",
     "replaces": r"steps what prepare\(\) did not see",
     "unfreezes": r"steps what prepare\(\) did not see",

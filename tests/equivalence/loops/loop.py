@@ -36,6 +36,7 @@ class Run:
         self.updates = 0
         self.blocks = 0  # of accumulate, since a window ended
         self.begins_window = True
+        self.omits_step = False
         self.seen: list[Any] = []
         self.kept: list[Any] = []
         self.counts: list[list[int]] = []
@@ -160,6 +161,9 @@ class Run:
                 break
             is_last = first + i + 1 == count
             ends = (i + 1) % c["accumulation"] == 0 or is_last or (c["leaves_early"] and i == 1)
+            # As a GradScaler does: all ranks where they take the same steps, and else perhaps one.
+            omits = c["omits_steps"] and i % 3 == 1 and not (is_last or c["leaves_early"])
+            self.omits_step = omits and (is_exact(c) or self.job.rank == 0)
             if c["gathers"]:
                 self.gather(batch)
             if c["style"] == "accumulate":
@@ -212,7 +216,8 @@ class Run:
         at_step(self)
         self.beside.before(batch)
         is_held = c["style"] == "accumulate" and not self.is_alone  # what is called amid a window waits
-        if c["zeroes_first"] and (self.begins_window or (is_held and c["zero"] not in BY_LOOP)):
+        clears = self.begins_window or (is_held and c["zero"] not in BY_LOOP)
+        if c["zeroes"] == "first" and clears:
             self.zero()
         if kind == "lbfgs":
             for optimizer in self.optimizers:
@@ -227,15 +232,20 @@ class Run:
         elif kind == "sam":
             self.sam(batch)
         else:
-            self.backward(batch)
+            self.backward(batch, clears=c["zeroes"] == "between" and clears)
             if not (ends or is_held):
                 return
             self.beside.after()
             if ends:
                 self.between()
-            for optimizer in self.optimizers:
-                optimizer.step()
-        if not c["zeroes_first"] and (ends or c["zero"] not in BY_LOOP):
+            if not self.omits_step:
+                for optimizer in self.optimizers:
+                    optimizer.step()
+            elif not is_exact(c):  # of one rank alone, for a reason that is seen
+                for p in self.trained():
+                    if p.grad is not None:
+                        p.grad.fill_(float("inf"))
+        if c["zeroes"] == "last" and (ends or c["zero"] not in BY_LOOP):
             self.zero()
         if c["scheduler"] in ("step", "cosine"):
             for scheduler in self.schedulers:
@@ -277,14 +287,16 @@ class Run:
         is_divided = self.c["style"] == "accumulate" and not self.is_alone and kind != "sum"
         return loss if is_divided else loss / self.c["accumulation"]
 
-    def backward(self, batch: Any) -> None:
+    def backward(self, batch: Any, *, clears: bool) -> None:
         kind = self.c["loss"]
         backward: Any = torch.Tensor.backward if self.c["style"] == "plain" else self.job.backward
+        loss = self.loss(batch)
+        if clears:
+            self.zero()
         if kind == "two_backwards":
-            backward(self.loss(batch) * 0.3)
+            backward(loss * 0.3)
             backward(self.loss(batch) * 0.7)
             return
-        loss = self.loss(batch)
         if kind == "retain_graph":
             backward(loss, retain_graph=True)
         if kind == "scaled":

@@ -125,8 +125,7 @@ def unequal(c: Choices, ranks: list[Any], one: Any) -> str:
         if ours.pop("constants") != one["constants"]:
             return f"rank {rank} of {len(ranks)}: buffers that nothing changes are not equal bit for bit"
         # Of a window that was not declared, each backward pass may be a minibatch.
-        is_told = c["accumulation"] == 1 and (c["data"], c["loss"]) != ("by_hand", "two_backwards")
-        if is_told and counted != [updates] * c["num_models"]:
+        if c["accumulation"] == 1 and counted != [updates] * c["num_models"]:
             return f"rank {rank} of {len(ranks)} counts {counted} minibatches, there were {updates}"
         try:
             if is_exact(c) and not (c["optimizer"] == "lbfgs" and has_diverged(one)):

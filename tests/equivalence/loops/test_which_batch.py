@@ -387,3 +387,32 @@ def test_what_comes_from_no_loader_counts_alike_on_all_ranks(when: str) -> None:
     expected = train(nets, optimizers, plain_loaders, [noise(0), noise(1)])
     for parameters in on(2, body):
         assert_equal(parameters, expected, tolerance=1e-9)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_loader_prepared_later_and_alone_is_followed_too(size: int, copies: bool) -> None:
+    """Curricula swap their data: other batch sizes, and the last batches short."""
+
+    def train(net: Any, optimizer: Any, loader: Any) -> None:
+        for x, y in loader:
+            functional.cross_entropy(net(x.clone() if copies else x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def body(job: Job) -> Any:
+        mine = plain()
+        net, optimizer, first = job.prepare(mine.net, mine.optimizer, mine.first, batch="global")
+        train(net, optimizer, first)
+        later = job.prepare(DataLoader(samples(17, 3), 5), batch="global")
+        train(net, optimizer, later)
+        train(net, optimizer, first)
+        (attachment,) = job.attachments
+        return [p.detach() for p in net.parameters()], (job.step, job.samples, attachment.minibatches)
+
+    one = plain()
+    for loader in (one.first, DataLoader(samples(17, 3), 5), one.first):
+        train(one.net, one.optimizer, loader)
+    for parameters, counts in on(size, body):
+        assert_equal(parameters, [p.detach() for p in one.net.parameters()], tolerance=1e-9)
+        assert counts == (12, 63, 12)

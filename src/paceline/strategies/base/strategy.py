@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -144,12 +143,6 @@ class TrainingStrategy(abc.ABC):
         Flags and counters of a few bytes per parameter tensor are left out. A test holds the claim against
         the communicator's byte ledger.
         """
-
-
-def rest(strategies: Iterable[TrainingStrategy]) -> None:
-    """This rank is about to wait for the others, none of which shall wait for an exchange with it."""
-    for strategy in strategies:
-        strategy.rest()
 
 
 def make(text: str | TrainingStrategy) -> TrainingStrategy:

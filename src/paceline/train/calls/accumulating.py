@@ -163,7 +163,7 @@ def _zero_grad_waits(thing: Any, attachments: Sequence[Attachment]) -> Iterator[
     own = thing.zero_grad
 
     def zero_grad(*arguments: Any, **keywords: Any) -> Any:
-        if any(a.is_mid_window for a in attachments):
+        if any(a.waiting_backwards for a in attachments):
             return None
         return own(*arguments, **keywords)
 

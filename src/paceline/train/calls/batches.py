@@ -7,7 +7,9 @@ from typing import Any
 from paceline.comm.communicator import FabricCommunicator
 from paceline.errors import ConfigError
 from paceline.spec import whole_number
+from paceline.train.attachment import Attachment
 from paceline.train.calls import joined_rows
+from paceline.train.calls.waiting import about_to_wait
 from paceline.train.data.following import Loaders
 from paceline.train.data.loader import ShardedLoader
 
@@ -16,6 +18,7 @@ class BatchCalls:
     """`job.gather_for_metrics`, `job.skip` and `job.skip_first_batches`."""
 
     comm: FabricCommunicator
+    attachments: list[Attachment]
     loaders: Loaders
 
     def gather_for_metrics(self, values: Any) -> Any:
@@ -56,6 +59,7 @@ class BatchCalls:
                 " loader.is_gathered = True before the loop, or use job.evaluate"
             )
         loader.is_gathered = True
+        about_to_wait(self.attachments)
         return joined_rows.gather(values, self.comm, counts=batch.own > 0, own=batch.own)
 
     def skip(self) -> None:

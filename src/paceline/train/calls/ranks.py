@@ -11,9 +11,9 @@ from typing import Any, ParamSpec, TypeVar
 from paceline.comm.communicator import FabricCommunicator
 from paceline.errors import ConfigError, Mismatch, PacelineError
 from paceline.spec import whole_number
-from paceline.strategies.base.strategy import rest
 from paceline.train import exchange, random_state
 from paceline.train.attachment import Attachment
+from paceline.train.calls.waiting import about_to_wait
 from paceline.train.data.following import Loaders
 from paceline.train.progress import ProgressBar
 from paceline.types import named
@@ -107,7 +107,7 @@ class RankCalls:
         self._hear_of_firsts("")
 
     def _hear_of_firsts(self, own_failure: str, *, raises: bool = True) -> None:
-        rest(a.strategy for a in self.attachments)
+        about_to_wait(self.attachments)
         told = exchange.gather_objects([_FIRST, own_failure], self.comm)
         others = [r for r, one in enumerate(told) if not (isinstance(one, list) and _FIRST in one)]
         if others:

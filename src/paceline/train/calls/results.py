@@ -7,9 +7,9 @@ import os
 from torch import nn
 
 from paceline.comm.communicator import FabricCommunicator
-from paceline.strategies.base.strategy import rest
 from paceline.train.arguments import unwrapped
 from paceline.train.attachment import Attachment
+from paceline.train.calls.waiting import about_to_wait
 from paceline.train.clock import TrainingClock
 from paceline.train.data.following import Loaders
 from paceline.train.logs.logbook import Logbook
@@ -49,7 +49,7 @@ class ResultCalls:
         with self.clock.paused():
             for one in self.attachments:
                 one.finish_minibatch()
-            rest(a.strategy for a in self.attachments)
+            about_to_wait(self.attachments)
             model_file.save(unwrapped(model), path, self.attachments, self.comm)
 
     def track(self, tracker: Tracker) -> None:

@@ -60,6 +60,7 @@ class Loaders(Sequence[ShardedLoader]):
         self._on_batch, self._on_boundary, self._on_dropped = on_batch, on_boundary, on_dropped
         self._all: list[ShardedLoader] = []
         self._own: dict[int, list[ShardedLoader]] = {}  # by model
+        self._of_no_model: list[ShardedLoader] = []  # prepared alone: any model may be trained on it
         self._is_closed = False
         self._begun_at: list[int] = []  # the pass of each loader with which the epoch began
         self._outermost: LoaderPass | None = None  # of the passes that are open, the one that began first
@@ -107,6 +108,8 @@ class Loaders(Sequence[ShardedLoader]):
         loader.progress = lambda: self._progress(loader)
         loader.evaluates = lambda: self._evaluates(loader)
         self._all.append(loader)
+        if not models:
+            self._of_no_model.append(loader)
         for model in models:
             self._own.setdefault(id(model), []).append(loader)
         for follower in self._following(loader):
@@ -202,7 +205,8 @@ class Loaders(Sequence[ShardedLoader]):
         return [one for one in self._followers if loader in self._loaders_of(one)]
 
     def _loaders_of(self, follower: Trainee) -> Sequence[ShardedLoader]:
-        return self._own.get(id(follower.module)) or self._all
+        own = self._own.get(id(follower.module))
+        return [*own, *self._of_no_model] if own else self._all
 
     def _next_seed(self) -> int:
         """Rank 0's seed on every rank, so that all draw the same order."""

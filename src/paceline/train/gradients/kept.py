@@ -54,14 +54,34 @@ class ReducedGradients:
     def __init__(self) -> None:
         self._parameters: Sequence[nn.Parameter] = ()
         self._marks: list[tuple[int, int]] = []
+        self._versions: list[int] = []
 
     def note(self, parameters: Sequence[nn.Parameter]) -> None:
         """They are as they are now."""
         self._parameters, self._marks = parameters, _marks(parameters)
+        self._versions = [p._version for p in parameters]
 
-    def are_cleared(self) -> bool:
-        """Whether the loop made all of them None or zero since; without samples they were zero before."""
-        return _marks(self._parameters) != self._marks and _are_zero(self._parameters)
+    def are_finite(self) -> bool:
+        """Whether no gradient has an infinity or NaN in it."""
+        return all(p.grad is None or bool(p.grad.isfinite().all()) for p in self._parameters)
+
+    def parameters_moved(self) -> bool:
+        """Whether a parameter has been changed since."""
+        return self._versions != [p._version for p in self._parameters]
+
+    def are_cleared(self, arrived: nn.Parameter | None = None) -> bool:
+        """Whether the loop made all of them None or zero since; without samples they were zero before.
+
+        Args:
+            arrived: A parameter whose next gradient backward has just added; None: no backward pass runs.
+        """
+        now = _marks(self._parameters)
+        if arrived is None:
+            return now != self._marks and _are_zero(self._parameters)
+        at = next(i for i, p in enumerate(self._parameters) if p is arrived)
+        before, version = self._marks[at]
+        was_added_to = now[at] == (before, version + 1) and before != 0
+        return not was_added_to and _are_zero([p for p in self._parameters if p is not arrived])
 
 
 def _marks(parameters: Sequence[nn.Parameter]) -> list[tuple[int, int]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 # mypy: disable-error-code="no-untyped-call, misc"
 
@@ -23,3 +25,16 @@ class Reduced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient, None
+
+
+def connect(own: Mapping[int, torch.Tensor], parameters: Sequence[nn.Parameter]) -> None:
+    """What depends on a reduced gradient has a gradient itself.
+
+    Args:
+        own: This rank's gradients that have a graph, by the index of their parameter.
+        parameters: Have the reduced gradients.
+    """
+    for index, gradient in own.items():
+        parameter = parameters[index]
+        if parameter.grad is not None:
+            parameter.grad = Reduced.apply(gradient, parameter.grad)

@@ -53,6 +53,7 @@ class GradientWeights:
         """Whether the gradient ends at the model's outputs: only other ranks' losses have a gradient here."""
         self._told_at: int | None = None  # the newest batch when the loop said what its passes stand for
         self._told_of: HandedBatch | None = None  # the batch that a pass has trained since
+        self._is_spent = False  # whether gradients have been complete since it said so
         self._nodes: list[Any] = []  # autograd keeps a hook while its node is referred to
         self._handles: list[Any] = []
         self.clear()
@@ -91,7 +92,7 @@ class GradientWeights:
             newest: The number of the batch that was handed out last.
             is_alone: As for `set`.
         """
-        self._told_at, self._told_of = newest, None
+        self._told_at, self._told_of, self._is_spent = newest, None, False
         self.set(own, every, is_alone=is_alone)
 
     def trains(self, batch: HandedBatch) -> None:
@@ -105,6 +106,15 @@ class GradientWeights:
         if not (is_meant and self._told_of in (None, batch)):
             self._told_at = None
             self.set(batch.own, batch.every, is_alone=is_alone)
+
+    def spend(self) -> None:
+        """Gradients are complete: what the loop said before was meant for them."""
+        self._is_spent = True
+
+    def clear_spent(self) -> None:
+        """All ranks count alike from now on, unless the loop has said already what comes next."""
+        if self._is_spent:
+            self.clear()
 
     def clear(self) -> None:
         """All ranks count alike from now on."""

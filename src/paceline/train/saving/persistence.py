@@ -73,7 +73,7 @@ def collect(parts: JobParts, position: JobPosition, extra: Mapping[str, Any] | N
 
 
 def _collect_model(attachment: Attachment, rank: int) -> dict[str, Any]:
-    if attachment.is_mid_window:
+    if attachment.waiting_backwards:
         raise CheckpointError(
             f"rank {rank}: save() between backward() and optimizer.step(), or inside an accumulation"
             " window: gradients are not saved. Save after the optimizer.step() that ends the window; with"
