@@ -160,20 +160,28 @@ def test_two_backward_passes_with_one_step_are_one_minibatch(has_loader: bool) -
     same_as_one_process(loop)
 
 
+@pytest.mark.parametrize("registers", ["before prepare", "after prepare"])
+@pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("window", [1, 3])
-def test_a_step_inside_backward_is_refused(window: int) -> None:
+def test_a_step_inside_backward_is_refused(window: int, layer: int, registers: str) -> None:
     """At once, not in the last micro-batch of a window, which alone sends its gradients."""
     passes: list[int] = []
+
+    def hooked(net: Any, optimizer: Any) -> None:
+        net[layer].weight.register_post_accumulate_grad_hook(lambda p: optimizer.step())
 
     def loop(job: Job) -> None:
         net: Any = model()
         optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.1)
+        if registers == "before prepare":
+            hooked(net, optimizer)
         net, optimizer, loader = job.prepare(net, optimizer, DataLoader(data(), 6), accumulation_steps=window)
-        net[0].weight.register_post_accumulate_grad_hook(lambda p: optimizer.step())
+        if registers == "after prepare":
+            hooked(net, optimizer)
         net.register_forward_hook(lambda *_: passes.append(job.rank))
         train(job, net, loader, lambda: None)
 
-    with pytest.raises(ConfigError, match=r"step\(\) inside backward"):
+    with pytest.raises(ConfigError, match=r"step\(\) inside backward|step\(\), after backward"):
         on(2, loop)
     assert max(map(passes.count, (0, 1))) == 1
 

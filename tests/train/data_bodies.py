@@ -266,6 +266,11 @@ def checkpoint_error(job: Job, folder: str, damage: str) -> tuple[str, list[str]
             other = Job(job.comm)
             other.prepare(nn.Linear(3, 3))
             other.load(folder)
+        elif damage == "optimizer":
+            job.save(folder)
+            other, again = Job(job.comm), nn.Linear(200, 200)
+            other.prepare(again, torch.optim.AdamW(again.parameters()))
+            other.load(folder)
         elif damage == "strategy":
             job.save(folder)
             other = Job(job.comm)

@@ -56,6 +56,7 @@ def test_full_disk_keeps_the_checkpoint_before(three: RankPool, small_disk: Path
         ("missing", "manifest.json"),
         ("flipped", "is damaged"),
         ("other model", "does not fit this model"),
+        ("optimizer", "was saved with the optimizers SGD, this job has AdamW"),
         ("strategy", "was saved with strategy ['all_reduce'], this job uses ['local_sgd']"),
     ],
 )

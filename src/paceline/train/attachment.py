@@ -461,7 +461,8 @@ class Attachment:
                     self._take_gradient(index, self.replica.trained[index])
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._minibatch.phase is Phase.BACKWARD and self.replica.buckets:  # others' gradients are needed
+        is_inside = self._minibatch.phase is Phase.BACKWARD or torch._C._current_graph_task_id() != -1  # noqa: SLF001
+        if is_inside and self.replica.buckets:  # others' gradients are needed
             raise ConfigError(
                 f"rank {self.comm.rank}: {type(optimizer).__name__}.step() inside backward, where gradients"
                 " are not reduced yet; step after backward, or choose a strategy that averages models, such"

@@ -94,6 +94,7 @@ def _collect_model(attachment: Attachment, rank: int) -> dict[str, Any]:
             for key, value in replica.module.state_dict().items()
         }
         state["optimizers"] = [stateful(o).state_dict() for o in replica.optimizers]
+        state["classes"] = [type(stateful(o)).__name__ for o in replica.optimizers]
     consensus = strategy.consensus()
     if consensus is not None and rank == 0:
         state["consensus"] = consensus
@@ -159,6 +160,13 @@ def _restore_model(
 ) -> None:
     replica = attachment.replica
     source = own if "model" in own else first
+    here = [type(stateful(o)).__name__ for o in replica.optimizers]
+    if here and here != source["classes"]:  # torch would load one's state into the other
+        raise CheckpointError(
+            f"the checkpoint was saved with the optimizers {', '.join(source['classes']) or 'none'}, this job"
+            f" has {', '.join(here)}: prepare what it was saved with before load(). To go on with another"
+            " optimizer, load the weights alone, before prepare: model.load_state_dict(...) of job.save_model"
+        )
     try:
         _load_module(replica.module, source["model"])
         if replica.optimizers:
