@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from paceline.errors import ConfigError
+from paceline.errors import CheckpointError, ConfigError
 from paceline.train.job import Job
 
 
@@ -303,3 +303,18 @@ def test_a_checkpoint_amid_passes_inside_a_pass(tmp_path: Path, inner: str, stop
     assert (tmp_path / "saved").exists()
     for resumed in on(2, lambda job: train(job, stops=False)):
         assert_equal(resumed, expected)
+
+
+@pytest.mark.parametrize("strategy", ["all_reduce", "local_sgd(period=2)"])
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path, strategy: str) -> None:
+    def loop(job: Job, kind: Any) -> None:
+        net: Any = model()
+        job.prepare(net, kind(net.parameters(), lr=0.1), strategy=strategy)
+        if kind is torch.optim.SGD:
+            job.save(tmp_path / "saved")
+        else:
+            job.load(tmp_path / "saved")
+
+    on(2, lambda job: loop(job, torch.optim.SGD))
+    with pytest.raises(CheckpointError, match="saved with the optimizers SGD, this job has AdamW"):
+        on(2, lambda job: loop(job, torch.optim.AdamW))

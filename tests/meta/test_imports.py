@@ -34,7 +34,16 @@ PYTHON: dict[str, list[set[str]]] = {
     ],
     "paceline.comm": [
         {"security"},
-        {"__init__", "byte_string", "current", "fabric_operations", "ledger", "reference", "rendezvous"},
+        {
+            "__init__",
+            "byte_string",
+            "current",
+            "fabric_operations",
+            "ledger",
+            "reference",
+            "spread",
+            "rendezvous",
+        },
         {"reference_operations"},
         {"messages"},
         {"survivors", "loss_exchange", "roll_call"},
