@@ -19,6 +19,7 @@ from torch.utils.data import (
     Dataset,
     DistributedSampler,
     Sampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
@@ -328,3 +329,121 @@ def test_samplers_that_never_end_are_refused(batch: int, use: str) -> None:
 
     with pytest.raises(ConfigError, match=r"sampler Endless has no length.*num_samples"):
         on(2, loop)
+
+
+class Held(Sampler[Any]):
+    """Gives the first numbers of a list, more of them in later epochs."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids, self.epoch = ids, 0
+
+    def __len__(self) -> int:
+        return len(self.ids[: 8 + 4 * self.epoch])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.ids[: 8 + 4 * self.epoch])
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+def weighted() -> WeightedRandomSampler:
+    generator = torch.Generator().manual_seed(3)
+    return WeightedRandomSampler([1.0] * COUNT, 18, generator=generator)
+
+
+def batched(sampler: Any) -> DataLoader[Any]:
+    return DataLoader(numbers(), batch_sampler=BatchSampler(sampler, 4, drop_last=False))
+
+
+def reweigh(loader: Any) -> None:
+    loader.sampler.weights = torch.arange(float(COUNT)) % 3
+
+
+def reweigh_in_place(loader: Any) -> None:
+    loader.batch_sampler.sampler.weights[:12] = 0
+
+
+def reseed(loader: Any) -> None:
+    loader.sampler.generator.manual_seed(8)
+
+
+def another_list(loader: Any) -> None:
+    loader.sampler.ids[2:5] = [20, 21, 22]
+
+
+CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+    "nothing": (lambda: DataLoader(numbers(), 4, sampler=weighted()), lambda loader: None),
+    "weights": (lambda: DataLoader(numbers(), 4, sampler=weighted()), reweigh),
+    "inner": (lambda: batched(weighted()), reweigh_in_place),
+    "generator": (lambda: DataLoader(numbers(), 4, sampler=weighted()), reseed),
+    "list": (lambda: DataLoader(numbers(), 4, sampler=Held(list(range(COUNT)))), another_list),
+    "epoch": (
+        lambda: batched(Held(list(range(COUNT)))),
+        lambda loader: loader.batch_sampler.sampler.set_epoch(2),
+    ),
+    "batch size": (
+        lambda: batched(weighted()),
+        lambda loader: setattr(loader.batch_sampler, "batch_size", 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_sampler_may_change_until_its_pass_begins(change: str, looks: bool) -> None:
+    source, apply = CHANGES[change]
+    plain = source()
+    apply(plain)
+    lengths, orders = [len(plain)] * 2, [[x[:, 0].tolist() for x, _ in plain] for _ in range(2)]
+
+    def loop(job: Job) -> Any:
+        model, optimizer, loader = prepared(job, source())
+        if looks and job.rank == 0:
+            next(iter(loader))  # the order that it sees is given up
+        apply(loader)
+        found: list[Any] = []
+        known = len(loader)
+        for _ in range(2):
+            found.append([])
+            for x, y in loader:
+                found[-1].append(job.gather_for_metrics(x[:, 0]).tolist())
+                step(model, optimizer, (x, y))
+        return [known, len(loader)], found
+
+    for size in (1, 2, 3):
+        for ours in on(size, loop):
+            assert ours == (lengths, orders)
+
+
+def test_the_length_between_passes_is_that_of_the_pass_to_come() -> None:
+    def lengths(loaders: list[Any], data: Any, held: Held) -> list[list[int]]:
+        found = []
+        for epoch in range(3):
+            data.indices = list(range(10 + 5 * epoch))
+            held.set_epoch(epoch)
+            found.append([len(loader) for loader in loaders])
+            for loader in loaders:
+                taken = iter(loader)
+                next(taken)
+                found[-1].append(len(loader))
+                found[-1].append(1 + sum(1 for _ in taken))
+        return found
+
+    def made() -> tuple[list[Any], Any, Held]:
+        data, held = Subset(numbers(), list(range(COUNT))), Held(list(range(COUNT)))
+        loaders = [
+            DataLoader(data, 5),
+            DataLoader(data, 5, shuffle=True, drop_last=True),
+            DataLoader(numbers(), 5, sampler=held),
+            batched(held),
+        ]
+        return loaders, data, held
+
+    def loop(job: Job) -> Any:
+        loaders, data, held = made()
+        return lengths(list(job.prepare(*loaders, batch="global")), data, held)
+
+    expected = lengths(*made())
+    for size in (1, 2, 3):
+        assert on(size, loop) == [expected] * size

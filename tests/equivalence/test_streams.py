@@ -249,6 +249,31 @@ def test_another_size_goes_on_after_the_samples_that_were_trained(
     assert sorted(first + rest) == sorted(whole) == list(range(COUNT))
 
 
+def test_the_pass_after_one_that_went_on_with_another_batch_size_is_whole(tmp_path: Path) -> None:
+    def loop(job: Job, batch_size: int, *, stops_at: int, loads: bool = True) -> list[int]:
+        x = torch.stack([sample(i)[0] for i in range(COUNT)])
+        data = DataLoader(TensorDataset(x, torch.arange(COUNT) % 3), batch_size, shuffle=True)
+        model, optimizer, loader = prepared(job, data)
+        if loads:
+            job.load(tmp_path)
+        seen: list[int] = []
+        for _ in job.epochs(2):
+            for batch in loader:
+                seen += step(model, optimizer, batch)
+                if job.step == stops_at:
+                    job.save(tmp_path)
+                    return seen
+            job.save(tmp_path)
+            if stops_at:
+                break
+        return seen
+
+    (first,) = on(1, lambda job: loop(job, 4, stops_at=2, loads=False))
+    (rest,) = on(1, lambda job: loop(job, 3, stops_at=-1))
+    (second,) = on(1, lambda job: loop(job, 3, stops_at=0))
+    assert sorted(first + rest) == sorted(second) == list(range(COUNT))
+
+
 @pytest.mark.parametrize(("size", "batch_size"), [(3, 2), (2, 3)])
 def test_own_data_cannot_be_resumed_with_another_size_inside_an_epoch(
     size: int, batch_size: int, tmp_path: Path

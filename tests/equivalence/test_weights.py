@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from runs import on, same_as_one_process, state
 from small import data, model
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from paceline.errors import ConfigError
 from paceline.train.job import Job
@@ -216,3 +217,108 @@ def test_what_cannot_be_a_weight_is_refused() -> None:
         on(2, summed)
     with pytest.raises(ConfigError, match="'mean' or 'sum' expected"):
         on(2, lambda job: prepared(job, data(), 6, loss_reduction="avg"))
+
+
+def numbers() -> TensorDataset:
+    x = torch.arange(24, dtype=torch.float64)
+    return TensorDataset(torch.stack([x, (x % 5) / 5], 1), (x % 3).long())
+
+
+def prepared_numbers(job: Job, loader: Any, **options: Any) -> Any:
+    torch.manual_seed(2)
+    net: Any = nn.Linear(2, 3, dtype=torch.float64)
+    optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.001)
+    return job.prepare(net, optimizer, loader, **{"batch": "global", **options})
+
+
+BAD = (3, 8, 14, 22)
+
+
+def without_bad(samples: Any) -> Any:
+    return default_collate([one for one in samples if int(one[0][0]) not in BAD])
+
+
+def trained(job: Job, told: bool, source: Any, **options: Any) -> Any:
+    model, optimizer, loader = prepared_numbers(job, source, **options)
+    for x, y in loader:
+        optimizer.zero_grad()
+        if told:
+            job.weight(len(y))
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return state(model)
+
+
+class Numbered(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(numbers())
+
+
+LEAVING_OUT: dict[str, Callable[[], Any]] = {
+    "numbers": lambda: DataLoader(numbers(), 6, collate_fn=without_bad),
+    "workers": lambda: DataLoader(numbers(), 6, collate_fn=without_bad, num_workers=1),
+    "stream": lambda: DataLoader(Numbered(), 6, collate_fn=without_bad),
+    "own order": lambda: DataLoader(numbers(), 6, sampler=range(24), collate_fn=without_bad),
+}
+
+
+@pytest.mark.parametrize("kind", LEAVING_OUT)
+def test_samples_that_a_collate_function_leaves_out_are_told_or_refused(kind: str) -> None:
+    same_as_one_process(lambda job: trained(job, True, LEAVING_OUT[kind]()))
+    expected = r"rank \d: this backward pass .* of 2 samples, and 3 of 6 were chosen.*job\.weight\("
+    with pytest.raises(ConfigError, match=expected):
+        on(2, lambda job: trained(job, False, LEAVING_OUT[kind]()))
+    with pytest.raises(ConfigError, match=expected):
+        on(2, lambda job: trained(job, False, LEAVING_OUT[kind](), batch_size_of=lambda batch: len(batch[1])))
+    on(2, lambda job: trained(job, False, LEAVING_OUT[kind](), loss_reduction="sum"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("empty", ["error", "none", "tensors"])
+def test_a_share_of_which_nothing_is_left_is_refused(empty: str, workers: int) -> None:
+    def collate(samples: Any) -> Any:
+        good = [one for one in samples if int(one[0][0]) not in BAD]
+        if good or empty == "error":
+            return default_collate(good)
+        return None if empty == "none" else (torch.zeros(0, 2, dtype=torch.float64), torch.zeros(0).long())
+
+    def loop(job: Job) -> Any:
+        source: Any = DataLoader(numbers(), 3, collate_fn=collate, num_workers=workers)
+        return trained(job, True, source)
+
+    on(1, loop)
+    with pytest.raises(ConfigError, match=r"rank \d: .*collate_fn.*keep at least one sample.*job\.weight"):
+        on(3, loop)
+
+
+def views(samples: Any) -> Any:
+    return [torch.cat([part, part]) for part in default_collate(samples)]
+
+
+def time_first(samples: Any) -> Any:
+    return [torch.stack([one[0]] * 5, 1).movedim(2, 0) for one in [default_collate(samples)] * 2]
+
+
+def test_batches_of_which_the_number_of_samples_is_not_clear_are_taken_as_they_are() -> None:
+    def count(job: Job, collate: Callable[[Any], Any]) -> Any:
+        model, _, loader = prepared_numbers(job, DataLoader(numbers(), 6, collate_fn=collate))
+        for batch in loader:
+            model(torch.ones(1, 2, dtype=torch.float64)).sum().backward()
+            assert loader.newest.counted is None, batch
+        return job.step
+
+    ordinary: list[Callable[[Any], Any]] = [
+        default_collate,
+        views,
+        time_first,
+        lambda samples: samples,
+        lambda samples: [torch.zeros(3, 8, 8) for _ in samples],  # images
+        lambda samples: [torch.zeros(1 + i, 2) for i, _ in enumerate(samples)],
+        lambda samples: {"x": [torch.zeros(4) for _ in samples], "y": torch.zeros(len(samples))},
+        lambda samples: {"text": ["a"] * len(samples), "temperature": torch.tensor(2.0)},
+        lambda samples: default_collate(samples)[0],
+        lambda samples: (default_collate(samples)[0], torch.zeros(7)),
+        lambda samples: object(),
+    ]
+    for collate in ordinary:
+        on(2, lambda job, collate=collate: count(job, collate))

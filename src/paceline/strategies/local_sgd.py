@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from paceline import local_work
-from paceline.comm.spread import spread_elements
+from paceline.comm.spread import are_equal
 from paceline.spec import Spec
 from paceline.strategies.base.periodic import AveragingStrategy
 from paceline.strategies.outer import optimizer_state
@@ -101,8 +101,7 @@ class LocalSGD(AveragingStrategy):
         if finishing:
             works[0].wait()
             if totals[0] == 0:  # no rank trained since the last average
-                rows = spread_elements(tensors, self.comm)
-                if torch.equal(rows, rows[:1].expand_as(rows)):
+                if are_equal(tensors, self.comm):
                     return bool(totals[1] == self.comm.size)
                 weight, totals[0] = 1.0, self.comm.size  # what the loop itself has changed since: Lookahead
         flats = [tensor.contiguous() for tensor in tensors]

@@ -134,7 +134,8 @@ class Job(LoopCalls):
                 which is divided over the ranks.
             shard: False where each rank's loader already gives data of its own; default True.
             batch_size_of: The number of samples of a batch, for batches that the data set makes itself and
-                for `shard=False`; default: the one length that all tensors in it have.
+                for `shard=False`; default: the one length that all tensors in it have. Other batches are
+                checked against it.
             scheduler: A scheduler or a list of them, to be saved in checkpoints; you still step it.
             scaler: A GradScaler, to be saved in checkpoints.
             precision: `"fp32"`, or `"bf16"` or `"fp16"` for autocast, fp16 with loss scaling of its own.

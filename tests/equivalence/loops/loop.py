@@ -241,7 +241,7 @@ class Run:
             if not self.omits_step:
                 for optimizer in self.optimizers:
                     optimizer.step()
-            elif not is_exact(c):  # of one rank alone, for a reason that is seen
+            elif ends and not is_exact(c):  # of one rank alone, for a reason that is seen
                 for p in self.trained():
                     if p.grad is not None:
                         p.grad.fill_(float("inf"))

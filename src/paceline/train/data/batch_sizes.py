@@ -36,6 +36,49 @@ class Measured:
                 raise
             return 1
 
+    def other_than(self, expected: int, batch: Any) -> int | None:
+        """How many samples a batch has if that is clear and another number than expected; else None."""
+        if self._given is None:
+            return other_count(expected, batch)
+        count = int(self._given(batch))
+        return None if count == expected else count
+
+
+def other_count(expected: int, batch: Any) -> int | None:
+    """The number of samples of a batch of which each tensor says another number than expected; else None.
+
+    Not clear are fields that are no tensors, more samples in the same proportion (views of each sample),
+    tensors with the expected number in another dimension (time first), and lists of that many tensors alike.
+    Quick, as it looks at each batch: of most, at the first tensor.
+    """
+    if batch is None:
+        return 0
+    if isinstance(batch, torch.Tensor):
+        parts: list[Any] = [batch]
+    elif isinstance(batch, (Mapping, list, tuple)):
+        parts = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
+    else:
+        return None
+    shapes: list[torch.Size] = []
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            shape = part.shape
+            if not shape:
+                continue
+            if shape[0] == expected or (shapes and shapes[0][0] != shape[0]):
+                return None
+            shapes.append(shape)
+        elif part is not None and not isinstance(part, (str, bytes, int, float)) and not _is_column(part):
+            return None
+    if not shapes:
+        return None if parts else 0
+    count = shapes[0][0]
+    may_be_samples = len(shapes) == len(parts) == expected and not isinstance(batch, Mapping)
+    are_alike = may_be_samples and len({(part.dtype, part.ndim) for part in parts}) == 1
+    is_elsewhere = all(expected in shape[1:] for shape in shapes)
+    is_multiple = count > expected and count % expected == 0
+    return None if are_alike or is_elsewhere or is_multiple else count
+
 
 def count_samples(batch: Any) -> int:
     """The one length of all tensors and lists in a batch; 1 for a single number or string.

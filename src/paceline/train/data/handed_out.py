@@ -117,6 +117,8 @@ class HandedBatch:
         self.loader, self.one = loader, one
         self.following: Sequence[Trainee] = ()
         """Who trains on it; empty in evaluations."""
+        self.counted: int | None = None
+        """How many samples it has, where collate_fn made another number of them than `own`."""
         self.is_begun = False
         """Whether those have learnt its weight."""
         self.is_gathered = False

@@ -60,6 +60,14 @@ class BatchesInHand:
 
     def hand_out(self, batch: HandedBatch) -> None:
         """A loader hands it out."""
+        if batch.counted == 0 and any(one.weighs_samples for one in batch.following):
+            raise ConfigError(
+                f"rank {self._rank}: a batch came out of collate_fn without samples, where this rank has"
+                f" {batch.own} of {batch.every}: the other ranks train theirs, and wait for this one. Let"
+                " collate_fn keep at least one sample, and say job.weight(samples that count in this batch)"
+                " before each backward pass, 0 where none does; or leave the samples out of the data set,"
+                " before prepare()"
+            )
         with self._lock:
             self._known.add(batch)
             before = [w for w in self._waiting if w.one is batch.one]
@@ -190,7 +198,17 @@ class BatchesInHand:
     def _check_weights(self, follower: Trainee, batches: Sequence[HandedBatch], *, is_certain: bool) -> None:
         """ConfigError if the batches of one backward pass count differently, and the loop did not say how."""
         first = batches[0]
-        if follower.is_told or all(_alike(follower, first, other) for other in batches[1:]):
+        if follower.is_told:
+            return
+        if follower.weighs_samples and (other := next((b for b in batches if b.counted is not None), None)):
+            raise ConfigError(
+                f"rank {self._rank}: this backward pass goes through a batch of {other.counted} samples, and"
+                f" {other.own} of {other.every} were chosen for this rank: collate_fn left some out or made"
+                " more of them, and how many the other ranks have is not known here. Say on every rank what"
+                " each pass stands for: job.weight(samples of this rank in this loss) before it, e.g."
+                " job.weight(len(targets)); or leave samples out of the data set, before prepare()"
+            )
+        if all(_alike(follower, first, other) for other in batches[1:]):
             return
         shares = ", ".join(f"{b.own} of {b.every}" for b in {b.number: b for b in batches}.values())
         goes_through = (

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from paceline.errors import CheckpointError, ConfigError
+from paceline.train.data.batch_sizes import Measured
 from paceline.train.data.handed_out import HandedBatch, LoaderPass, apart
 from paceline.train.data.sharding import busy_ranks
 from paceline.types import Communicator
@@ -50,6 +51,8 @@ class ShardedLoader(abc.ABC):
         self.left_out = 0
         """How many of the next iterations are empty: passes of the epoch that a checkpoint was saved in."""
         self._open: list[LoaderPass] = []
+        self.measured: Measured | None = None
+        """What counts the samples of a batch once it is collated; None: they are known."""
         self.on_batch: list[BatchBegins] = []
         self.on_boundary: list[Callable[[], None]] = []
         self.on_end: list[Callable[[LoaderPass], None]] = []
@@ -98,6 +101,8 @@ class ShardedLoader(abc.ABC):
                 if own == 0:
                     batch = apart(batch)
                 self.newest = HandedBatch(batch, own, total, is_last, self, one)
+                if own and self.measured is not None:
+                    self.newest.counted = self.measured.other_than(own, batch)
                 said = [begin(own, total, is_last) for begin in self.on_batch]
                 self._settle()  # a minibatch that ends when this batch begins was another pass'
                 if False not in said:
@@ -161,6 +166,8 @@ class ShardedLoader(abc.ABC):
         one.is_open = False
         if one.is_counted:
             self._next = max(self._next, one.number + 1)
+            if not self._open:
+                self._offset = 0  # the pass to come is whole
         elif one.handed[0]:
             for dropped in self.on_dropped:
                 dropped(*one.handed)

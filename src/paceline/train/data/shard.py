@@ -47,9 +47,14 @@ def shard(
         )
     if comm.size > 1:
         _check_same(source, comm)
+    loader: ShardedLoader
     if isinstance(source.dataset, IterableDataset):
-        return StreamLoader(source, comm, seed=seed, per_worker=per_worker, batch_size_of=measured)
-    return MapLoader(source, comm, seed=seed, per_worker=per_worker)
+        loader = StreamLoader(source, comm, seed=seed, per_worker=per_worker, batch_size_of=measured)
+    else:
+        loader = MapLoader(source, comm, seed=seed, per_worker=per_worker)
+    if comm.size > 1:
+        loader.measured = measured
+    return loader
 
 
 def _check_same(source: DataLoader[Any], comm: Communicator) -> None:

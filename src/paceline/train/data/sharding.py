@@ -37,6 +37,12 @@ def share(count: int, rank: int, size: int) -> tuple[int, int]:
     return start, start + base + (rank < extra)
 
 
+def number_of_rounds(count: int, size: int, *, drop_last: bool) -> int:
+    """How many minibatches of `size` there are in `count` things; the last may be short, or is dropped."""
+    full, rest = divmod(max(0, count), size)
+    return full + bool(rest and not drop_last)
+
+
 def is_distributed(sampler: Any) -> bool:
     """Whether it is torch's DistributedSampler, of which only the wishes are taken: shuffle or not."""
     return type(sampler) is DistributedSampler
@@ -121,11 +127,8 @@ class OrderedRounds(Rounds):
         count = order.numel()
         if not count:
             raise ConfigError("the data set has no samples, or its sampler gives none")
-        full, rest = divmod(count, round_size)
-        if drop_last:
-            count -= rest
-        elif rest:
-            full += 1
+        full = number_of_rounds(count, round_size, drop_last=drop_last)
+        count = min(count, full * round_size)
         if not full:
             raise ConfigError(
                 f"{order.numel()} samples make no full batch of {round_size} over all workers and"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from paceline.comm.spread import spread_elements
+from paceline.comm.spread import of_all_ranks, spread_elements
 from paceline.errors import Mismatch
 from paceline.train.data.fingerprint import different, digest
 from paceline.types import Communicator, named
@@ -57,7 +57,7 @@ def check(
 
 def _elsewhere(parameters: Sequence[torch.Tensor], comm: Communicator) -> list[int]:
     """The ranks with other parameters than rank 0's, as far as evenly spread elements tell."""
-    rows = spread_elements(parameters, comm).nan_to_num(posinf=0.0, neginf=0.0)
+    rows = of_all_ranks(spread_elements(parameters).nan_to_num(posinf=0.0, neginf=0.0), comm)
     limit = _TOLERANCE * float(rows[0].square().mean().sqrt())
     return [rank for rank, row in enumerate(rows) if float((row - rows[0]).abs().max()) > limit]
 
