@@ -34,6 +34,7 @@ from paceline.train.data import evaluation, map_loader, shard, streams  # noqa: 
 from paceline.train.data.batch_sizes import Measured  # noqa: E402
 from paceline.train.data.following import Loaders  # noqa: E402
 from paceline.train.data.loader import LoaderPass, ShardedLoader  # noqa: E402
+from paceline.train.gradients.later_hooks import LaterHooks  # noqa: E402
 from paceline.train.gradients.weights import GradientWeights  # noqa: E402
 from paceline.train.job import Job  # noqa: E402
 from paceline.train.modules import low_precision, sync_batch_norm  # noqa: E402
@@ -175,7 +176,10 @@ FAULTS: dict[str, Fault] = {
     "a kept gradient is overwritten": instead(
         FlatReplica, "place_of_gradient", lambda self, index, gradient: self.gradient_views[index]
     ),
-    "a step inside backward is not refused": instead(Attachment, "_before_step", nothing),
+    "a step inside backward is not refused": lambda: _both(
+        instead(Attachment, "_before_step", nothing), instead(LaterHooks, "check", nothing)
+    ),
+    "a left-out step is not seen when backward begins": instead(Attachment, "_goes_on", nothing),
     "max_norm is not refused": instead(preparation, "_check_module", nothing),
     "SyncBatchNorm is BatchNorm": instead(sync_batch_norm, "find", lambda model, converts: []),
     "a copy keeps the job's hooks": instead(ModuleHook, "__reduce__", lambda self: len),
@@ -259,6 +263,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "constant buffers change": {"model": ("buffers", "batch_norm", "expanded")},
     "a kept gradient is overwritten": {"between": "keep"},
     "a step inside backward is not refused": {"habit": "step_in_hook"},
+    "a left-out step is not seen when backward begins": {"omits_steps": True, "zeroes": "between"},
     "max_norm is not refused": {"habit": "max_norm"},
     "SyncBatchNorm is BatchNorm": {"model": "batch_norm"},
     "a copy keeps the job's hooks": {"evaluates": "copy", "evaluate": ("epoch", "middle")},
