@@ -79,9 +79,13 @@ class ReducedGradients:
         if arrived is None:
             return now != self._marks and _are_zero(self._parameters)
         at = next(i for i, p in enumerate(self._parameters) if p is arrived)
-        before, version = self._marks[at]
-        was_added_to = now[at] == (before, version + 1) and before != 0
-        return not was_added_to and _are_zero([p for p in self._parameters if p is not arrived])
+        if not _are_zero([p for p in self._parameters if p is not arrived]):
+            return False
+        others = [i for i in range(len(now)) if i != at]
+        if any(now[i] != self._marks[i] for i in others):
+            return True
+        before, version = self._marks[at]  # an id may be used again: only asked where no other one tells
+        return not (now[at] == (before, version + 1) and before != 0)
 
 
 def _marks(parameters: Sequence[nn.Parameter]) -> list[tuple[int, int]]:
