@@ -65,11 +65,11 @@ def deep() -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:strategy")
-@pytest.mark.parametrize("has_loader", [True, False], ids=["loader", "no loader"])
+@pytest.mark.parametrize("has_loader", [True, False, None], ids=["loader", "no loader", "to validate"])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("method", METHODS)
 def test_minibatches_are_counted_wherever_gradients_are_cleared(
-    method: str, place: str, has_loader: bool
+    method: str, place: str, has_loader: bool | None
 ) -> None:
     """Rank 0 has to skip the steps of two batches, by itself where ranks step by themselves."""
 
@@ -81,6 +81,8 @@ def test_minibatches_are_counted_wherever_gradients_are_cleared(
             net, optimizer, loader = job.prepare(net, optimizer, loader, strategy=method)
         else:
             net, optimizer = job.prepare(net, optimizer, strategy=method)
+        if has_loader is None:
+            job.prepare(DataLoader(TensorDataset(torch.ones(8, 4)), 4))
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         for number, (x,) in enumerate(loader):
             if place == "first":

@@ -219,8 +219,8 @@ class Attachment:
     def _goes_on(self, arrived: nn.Parameter | None = None) -> None:
         """A forward or backward pass begins: the minibatch before it may be one whose steps did not come."""
         if self._minibatch.awaits_step and (
-            # Without a loader: SAM moves the parameters before the second pass of a minibatch.
-            self._has_new_batch if self.has_loader else not self._reduced.parameters_moved()
+            # Without a batch of a loader: SAM moves the parameters before the second pass of a minibatch.
+            not self._reduced.parameters_moved() if self._batch is None else self._has_new_batch
         ):
             self.finish_skipped(arrived)
 
