@@ -64,6 +64,15 @@ def deep() -> Any:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1))
 
 
+def end(scaler: Any, optimizer: Any, loss: Any, *, overflows: bool, place: str) -> None:
+    """What a loop does after the forward pass; gradients are cleared here if `place` is last."""
+    scaler.scale(loss * float("inf") if overflows else loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    if place.startswith("last"):
+        optimizer.zero_grad(set_to_none="zero" not in place)
+
+
 @pytest.mark.filterwarnings("ignore:strategy")
 @pytest.mark.parametrize("has_loader", [True, False, None], ids=["loader", "no loader", "to validate"])
 @pytest.mark.parametrize("place", PLACES)
@@ -90,13 +99,7 @@ def test_minibatches_are_counted_wherever_gradients_are_cleared(
             loss = net(x).square().mean()
             if place == "between forward and backward":
                 optimizer.zero_grad()
-            if job.rank == 0 and number in (1, 2):
-                loss = loss * float("inf")
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            if place.startswith("last"):
-                optimizer.zero_grad(set_to_none="zero" not in place)
+            end(scaler, optimizer, loss, overflows=job.rank == 0 and number in (1, 2), place=place)
         job.synchronize()
         (attachment,) = job.attachments
         parameters = [p.detach() for p in net.parameters()]
@@ -145,13 +148,7 @@ def test_what_the_loop_said_holds_after_a_skipped_step(place: str, when: str) ->
                 optimizer.zero_grad()
             if when == "before backward":
                 weight(len(x))
-            if number == 1:
-                loss = loss * float("inf")
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            if place.startswith("last"):
-                optimizer.zero_grad(set_to_none="zero" not in place)
+            end(scaler, optimizer, loss, overflows=number == 1, place=place)
         return [p.detach() for p in net.parameters()]
 
     generator = torch.Generator().manual_seed(0)

@@ -57,7 +57,7 @@ OTHER_INPUT = {
     "launchers/spark/session.py": "an address that a connection is tried to",
     "report": "a style sheet of the package",
     "train/saving/checkpoint.py:_is_shard": "names of files",
-    "comm/rendezvous/interfaces.py:_text_or_empty": "the kernel's table of addresses",
+    "comm/rendezvous/interfaces.py:text_or_empty": "files of the kernel",
     "train/saving/checkpoint.py:_remove_older": "names of files",
     "train/saving/storable.py:_try": "what it has just written itself",
     "train/logs/logbook.py:Logbook._collect": "rows of other ranks in the job's store",

@@ -26,13 +26,13 @@ def spread_elements(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def of_all_ranks(own: torch.Tensor, comm: Communicator) -> torch.Tensor:
-    """One row for each rank. Collective.
+    """One row for each rank; of lost ones that the others go on without, zeros. Collective.
 
     Args:
         own: Of the same length and dtype on all ranks.
         comm: The ranks.
     """
-    everyone = own.new_empty(comm.size * own.numel())
+    everyone = own.new_zeros(comm.size * own.numel())
     comm.all_gather(everyone, own).wait()
     return everyone.view(comm.size, -1)
 

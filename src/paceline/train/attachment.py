@@ -210,9 +210,9 @@ class Attachment:
         """
         if not self._minibatch.awaits_step:
             return
-        has_left_out = meets and not self.reduces_gradients
-        if has_left_out:
-            has_left_out = self._has_new_batch or not self._reduced.are_finite()
+        has_left_out = (
+            meets and not self.reduces_gradients and (self._has_new_batch or not self._reduced.are_finite())
+        )
         if has_left_out or self._stepped or self._reduced.are_cleared(arrived):
             self.finish_minibatch(is_late=arrived is not None)
 

@@ -85,18 +85,16 @@ class MixedPrecision:
         if self._has_overflowed:
             for parameter in replica.trained:
                 parameter.grad = None
-            if was_dropped:  # the sum of a minibatch is not finite once, however many passes it has
-                return
+        # A minibatch counts once, however many passes it has.
+        if self._has_overflowed and not was_dropped:
             self.skipped += 1
             self._good = 0
             self.scale = max(1.0, self.scale / 2)
-            return
-        if is_further:
-            return
-        self._good += 1
-        if self._good == GROWTH_INTERVAL:
-            self._good = 0
-            self.scale *= 2
+        elif not self._has_overflowed and not is_further:
+            self._good += 1
+            if self._good == GROWTH_INTERVAL:
+                self._good = 0
+                self.scale *= 2
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scale and the counters."""

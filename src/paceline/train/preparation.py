@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from paceline.comm.spread import of_all_ranks
 from paceline.errors import ConfigError, Mismatch, RunLengthWarning
 from paceline.spec import whole_number
 from paceline.strategies.base.strategy import TrainingStrategy
@@ -150,10 +151,8 @@ def shared_state(replica: FlatReplica, comm: Communicator) -> list[torch.Tensor]
     if comm.size == 1 or not frozen:
         return replica.buffers()
     own = torch.tensor([digest(one) for one in frozen])
-    everyone = own.new_zeros(comm.size * len(frozen))
-    comm.all_gather(everyone, own).wait()
-    rows = everyone.view(comm.size, -1)
-    differ = ((rows != own) & (rows != UNKNOWN)).any(0)  # all ranks see it or none; lost ones left zeros
+    rows = of_all_ranks(own, comm)
+    differ = ((rows != own) & (rows != UNKNOWN)).any(0)  # all ranks see it or none
     return [*replica.buffers(), *(one for one, is_other in zip(frozen, differ, strict=True) if is_other)]
 
 

@@ -172,9 +172,8 @@ def _accumulation(fixed: Choices) -> None:
         fixed["epochs"] = max(2, fixed["epochs"])  # there is something to resume
         if fixed["between"] == "keep":  # what is kept is of the models before
             fixed["between"] = None
-    if fixed["resume"] == "middle":  # a checkpoint amid a minibatch is refused
-        fixed["omits_steps"] = False
     if fixed["resume"] == "middle":  # what is counted from the pass' first batch is not to happen twice
+        fixed["omits_steps"] = False  # a checkpoint amid a minibatch is refused
         fixed["leaves_early"] = False
         fixed["evaluate"] = "epoch" if fixed["evaluate"] == "middle" else fixed["evaluate"]
     if fixed["accumulation"] > 1 and fixed["style"] == "accumulate":

@@ -18,7 +18,7 @@ _LINK_LOCAL = "20"  # a scope: such an address says nothing without the interfac
 def addresses_of(interface: str) -> list[str]:
     """The addresses of `interface`: IPv4 first; no IPv6 addresses of the link alone; [] without interface."""
     ipv4 = _ipv4_address_of(interface)
-    rows = [row.split() for row in _text_or_empty(_IPV6_ADDRESSES).splitlines()]
+    rows = [row.split() for row in text_or_empty(_IPV6_ADDRESSES).splitlines()]
     mine = [row[0] for row in rows if row[5] == interface and row[3] != _LINK_LOCAL]
     return [*([ipv4] if ipv4 else []), *(str(ipaddress.IPv6Address(bytes.fromhex(text))) for text in mine)]
 
@@ -38,7 +38,8 @@ def _ipv4_address_of(interface: str) -> str | None:
     return socket.inet_ntoa(reply[20:24])
 
 
-def _text_or_empty(path: Path) -> str:
+def text_or_empty(path: Path) -> str:
+    """What a file of the kernel says; "" where there is none."""
     return path.read_text() if path.exists() else ""
 
 

@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import Store
 
 from paceline.comm.rendezvous import pmi
 from paceline.comm.rendezvous.environment import ProcessIdentity, who_am_i
-from paceline.comm.rendezvous.interfaces import local_address_towards
+from paceline.comm.rendezvous.interfaces import local_address_towards, text_or_empty
 from paceline.comm.rendezvous.job_store import Prefixed
 from paceline.comm.rendezvous.lost_ranks import LostRanks
 from paceline.comm.rendezvous.stores import open_launchers_store, open_store
@@ -216,17 +216,13 @@ def host_identity() -> str:
     namespace, the namespace of process ids (shared memory is opened by them) and the device behind /dev/shm.
     """
     parts = [
-        _text_or_empty(Path("/proc/sys/kernel/random/boot_id")),
+        text_or_empty(Path("/proc/sys/kernel/random/boot_id")),
         _inode_or_empty(Path("/proc/self/ns/net")),
         _inode_or_empty(Path("/proc/self/ns/pid")),
         _inode_or_empty(Path("/dev/shm")),
     ]
     name = socket.gethostname()
     return f"{name}-{hashlib.sha256('|'.join([name, *parts]).encode()).hexdigest()[:8]}"
-
-
-def _text_or_empty(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
 
 
 def _inode_or_empty(path: Path) -> str:

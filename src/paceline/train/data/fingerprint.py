@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Subset
 
+from paceline.comm.spread import of_all_ranks
 from paceline.errors import Mismatch
 from paceline.train import random_state
 from paceline.types import Communicator, named
@@ -59,9 +60,7 @@ def different(own: int, comm: Communicator) -> list[int]:
     """The ranks whose number differs from rank 0's; none if one of the numbers is UNKNOWN. Collective."""
     if comm.size == 1:
         return []
-    everyone = torch.zeros(comm.size, dtype=torch.int64)
-    comm.all_gather(everyone, torch.tensor([own])).wait()
-    numbers = everyone.tolist()
+    numbers = of_all_ranks(torch.tensor([own]), comm).flatten().tolist()
     return [] if UNKNOWN in numbers else [r for r, one in enumerate(numbers) if one != numbers[0]]
 
 

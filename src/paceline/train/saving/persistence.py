@@ -94,11 +94,15 @@ def _collect_model(attachment: Attachment, rank: int) -> dict[str, Any]:
             for key, value in replica.module.state_dict().items()
         }
         state["optimizers"] = [stateful(o).state_dict() for o in replica.optimizers]
-        state["classes"] = [type(stateful(o)).__name__ for o in replica.optimizers]
+        state["classes"] = _classes(replica.optimizers)
     consensus = strategy.consensus()
     if consensus is not None and rank == 0:
         state["consensus"] = consensus
     return state
+
+
+def _classes(optimizers: Sequence[torch.optim.Optimizer]) -> list[str]:
+    return [type(stateful(one)).__name__ for one in optimizers]
 
 
 def restore(
@@ -160,7 +164,7 @@ def _restore_model(
 ) -> None:
     replica = attachment.replica
     source = own if "model" in own else first
-    here = [type(stateful(o)).__name__ for o in replica.optimizers]
+    here = _classes(replica.optimizers)
     if here and here != source["classes"]:  # torch would load one's state into the other
         raise CheckpointError(
             f"the checkpoint was saved with the optimizers {', '.join(source['classes']) or 'none'}, this job"
