@@ -305,14 +305,22 @@ def test_a_checkpoint_amid_passes_inside_a_pass(tmp_path: Path, inner: str, stop
         assert_equal(resumed, expected)
 
 
+@pytest.mark.parametrize("is_late", [False, True])
 @pytest.mark.parametrize("strategy", ["all_reduce", "local_sgd(period=2)"])
-def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path, strategy: str) -> None:
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path, strategy: str, is_late: bool) -> None:
     def loop(job: Job, kind: Any) -> None:
         net: Any = model()
-        job.prepare(net, kind(net.parameters(), lr=0.1), strategy=strategy)
         if kind is torch.optim.SGD:
+            job.prepare(net, kind(net.parameters(), lr=0.1), strategy=strategy)
             job.save(tmp_path / "saved")
+        elif is_late:
+            job.prepare(net, strategy=strategy)
+            job.load(tmp_path / "saved")
+            optimizer = kind(net.parameters(), lr=0.1)
+            net(data().tensors[0]).sum().backward()
+            optimizer.step()
         else:
+            job.prepare(net, kind(net.parameters(), lr=0.1), strategy=strategy)
             job.load(tmp_path / "saved")
 
     on(2, lambda job: loop(job, torch.optim.SGD))

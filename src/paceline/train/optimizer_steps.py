@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from paceline.errors import ConfigError
+from paceline.errors import CheckpointError, ConfigError
 from paceline.train.replica import FlatReplica
 
 Optimizer = torch.optim.Optimizer
@@ -126,7 +126,9 @@ class OptimizerSteps:
             )
         self._replica.optimizers.append(optimizer)
         if self._replica.late_states:
-            optimizer.load_state_dict(self._replica.late_states.pop(0))
+            name, state = self._replica.late_states.pop(0)
+            check_classes([name], [optimizer])
+            optimizer.load_state_dict(state)
         self._checked[id(optimizer)] = []
         return optimizer
 
@@ -168,6 +170,22 @@ def stateful(optimizer: Optimizer) -> Optimizer:
         return optimizer
     inner = [one for one in vars(optimizer).values() if isinstance(one, Optimizer)]
     return stateful(inner[0]) if inner else optimizer
+
+
+def classes(optimizers: Sequence[Optimizer]) -> list[str]:
+    """The names of their classes, without wrappers."""
+    return [type(stateful(one)).__name__ for one in optimizers]
+
+
+def check_classes(saved: Sequence[str], optimizers: Sequence[Optimizer]) -> None:
+    """CheckpointError unless they are of the classes that were saved; torch would load any state."""
+    here = classes(optimizers)
+    if here != list(saved):
+        raise CheckpointError(
+            f"the checkpoint was saved with the optimizers {', '.join(saved) or 'none'}, this job has"
+            f" {', '.join(here)}: make what it was saved with. To go on with another optimizer, load the"
+            " weights alone, before prepare: model.load_state_dict(...) of job.save_model"
+        )
 
 
 def _parameter_ids(optimizer: Optimizer) -> list[int]:

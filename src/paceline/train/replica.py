@@ -59,8 +59,8 @@ class FlatReplica:
     ) -> None:
         self.module = module
         self.optimizers = list(optimizers)
-        self.late_states: list[dict[str, Any]] = []
-        """States of a checkpoint for optimizers that are not known yet."""
+        self.late_states: list[tuple[str, dict[str, Any]]] = []
+        """Classes and states of a checkpoint for optimizers that are not known yet."""
         self.names = {id(p): name for name, p in module.named_parameters()}  # tied ones appear once
         everything = list(module.parameters())
         self.frozen = [p for p in everything if not p.requires_grad]

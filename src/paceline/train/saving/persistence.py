@@ -14,7 +14,7 @@ from paceline.errors import CheckpointError
 from paceline.train import random_state
 from paceline.train.attachment import Attachment
 from paceline.train.data.loader import ShardedLoader
-from paceline.train.optimizer_steps import stateful
+from paceline.train.optimizer_steps import check_classes, classes, stateful
 from paceline.train.replica import compact
 
 
@@ -94,15 +94,11 @@ def _collect_model(attachment: Attachment, rank: int) -> dict[str, Any]:
             for key, value in replica.module.state_dict().items()
         }
         state["optimizers"] = [stateful(o).state_dict() for o in replica.optimizers]
-        state["classes"] = _classes(replica.optimizers)
+        state["classes"] = classes(replica.optimizers)
     consensus = strategy.consensus()
     if consensus is not None and rank == 0:
         state["consensus"] = consensus
     return state
-
-
-def _classes(optimizers: Sequence[torch.optim.Optimizer]) -> list[str]:
-    return [type(stateful(one)).__name__ for one in optimizers]
 
 
 def restore(
@@ -164,20 +160,16 @@ def _restore_model(
 ) -> None:
     replica = attachment.replica
     source = own if "model" in own else first
-    here = _classes(replica.optimizers)
-    if here and here != source["classes"]:  # torch would load one's state into the other
-        raise CheckpointError(
-            f"the checkpoint was saved with the optimizers {', '.join(source['classes']) or 'none'}, this job"
-            f" has {', '.join(here)}: prepare what it was saved with before load(). To go on with another"
-            " optimizer, load the weights alone, before prepare: model.load_state_dict(...) of job.save_model"
-        )
+    if replica.optimizers:
+        check_classes(source["classes"], replica.optimizers)
     try:
         _load_module(replica.module, source["model"])
         if replica.optimizers:
             for optimizer, state in zip(map(stateful, replica.optimizers), source["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
         else:
-            replica.late_states = list(source["optimizers"])  # for one that is made after prepare
+            # For one that is made after prepare.
+            replica.late_states = list(zip(source["classes"], source["optimizers"], strict=True))
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"the checkpoint does not fit this model or optimizer: {error}") from error
     replica.adopt()
