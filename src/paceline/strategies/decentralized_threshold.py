@@ -77,6 +77,7 @@ class DecentralizedThreshold(TrainingStrategy):
         if rate is not None and not rate > 0:
             raise ConfigError(f"decentralized_threshold: rate={rate!r}: a number above 0 expected")
         self._dense_steps = whole_number(f"{self.name}: dense_steps", dense_steps, least=0)
+        self.takes_turns = dense_steps > 0
         self._warm_steps = whole_number(f"{self.name}: warm_steps", warm_steps, least=0)
         self._warm_workers = whole_number(f"{self.name}: warm_workers", warm_workers, least=1)
         self._codec = Threshold(tau=tau, density=density, entropy=entropy)
@@ -111,6 +112,7 @@ class DecentralizedThreshold(TrainingStrategy):
         self._measure_updates()
         local_work.charge_passes(self._base, 3)  # difference, factor, copy
         if self._steps <= self._dense_steps:
+            self.await_turn()
             for work in [self.comm.all_reduce(update) for update in self._updates]:
                 work.wait()
             torch._foreach_add_(self._base, self._updates)

@@ -56,6 +56,7 @@ class Gossip(PeriodicStrategy):
         if str(mode) not in ("synchronous", "asynchronous"):
             raise ConfigError(f"mode={mode}: synchronous or asynchronous expected")
         self.mode = str(mode)
+        self.takes_turns = self.mode == "synchronous"
         self._seed = seed
         self._steps = 0
         """Minibatches since the start of training."""
@@ -85,6 +86,7 @@ class Gossip(PeriodicStrategy):
         if self.comm.size == 1:
             return
         if self.mode == "synchronous":
+            self.await_turn()
             self._mix_in_step(self._partner())
         else:
             self._mix(self._random_peer())
@@ -92,6 +94,7 @@ class Gossip(PeriodicStrategy):
     def synchronize(self) -> None:
         """All replicas become their mean."""
         if self.comm.size > 1:
+            self.await_turn(is_finishing=True)
             self.comm.drain()
             self._take(self._call(self.comm.rank, "set", self._mean()))
 

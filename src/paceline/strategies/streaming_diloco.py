@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from paceline import codecs, local_work
+from paceline import codecs
 from paceline.codecs.kernel import ledger
 from paceline.errors import ConfigError
 from paceline.spec import Spec, whole_number
@@ -21,7 +21,7 @@ from paceline.strategies.base.periodic import check_period, wanted_period
 from paceline.strategies.base.slices import Slices
 from paceline.strategies.base.strategy import TrainingStrategy
 from paceline.strategies.outer import optimizer_state
-from paceline.strategies.outer.fragment import FragmentInFlight
+from paceline.strategies.outer.fragment import FragmentInFlight, take
 from paceline.strategies.outer.optimizer import OuterArguments, OuterSGD
 from paceline.types import Communicator, Replica, Work
 
@@ -59,6 +59,7 @@ class StreamingDiLoCo(TrainingStrategy):
 
     advice = "DiLoCo with its traffic spread evenly behind compute; for links that DiLoCo saturates."
     replicas_differ = True
+    takes_turns = True
 
     def __init__(
         self,
@@ -112,9 +113,12 @@ class StreamingDiLoCo(TrainingStrategy):
         """Request the fragment whose turn it is; apply those that are due."""
         self.replica.adopt()
         self._steps += 1
-        for f in range(self.fragments):
-            if (self._steps - f * self.period // self.fragments) % self.period == 0:
-                self._request(f)
+        every, count = self.period, self.fragments
+        asked = [f for f in range(count) if (self._steps - f * every // count) % every == 0]
+        if asked or (self._reducer is not None and self._transfers):  # a codec's second exchange
+            self.await_turn()
+        for f in asked:
+            self._request(f)
         for f in [f for f, transfer in self._transfers.items() if transfer.due <= self._steps]:
             self._apply(f, mix=self.mix)
 
@@ -123,6 +127,7 @@ class StreamingDiLoCo(TrainingStrategy):
 
     def synchronize(self) -> None:
         """Finish what travels, then one last outer step on every fragment; all take the global model."""
+        self.await_turn(is_finishing=True)
         for f in list(self._transfers):
             self._apply(f, mix=self.mix)
         for f in range(self.fragments):
@@ -144,6 +149,8 @@ class StreamingDiLoCo(TrainingStrategy):
         shares = [(local - start) / self.comm.size for local, start in pairs]
         progress = [share.to(self._payload or share.dtype) for share in shares]
         works = [self._sum(flat, state) for flat, state in zip(progress, self._codec_states[f], strict=True)]
+        progress.append(torch.tensor([float(optimizer_state.is_adaptive(self.replica))]))
+        works.append(self.comm.all_reduce(progress[-1]))
         self._transfers[f] = FragmentInFlight(self._steps + self.delay, progress, works)
 
     def _sum(self, flat: torch.Tensor, state: dict[str, Any]) -> Work:
@@ -152,18 +159,11 @@ class StreamingDiLoCo(TrainingStrategy):
         return self._reducer.start(flat, [], self.comm, state)  # its second exchange starts when it is due
 
     def _apply(self, f: int, *, mix: float) -> None:
-        transfer = self._transfers.pop(f)
-        transfer.wait()
-        outer, is_adaptive = self._outer[f], optimizer_state.is_adaptive(self.replica)
+        outer, (progress, is_adaptive) = self._outer[f], self._transfers.pop(f).arrived()
         outer.rate, outer.momentum = self._arguments.values(is_adaptive=is_adaptive)
-        pairs = zip(outer.start, transfer.progress, strict=True)
-        outer.step([start + progress.to(start.dtype) for start, progress in pairs])
-        for local, value in zip(self._local(f), outer.start, strict=True):
-            local_work.charge_passes([local], 4)  # with the difference, and its mean
-            if mix:
-                local.mul_(mix).add_(value, alpha=1 - mix)
-            else:
-                local.copy_(value)
+        pairs = zip(outer.start, progress, strict=True)
+        outer.step([start + part.to(start.dtype) for start, part in pairs])
+        take(self._local(f), outer.start, mix=mix)
 
     def state_dict(self) -> dict[str, Any]:
         """Outer optimizers, the number of minibatches, and means that have arrived but are not yet due."""

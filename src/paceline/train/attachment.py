@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -24,20 +23,14 @@ from paceline.train.data.in_hand import BatchesInHand
 from paceline.train.gradients import drift
 from paceline.train.gradients.kept import KeptGradients, ReducedGradients
 from paceline.train.gradients.later_hooks import LaterHooks
+from paceline.train.gradients.laying import lay
 from paceline.train.gradients.reduced import connect
-from paceline.train.gradients.scaling import scale
 from paceline.train.gradients.weights import GradientWeights
 from paceline.train.minibatch import AccumulationWindow, MinibatchEvent, MinibatchState, Phase
-from paceline.train.modules.hooks import ModuleHook
-from paceline.train.optimizer_steps import OptimizerSteps
+from paceline.train.modules.hooks import ModuleHook, Removable
+from paceline.train.optimizer_steps import AMID_WINDOW, INSIDE_BACKWARD, OTHER_ORDER, OptimizerSteps
 from paceline.train.replica import FlatReplica, GradientBucket
 from paceline.types import Communicator
-
-
-class Removable(Protocol):
-    """What registering a hook returns."""
-
-    def remove(self) -> None: ...
 
 
 class Attachment:
@@ -70,6 +63,9 @@ class Attachment:
         self.hands: BatchesInHand | None = None
         self.on_gradients: Callable[[bool], None] | None = None
         """Called when all gradients are complete, at the end of backward."""
+        self.num_backwards = 0
+        """Backward passes begun."""
+        self._ended_for_others_at: int | None = None  # how many there were
         self._size = comm.size
         self.comm = comm
         self._minibatch = MinibatchState()
@@ -224,6 +220,35 @@ class Attachment:
         ):
             self.finish_skipped(arrived)
 
+    @property
+    def awaits_step(self) -> bool:
+        """Whether gradients are complete and not all optimizers have stepped."""
+        return self._minibatch.awaits_step
+
+    @property
+    def has_new_batch(self) -> bool:
+        """Whether it was given a batch after its gradients were complete."""
+        return self._has_new_batch
+
+    @property
+    def told_minibatches(self) -> int:
+        """Minibatches that the strategy knows to be finished."""
+        return self.minibatches - int(self._untold is not None)
+
+    @property
+    def may_be_finished(self) -> bool:
+        """Whether another minibatch can be finished now, if this rank has left out its steps."""
+        return self.awaits_step or self._untold is not None
+
+    def finish_for_others(self) -> None:
+        """Close a minibatch that the other ranks have closed: this one has left out its steps."""
+        untold, self._untold = self._untold, None
+        if untold is not None:
+            untold()
+            return
+        self._ended_for_others_at = self.num_backwards
+        self.finish_minibatch()
+
     def finish_minibatch(self, *, is_late: bool = False) -> None:
         """Close a minibatch whose optimizer steps did not all come (a GradScaler skipped them).
 
@@ -358,7 +383,7 @@ class Attachment:
                         " checkpoint(..., use_reentrant=False), or run backward under job.no_sync()"
                     )
                 self._taken.add(index)
-                self._take_gradient(index, parameter)
+                lay(self.replica, index, parameter, self._graphs)
                 bucket = self.replica.bucket_of[index]
                 bucket.missing -= 1
                 if bucket.missing == 0:
@@ -371,6 +396,7 @@ class Attachment:
             self.hands.backward(self, self._forwards.trained())
         self._minibatch.advance(MinibatchEvent.BACKWARD_BEGINS)
         self._window.backwards += 1
+        self.num_backwards += 1
         self._kept.forget()
         self.comm.charge_compute()
         self._sends = not self._only_accumulates and self._window.must_reduce(knows_last=self.has_loader)
@@ -433,47 +459,22 @@ class Attachment:
             self.replica.flag_used(unweighted if self.replica.has_samples else 0.0)
         self.strategy.gradient_ready(bucket)
 
-    def _take_gradient(self, index: int, parameter: torch.Tensor) -> None:
-        """Move a gradient into its place in the flat buffer, times this rank's weight."""
-        gradient, weight = parameter.grad, self.replica.weight
-        view = self.replica.place_of_gradient(index, gradient)
-        if gradient is not None and gradient.requires_grad:  # backward(create_graph=True)
-            self._graphs[index] = gradient
-            gradient = gradient.detach()
-        if gradient is None or weight == 0.0:
-            view.zero_()  # not 0 · gradient: a repeated batch may have given NaN
-        elif gradient is view:
-            view.mul_(weight)
-        elif gradient.layout is not torch.strided:
-            raise ConfigError(
-                f"the gradient of {self.replica.name(parameter)} is sparse ({gradient.layout}), which the"
-                " all_reduce of dense buckets cannot send; use sparse=False, or strategy='local_sgd(...)'"
-            )
-        else:
-            scale(view, gradient, weight)
-        if gradient is not None:
-            parameter.grad = view
-
     def _fill(self, bucket: GradientBucket) -> None:
         with torch.no_grad():
             for index in bucket.members:
                 if index not in self._taken:
-                    self._take_gradient(index, self.replica.trained[index])
+                    lay(self.replica, index, self.replica.trained[index], self._graphs)
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         is_inside = self._minibatch.phase is Phase.BACKWARD or torch._C._current_graph_task_id() != -1  # noqa: SLF001
-        if is_inside and self.replica.buckets:  # others' gradients are needed
-            raise ConfigError(
-                f"rank {self.comm.rank}: {type(optimizer).__name__}.step() inside backward, where gradients"
-                " are not reduced yet; step after backward, or choose a strategy that averages models, such"
-                " as local_sgd(period=1)"
-            )
-        if self.holds_back:
-            raise ConfigError(
-                f"rank {self.comm.rank}: {type(optimizer).__name__}.step() in the middle of a window of"
-                " job.accumulate, by an optimizer that prepare() was not given and that is not held back"
-                " therefore; give the one that the loop steps: job.prepare(model, optimizer, loader)"
-            )
+        refusals = {
+            INSIDE_BACKWARD: is_inside and bool(self.replica.buckets),  # others' gradients are needed
+            AMID_WINDOW: self.holds_back,
+            OTHER_ORDER: self._ended_for_others_at == self.num_backwards,
+        }
+        for why, is_so in refusals.items():
+            if is_so:
+                raise ConfigError(f"rank {self.comm.rank}: {type(optimizer).__name__}.step() {why}")
         if self._minibatch.phase is Phase.UNSENT:  # fewer passes than declared: reduce now, after clipping
             if not self._has_warned and self.comm.rank == 0 and self.strategy.needs_gradients:
                 warnings.warn(

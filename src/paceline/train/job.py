@@ -23,7 +23,7 @@ from paceline.spec import whole_number
 from paceline.strategies.base.strategy import TrainingStrategy, make
 from paceline.train import arguments, exchange, preparation, random_state
 from paceline.train.attachment import Attachment
-from paceline.train.calls.waiting import about_to_wait
+from paceline.train.calls.turns import Turns
 from paceline.train.clock import TrainingClock
 from paceline.train.data.following import Loaders
 from paceline.train.evaluate import Forward, evaluate, holders
@@ -31,6 +31,7 @@ from paceline.train.leaving import limited_exit
 from paceline.train.logs import statistics
 from paceline.train.logs.logbook import Logbook, TrainingCounts
 from paceline.train.loop_calls import LoopCalls
+from paceline.train.modules.hooks import ModuleHook
 from paceline.train.precision import MixedPrecision
 from paceline.train.precision import check as check_precision
 from paceline.train.progress import ProgressBar
@@ -68,7 +69,9 @@ class Job(LoopCalls):
         self.samples = 0
         """Samples of all ranks in those minibatches."""
         self.attachments: list[Attachment] = []
+        self.turns = Turns(comm, self.attachments)
         calls: Any = {"on_batch": self._count, "on_boundary": self._boundary, "on_dropped": self._uncount}
+        calls["meeting"] = functools.partial(self.turns.meeting, rests=False)
         self.loaders = Loaders(comm, seed, self.attachments, **calls)
         self.registered: dict[str, Any] = {}
         """Schedulers, scalers and whatever else `save` includes, by name."""
@@ -191,19 +194,22 @@ class Job(LoopCalls):
         wanted = wanted or DEFAULT_STRATEGY
         chosen = make(wanted)
         chosen.scope = str(self._num_prepared)
+        index = len(self.attachments) if before is None else before
+        chosen.agree = functools.partial(self.turns.await_turn, index)
         self._num_prepared += 1
         one = preparation.attach(model, optimizers, chosen, self._comm_for(model), settings)
         one.wanted = wanted
         one.on_update = self._after_update
+        if one.weights.is_shared:
+            one.keep(model.register_forward_pre_hook(ModuleHook(self.turns.before_forward)))
         if before is None:
-            before = len(self.attachments)
             self.attachments.append(one)
         else:
             one.minibatches = self.attachments[before].minibatches
             self.attachments[before] = one
         self.loaders.welcome(one)
         if dtype is not None:
-            self.register(**{f"precision{before or ''}": MixedPrecision(dtype, one)})
+            self.register(**{f"precision{index or ''}": MixedPrecision(dtype, one)})
 
     def _comm_for(self, model: nn.Module) -> FabricCommunicator:
         """What moves this model's tensors: on a GPU, a communicator beside the job's own."""
@@ -301,8 +307,7 @@ class Job(LoopCalls):
         """
         attachments = holders(model, self.attachments)
         options: Any = {"batch_size": batch_size, "forward": forward, "average": average}
-        with self.clock.paused():
-            about_to_wait(self.attachments)
+        with self.clock.paused(), self.turns.meeting():
             for one in attachments:
                 one.check_steps()
             return evaluate(model, data, metrics, self.comm, attachments, **options)
@@ -320,7 +325,7 @@ class Job(LoopCalls):
             CheckpointError: On all ranks, when it cannot be written.
             ConfigError: `path` is no path, such as a `job.checkpoint` that is None.
         """
-        with self.clock.paused():
+        with self.clock.paused(), self.turns.meeting(rests=False):
             checkpoints.write(path, self.collect_state(extra), self.comm)
 
     def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -414,8 +419,8 @@ class Job(LoopCalls):
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        about_to_wait(self.attachments)
-        self.comm.barrier().wait()
+        with self.turns.meeting():
+            self.comm.barrier().wait()
 
     def log(self, values: Mapping[str, Any] | None = None, /, **more: object) -> None:
         """Write a row with epoch, step, throughput, bytes and waiting to the log (rank 0).

@@ -17,7 +17,7 @@ from paceline.train.calls.accumulating import AccumulatingCalls
 from paceline.train.calls.batches import BatchCalls
 from paceline.train.calls.ranks import RankCalls
 from paceline.train.calls.results import ResultCalls
-from paceline.train.calls.waiting import about_to_wait
+from paceline.train.calls.turns import Turns
 
 
 class LoopCalls(AccumulatingCalls, BatchCalls, RankCalls, ResultCalls):
@@ -25,6 +25,7 @@ class LoopCalls(AccumulatingCalls, BatchCalls, RankCalls, ResultCalls):
 
     comm: FabricCommunicator
     attachments: list[Attachment]
+    turns: Turns
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -110,8 +111,8 @@ class LoopCalls(AccumulatingCalls, BatchCalls, RankCalls, ResultCalls):
         Args:
             values: Names and (sum, count) pairs, which become Σ sum / Σ count; plain numbers are added up.
         """
-        about_to_wait(self.attachments)
-        return exchange.all_reduce_metrics(values, self.comm)
+        with self.turns.meeting():
+            return exchange.all_reduce_metrics(values, self.comm)
 
     def gather_objects(self, value: object) -> list[Any]:
         """Every rank's value, in rank order; nothing is pickled.
@@ -119,5 +120,5 @@ class LoopCalls(AccumulatingCalls, BatchCalls, RankCalls, ResultCalls):
         Args:
             value: Numbers, strings, lists, dicts and tensors.
         """
-        about_to_wait(self.attachments)
-        return exchange.gather_objects(value, self.comm)
+        with self.turns.meeting():
+            return exchange.gather_objects(value, self.comm)

@@ -20,6 +20,20 @@ from paceline.train.replica import FlatReplica
 Optimizer = torch.optim.Optimizer
 Callback = Callable[[Optimizer], None]
 
+INSIDE_BACKWARD = (
+    "inside backward, where gradients are not reduced yet; step after backward, or choose a strategy that"
+    " averages models, such as local_sgd(period=1)"
+)
+AMID_WINDOW = (
+    "in the middle of a window of job.accumulate, by an optimizer that prepare() was not given and that is"
+    " not held back therefore; give the one that the loop steps: job.prepare(model, optimizer, loader)"
+)
+OTHER_ORDER = (
+    "of a model whose minibatch the other ranks have ended before this step: step the models in the same"
+    " order on all ranks, and give them to prepare() in that order"
+)
+"""Why a step is refused."""
+
 _lock = threading.Lock()
 _all: tuple[OptimizerSteps, ...] = ()  # replaced, never changed: steps of other threads go through it
 _is_hooked = False

@@ -33,7 +33,7 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "declares_accumulation": (True, False),
     "style": ("plain", "accumulate", "backward"),
     "zeroes": ("last", "first", "between"),
-    "omits_steps": (False, True),
+    "omits_steps": (False, True, "first_model", "last_model"),
     "clip": (None, "norm", "value"),
     "scheduler": (None, "step", "epoch", "cosine"),
     "ema": (False, True),
@@ -74,7 +74,7 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
 SIMPLEST = {
     "habit": 0.9, "codec": 0.6, "precision": 0.3, "data": 0.5, "prepares": 0.7, "loss": 0.3, "model": 0.2,
     "optimizer": 0.3, "evaluate": 0.15, "evaluates": 0.1, "resume": 0.5, "strategy": 0.7, "fetches": 0.6,
-    "beside": 0.7, "omits_steps": 0.7,
+    "beside": 0.7, "omits_steps": 0.6,
 }  # fmt: skip
 """The share of loops in which these dimensions have the simplest value."""
 SERVED = ("gossip", "parameter_server", "decentralized_threshold")
@@ -139,6 +139,8 @@ def _data(fixed: Choices) -> None:
 
 def _optimizer(fixed: Choices) -> None:
     kind = fixed["optimizer"]
+    if fixed["omits_steps"] in ("first_model", "last_model"):
+        fixed["num_models"] = max(2, fixed["num_models"])
     if kind == "lbfgs":  # a closure makes its own backward passes
         fixed.update(accumulation=1, loss="one", between=None, clip=None, resume=None)
     if kind == "sam":

@@ -17,7 +17,7 @@ from models import make, output
 from plain import PlainJob
 from runs import state
 from sources import Samples, batch_size_of, collate, fetched, loader_of, parts
-from stepping import optimizers_of
+from stepping import optimizers_of, parameters_of
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
@@ -162,7 +162,7 @@ class Run:
             is_last = first + i + 1 == count
             ends = (i + 1) % c["accumulation"] == 0 or is_last or (c["leaves_early"] and i == 1)
             # As a GradScaler does: all ranks where they take the same steps, and else perhaps one.
-            omits = c["omits_steps"] and i % 3 == 1 and not (is_last or c["leaves_early"])
+            omits = c["omits_steps"] and i % 3 == c["epochs"] % 2 and not (is_last or c["leaves_early"])
             self.omits_step = omits and (is_exact(c) or self.job.rank == 0)
             if c["gathers"]:
                 self.gather(batch)
@@ -238,13 +238,14 @@ class Run:
             self.beside.after()
             if ends:
                 self.between()
-            if not self.omits_step:
-                for optimizer in self.optimizers:
+            left_out = self.left_out()
+            for optimizer in self.optimizers:
+                if not any(optimizer is one for one in left_out):
                     optimizer.step()
-            elif ends and not is_exact(c):  # of one rank alone, for a reason that is seen
-                for p in self.trained():
-                    if p.grad is not None:
-                        p.grad.fill_(float("inf"))
+                elif ends and not is_exact(c):  # of one rank alone, for a reason that is seen
+                    for p in parameters_of(optimizer):
+                        if p.grad is not None:
+                            p.grad.fill_(float("inf"))
         if c["zeroes"] == "last" and (ends or c["zero"] not in BY_LOOP):
             self.zero()
         if c["scheduler"] in ("step", "cosine"):
@@ -324,6 +325,14 @@ class Run:
                 p.sub_(by)
         for optimizer in self.optimizers:
             optimizer.step()
+
+    def left_out(self) -> list[Any]:
+        """Optimizers that do not step in this minibatch: all of them, or those of one model."""
+        if not self.omits_step:
+            return []
+        each = max(1, len(self.optimizers) // len(self.models))
+        which: Any = {"first_model": slice(each), "last_model": slice(-each, None)}
+        return list(self.optimizers[which.get(self.c["omits_steps"], slice(None))])
 
     def trained(self) -> list[Any]:
         return [p for model in self.models for p in model.parameters() if p.requires_grad]

@@ -30,6 +30,7 @@ from paceline.strategies.base.strategy import TrainingStrategy  # noqa: E402
 from paceline.train import evaluate, joining, preparation, random_state, replica  # noqa: E402
 from paceline.train.attachment import Attachment  # noqa: E402
 from paceline.train.calls.ranks import RankCalls  # noqa: E402
+from paceline.train.calls.turns import Turns  # noqa: E402
 from paceline.train.data import evaluation, map_loader, shard, streams  # noqa: E402
 from paceline.train.data.batch_sizes import Measured  # noqa: E402
 from paceline.train.data.following import Loaders  # noqa: E402
@@ -180,6 +181,7 @@ FAULTS: dict[str, Fault] = {
         instead(Attachment, "_before_step", nothing), instead(LaterHooks, "check", nothing)
     ),
     "a left-out step is not seen when backward begins": instead(Attachment, "_goes_on", nothing),
+    "models are exchanged in any order": instead(Turns, "_are_taken", False),
     "max_norm is not refused": instead(preparation, "_check_module", nothing),
     "SyncBatchNorm is BatchNorm": instead(sync_batch_norm, "find", lambda model, converts: []),
     "a copy keeps the job's hooks": instead(ModuleHook, "__reduce__", lambda self: len),
@@ -264,6 +266,11 @@ NEEDS: dict[str, dict[str, Any]] = {
     "a kept gradient is overwritten": {"between": "keep"},
     "a step inside backward is not refused": {"habit": "step_in_hook"},
     "a left-out step is not seen when backward begins": {"omits_steps": True, "zeroes": "between"},
+    "models are exchanged in any order": {
+        "omits_steps": ("first_model", "last_model"),
+        "num_models": (2, 3),
+        "strategy": ("local_sgd(period=2)", "diloco(period=2)", "bmuf(period=2)", "slowmo(period=2)"),
+    },
     "max_norm is not refused": {"habit": "max_norm"},
     "SyncBatchNorm is BatchNorm": {"model": "batch_norm"},
     "a copy keeps the job's hooks": {"evaluates": "copy", "evaluate": ("epoch", "middle")},

@@ -64,6 +64,11 @@ MAKERS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def parameters_of(optimizer: Any) -> list[Any]:
+    """What an optimizer trains."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def optimizers_of(c: Choices, models: list[nn.Module]) -> list[Any]:
     """New optimizers for the trained parameters of the models; as many for each of them."""
     kind = c["optimizer"]

@@ -9,6 +9,7 @@ import torch
 
 from paceline import codecs
 from paceline.codecs.reducers.flat_sums import FlatSums
+from paceline.errors import Mismatch
 from paceline.spec import Spec, whole_number
 from paceline.strategies.base.strategy import TrainingStrategy
 
@@ -114,6 +115,8 @@ class AveragingStrategy(PeriodicStrategy):
             uncompressed.
     """
 
+    takes_turns = True
+    finishes_unevenly = True
     default_period: ClassVar[int] = 16
 
     def __init__(self, *, period: int | None, codec: str | Spec | None) -> None:
@@ -134,12 +137,24 @@ class AveragingStrategy(PeriodicStrategy):
         """
 
     def exchange(self) -> None:
-        self.close_round(finishing=False)
+        self.await_turn()
+        try:
+            self.close_round(finishing=False)
+        except Mismatch as error:
+            raise Mismatch(
+                f"{error}. All ranks exchange every {self.period} minibatches here: one may have left out an"
+                " optimizer.step() that others took; let all leave out the same"
+            ) from error
+
+    def join(self) -> None:
+        self.close_round(finishing=True)
+        self.start_period()
 
     def synchronize(self) -> None:
         """Close the last round. Ranks that still train finish their rounds with this rank's weight 0."""
         all_finish = False
         while not all_finish:
+            self.await_turn(is_finishing=True)
             all_finish = self.close_round(finishing=True)
             self.start_period()
 

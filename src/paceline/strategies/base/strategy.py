@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -49,8 +50,15 @@ class TrainingStrategy(abc.ABC):
     bucket_bytes: int = 25 << 20
     """Gradient buckets are closed at this size (the first at 1 MiB, so that sending starts early)."""
 
+    takes_turns: bool = False
+    """Whether it exchanges the model with all ranks outside of backward: `await_turn` goes before."""
+    finishes_unevenly: ClassVar[bool] = False
+    """Whether `join` takes part in an exchange of ranks that still train."""
+
     scope: str = "0"
     """Set before `attach`: which of the job's models this is."""
+    agree: Callable[[bool], None] | None = None
+    """Set before `attach` by a job, which may have other models; see `await_turn`."""
 
     @property
     def name(self) -> str:
@@ -61,6 +69,19 @@ class TrainingStrategy(abc.ABC):
     def channel(self) -> str:
         """The name of this method's message channel, which the job's other models do not use."""
         return f"{self.name}/{self.scope}"
+
+    def await_turn(self, *, is_finishing: bool = False) -> None:
+        """Return when all ranks exchange this model next.
+
+        Args:
+            is_finishing: This rank trains no more, in `synchronize`.
+        """
+        if self.agree is not None:
+            self.agree(is_finishing)
+
+    def join(self) -> None:
+        """In `synchronize` of another model: take part in an exchange, without `await_turn`."""
+        raise NotImplementedError
 
     def attach(self, replica: Replica, comm: Communicator) -> None:
         """Meet the model. Called once, by all ranks, before the first minibatch.

@@ -7,8 +7,8 @@ from typing import Any
 from paceline.comm.communicator import FabricCommunicator
 from paceline.errors import ConfigError
 from paceline.spec import whole_number
-from paceline.train.attachment import Attachment
 from paceline.train.calls import joined_rows
+from paceline.train.calls.turns import Turns
 from paceline.train.data.following import Loaders
 from paceline.train.data.loader import ShardedLoader
 
@@ -17,7 +17,7 @@ class BatchCalls:
     """`job.gather_for_metrics`, `job.skip` and `job.skip_first_batches`."""
 
     comm: FabricCommunicator
-    attachments: list[Attachment]
+    turns: Turns
     loaders: Loaders
 
     def gather_for_metrics(self, values: Any) -> Any:
@@ -58,9 +58,8 @@ class BatchCalls:
                 " loader.is_gathered = True before the loop, or use job.evaluate"
             )
         loader.is_gathered = True
-        for one in self.attachments:  # in each batch, perhaps: no message to servers that this rank rests
-            one.finish_skipped(meets=True)
-        return joined_rows.gather(values, self.comm, counts=batch.own > 0, own=batch.own)
+        with self.turns.meeting(rests=False):  # in each batch, perhaps: no message to servers
+            return joined_rows.gather(values, self.comm, counts=batch.own > 0, own=batch.own)
 
     def skip(self) -> None:
         """Say that the batch in hand is not trained: for a loop that leaves it out (`continue`).

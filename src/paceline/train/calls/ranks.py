@@ -12,8 +12,7 @@ from paceline.comm.communicator import FabricCommunicator
 from paceline.errors import ConfigError, Mismatch, PacelineError
 from paceline.spec import whole_number
 from paceline.train import exchange, random_state
-from paceline.train.attachment import Attachment
-from paceline.train.calls.waiting import about_to_wait
+from paceline.train.calls.turns import Turns
 from paceline.train.data.following import Loaders
 from paceline.train.progress import ProgressBar
 from paceline.types import named
@@ -27,7 +26,7 @@ class RankCalls:
     """`job.print`, `job.on_main`, `job.main_first` and `job.set_seed`."""
 
     comm: FabricCommunicator
-    attachments: list[Attachment]
+    turns: Turns
     loaders: Loaders
     is_main: bool
     _progress: ProgressBar
@@ -107,8 +106,8 @@ class RankCalls:
         self._hear_of_firsts("")
 
     def _hear_of_firsts(self, own_failure: str, *, raises: bool = True) -> None:
-        about_to_wait(self.attachments)
-        told = exchange.gather_objects([_FIRST, own_failure], self.comm)
+        with self.turns.meeting():
+            told = exchange.gather_objects([_FIRST, own_failure], self.comm)
         others = [r for r, one in enumerate(told) if not (isinstance(one, list) and _FIRST in one)]
         if others:
             raise Mismatch(

@@ -9,7 +9,7 @@ from torch import nn
 from paceline.comm.communicator import FabricCommunicator
 from paceline.train.arguments import unwrapped
 from paceline.train.attachment import Attachment
-from paceline.train.calls.waiting import about_to_wait
+from paceline.train.calls.turns import Turns
 from paceline.train.clock import TrainingClock
 from paceline.train.data.following import Loaders
 from paceline.train.logs.logbook import Logbook
@@ -22,6 +22,7 @@ class ResultCalls:
 
     comm: FabricCommunicator
     attachments: list[Attachment]
+    turns: Turns
     clock: TrainingClock
     loaders: Loaders
     logbook: Logbook
@@ -49,8 +50,8 @@ class ResultCalls:
         with self.clock.paused():
             for one in self.attachments:
                 one.finish_minibatch()
-            about_to_wait(self.attachments)
-            model_file.save(unwrapped(model), path, self.attachments, self.comm)
+            with self.turns.meeting():
+                model_file.save(unwrapped(model), path, self.attachments, self.comm)
 
     def track(self, tracker: Tracker) -> None:
         """Hand the rows of `job.log` to a tracker too; rank 0 does so, the other ranks ignore it.

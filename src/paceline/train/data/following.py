@@ -12,7 +12,7 @@ from paceline.errors import ConfigError
 from paceline.train.data.batch_sizes import BatchSizeOf
 from paceline.train.data.handed_out import LoaderPass, Trainee
 from paceline.train.data.in_hand import BatchesInHand
-from paceline.train.data.loader import BatchBegins, ShardedLoader
+from paceline.train.data.loader import BatchBegins, Meeting, ShardedLoader
 from paceline.train.data.shard import shard
 from paceline.types import Communicator
 
@@ -21,11 +21,9 @@ class Follower(Trainee, Protocol):
     """A prepared model that learns the weights of batches."""
 
     has_loader: bool
-    minibatches: int
+    num_backwards: int
     hands: BatchesInHand | None
 
-    @property
-    def waiting_backwards(self) -> int: ...
     def data_ends(self) -> None: ...
 
 
@@ -42,6 +40,7 @@ class Loaders(Sequence[ShardedLoader]):
         on_batch: Called after the followers, for each batch to train on.
         on_boundary: Called before each batch.
         on_dropped: Called with batches, and samples of all ranks, that were only looked at.
+        meeting: Around what the ranks tell each other at a fetch.
     """
 
     def __init__(
@@ -53,11 +52,13 @@ class Loaders(Sequence[ShardedLoader]):
         on_batch: BatchBegins,
         on_boundary: Callable[[], None],
         on_dropped: Callable[[int, int], None],
+        meeting: Meeting,
     ) -> None:
         self._comm, self._followers = comm, followers
         self.seed = seed
         """Of the order of samples in loaders that are added from now on; None: rank 0's seed of torch."""
         self._on_batch, self._on_boundary, self._on_dropped = on_batch, on_boundary, on_dropped
+        self._meeting = meeting
         self._all: list[ShardedLoader] = []
         self._own: dict[int, list[ShardedLoader]] = {}  # by model
         self._of_no_model: list[ShardedLoader] = []  # prepared alone: any model may be trained on it
@@ -105,6 +106,7 @@ class Loaders(Sequence[ShardedLoader]):
         loader.on_end.append(lambda one: self._end(loader, one))
         loader.on_boundary.append(self._at_boundary)
         loader.on_dropped.append(self._on_dropped)
+        loader.meeting = self._meeting
         loader.progress = lambda: self._progress(loader)
         loader.evaluates = lambda: self._evaluates(loader)
         self._all.append(loader)
@@ -191,7 +193,7 @@ class Loaders(Sequence[ShardedLoader]):
 
     def _progress(self, loader: ShardedLoader) -> object:
         """Another value after each backward pass of those that follow; without any, always another."""
-        return [(one.minibatches, one.waiting_backwards) for one in self._following(loader)] or object()
+        return [one.num_backwards for one in self._following(loader)] or object()
 
     def _end(self, loader: ShardedLoader, ended: LoaderPass) -> None:
         if self.hands.is_waited_for(ended):  # batches that were fetched ahead are still to be trained

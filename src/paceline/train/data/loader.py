@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from paceline.types import Communicator
 
 BatchBegins = Callable[[int, int, bool], object]
 """(samples of this rank, samples of all ranks, whether it is the epoch's last batch); False: no training."""
+Meeting = Callable[[], AbstractContextManager[None]]
+"""Makes the context of what all ranks do together."""
 
 
 class ShardedLoader(abc.ABC):
@@ -64,6 +67,8 @@ class ShardedLoader(abc.ABC):
         """Called once, when a batch has been trained."""
         self.progress: Callable[[], object] | None = None
         """Another value whenever something was trained; None: what is handed out is trained."""
+        self.meeting: Meeting = nullcontext
+        """Around what the ranks tell each other at a fetch."""
         self.evaluates: Callable[[], bool] | None = None
         """Whether all models that this trains, or else all, are in evaluation mode now."""
 
@@ -87,7 +92,8 @@ class ShardedLoader(abc.ABC):
                 self._settle()
                 if one.is_counted and self.on_trained is not None:  # on all ranks: they can be compared
                     check, self.on_trained = self.on_trained, None
-                    check()
+                    with self.meeting():
+                        check()
                 if item is None:
                     one.is_counted = one.is_counted or one.start > 0  # nothing may have been left to resume
                     break

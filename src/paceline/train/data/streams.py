@@ -181,7 +181,8 @@ class OwnLoader(ShardedLoader):
             following = self if upcoming is self else next(items, self)
             # One small message per step: how many samples, and who has more after this batch.
             totals = torch.tensor([own, following is not self], dtype=torch.int64)
-            self._comm.all_reduce(totals).wait()
+            with self.meeting():
+                self._comm.all_reduce(totals).wait()
             total, more = totals.tolist()
             if total == 0:
                 return

@@ -1,10 +1,16 @@
-"""Hooks on modules that copies and pickles leave behind."""
+"""Hooks: on modules, of a kind that copies and pickles leave behind; and what takes any of them off."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
+
+
+class Removable(Protocol):
+    """What registering a hook returns."""
+
+    def remove(self) -> None: ...
 
 
 class ModuleHook:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import assert_equal, on
-from small import data, model
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from runs import assert_equal, on, state
+from small import data, model
 
 from paceline.train.job import Job
 
@@ -164,3 +169,26 @@ def test_what_the_loop_said_holds_after_a_skipped_step(place: str, when: str) ->
     expected = train(net, torch.optim.SGD(net.parameters(), lr=0.1), rows, lambda _: None)
     for parameters in on(2, loop):
         assert_equal(parameters, expected, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["diloco(period=2)", "streaming_diloco(period=2, fragments=2)"])
+def test_first_steps_that_one_rank_leaves_out_make_no_other_outer_step(strategy: str) -> None:
+    """By default the outer step depends on the kind of the workers' optimizer, which its state tells."""
+
+    def loop(job: Job) -> Any:
+        net = model()
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+        *_, loader = job.prepare(net, optimizer, DataLoader(data(24), 4), strategy=strategy, batch="global")
+        for i, (x, y) in enumerate(loader):
+            optimizer.zero_grad()
+            overflows = job.rank == 0 and i < 4
+            (functional.cross_entropy(net(x), y) * (float("inf") if overflows else 1)).backward()
+            if not overflows:
+                optimizer.step()
+        job.synchronize()
+        return state(net)
+
+    for size in (2, 3):
+        ours = on(size, loop)
+        for one in ours:
+            assert_equal(one, ours[0], tolerance=0)
