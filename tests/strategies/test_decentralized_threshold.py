@@ -11,8 +11,9 @@ from torch import nn
 
 from paceline.comm import current
 from paceline.comm.simulated.simulate import simulate
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, PeerLost
 from paceline.strategies.base import strategy as strategies
+from paceline.strategies.peers.broadcast import PeerBroadcast
 from paceline.train.job import Job
 
 pytestmark = pytest.mark.distributed
@@ -175,3 +176,32 @@ def test_a_lost_worker_does_not_stop_the_others() -> None:
 def test_bad_options(options: str) -> None:
     with pytest.raises(ConfigError):
         strategies.make(f"decentralized_threshold({options})")
+
+
+class DyingPeer:
+    """The communicator of rank 0 of three, whose rank 1 dies while an update is sent to it."""
+
+    rank, size = 0, 3
+
+    def __init__(self) -> None:
+        self.sent: list[int] = []
+
+    def serve(self, channel: str, handler: Any) -> None:
+        pass
+
+    def on_lost(self, callback: Any) -> None:
+        pass  # it runs on another thread, later
+
+    def post(self, peer: int, channel: str, message: Any) -> None:
+        if peer == 1:
+            raise PeerLost("rank 0: rank 1 is lost: the connection was closed")
+        self.sent.append(peer)
+
+
+@pytest.mark.parametrize("is_relayed", [False, True])
+def test_a_peer_that_dies_while_an_update_is_sent_to_it(is_relayed: bool) -> None:
+    comm: Any = DyingPeer()
+    broadcast = PeerBroadcast(comm, "updates", is_relayed=is_relayed)
+    for _ in range(2):
+        broadcast.send([torch.ones(1)])
+    assert comm.sent == [2, 2] and broadcast.lost == {1}

@@ -192,3 +192,26 @@ def test_first_steps_that_one_rank_leaves_out_make_no_other_outer_step(strategy:
         ours = on(size, loop)
         for one in ours:
             assert_equal(one, ours[0], tolerance=0)
+
+
+@pytest.mark.parametrize("strategy", ["all_reduce", "local_sgd(period=2)", "diloco(period=3)"])
+def test_first_steps_of_an_optimizer_made_afterwards_that_are_left_out(strategy: str) -> None:
+    """The minibatches before its first step count, though nobody knew then that there would be one."""
+
+    def loop(job: Job) -> Any:
+        net = model()
+        net, loader = job.prepare(net, DataLoader(data(24), 4), strategy=strategy, batch="global")
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for i, (x, y) in enumerate(loader):
+            optimizer.zero_grad()
+            functional.cross_entropy(net(x), y).backward()
+            if i > 1 or (job.rank and strategy != "all_reduce"):
+                optimizer.step()
+        job.synchronize()
+        return [a.minibatches for a in job.attachments], job.step, state(net)
+
+    for size in (1, 2, 3):
+        ours = on(size, loop)
+        assert ours[0][:2] == ([6], 6)
+        for one in ours:
+            assert_equal(one, ours[0], tolerance=0)

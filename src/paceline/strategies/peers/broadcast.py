@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from paceline.errors import ProtocolError
+from paceline.errors import PeerLost, ProtocolError
 from paceline.types import Communicator, Message, Rank
 
 
@@ -57,8 +57,12 @@ class PeerBroadcast:
             steps = [power for power in reversed(powers) if power > distance and distance + power < size]
         for step in steps:
             peer = (self._comm.rank + step) % size
-            if peer not in self.lost:
+            if peer in self.lost:
+                continue
+            try:
                 self._comm.post(peer, self._channel, Message({"origin": origin}, tensors))
+            except PeerLost:  # it died while this waited for room, or just now: its callback is still to run
+                self.lost.add(peer)
 
     def _handle(self, src: Rank, message: Message) -> None:
         """On the message service: pass on, and keep for the worker."""

@@ -221,7 +221,7 @@ class ShardClient:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a continued run needs on this worker."""
-        answers = [call.reply.wait() for call in self._ahead or []]
+        answers = self._await(self._ahead or [])
         return {
             "ahead": [[dict(answer.header), list(answer.tensors)] for answer in answers],
             "residuals": {} if self.pushes is None else self.pushes.states,
