@@ -21,7 +21,7 @@ from paceline.train.data.forwards import ForwardPass, ForwardPasses
 from paceline.train.data.handed_out import HandedBatch
 from paceline.train.data.in_hand import BatchesInHand
 from paceline.train.gradients import drift
-from paceline.train.gradients.kept import KeptGradients, ReducedGradients
+from paceline.train.gradients.kept import CHANGED_AMID_WINDOW, KeptGradients, ReducedGradients
 from paceline.train.gradients.later_hooks import LaterHooks
 from paceline.train.gradients.laying import lay
 from paceline.train.gradients.reduced import connect
@@ -66,7 +66,6 @@ class Attachment:
         self.num_backwards = 0
         """Backward passes begun."""
         self._ended_for_others_at: int | None = None  # how many there were
-        self._size = comm.size
         self.comm = comm
         self._minibatch = MinibatchState()
         self._window = AccumulationWindow(accumulation_steps)
@@ -74,7 +73,7 @@ class Attachment:
         self._batch: HandedBatch | None = None  # whose weight the coming backward passes have
         self.has_new_batch = False
         """Whether it was given a batch after its gradients were complete."""
-        self._before_optimizers = 0  # minibatches of a loader, trained before the first step of an optimizer
+        self._untold_before = 0  # minibatches that ended before an optimizer was known, made after prepare
         self._untold: Callable[[], None] | None = None  # the strategy does not know yet how a minibatch ended
         self._forwards = ForwardPasses(self._is_reached)
         self._only_accumulates = False  # inside `no_sync`
@@ -174,7 +173,7 @@ class Attachment:
 
     def check_steps(self) -> None:
         """Mismatch if ranks that sum their gradients took other steps or have drifted apart. Collective."""
-        if self.reduces_gradients and self._size > 1:
+        if self.reduces_gradients and self.comm.size > 1:
             self.replica.adopt()
             drift.check(self.num_updates, self.replica.optimizers, self.replica.parameters, self.comm)
 
@@ -225,12 +224,12 @@ class Attachment:
     @property
     def awaits_step(self) -> bool:
         """Whether gradients are complete and not all optimizers have stepped."""
-        return self._minibatch.awaits_step
+        return self._minibatch.awaits_step and bool(self.replica.optimizers)
 
     @property
     def told_minibatches(self) -> int:
         """Minibatches that the strategy knows to be finished."""
-        return self.minibatches - int(self._untold is not None)
+        return self.minibatches - self._untold_before - int(self._untold is not None)
 
     @property
     def may_be_finished(self) -> bool:
@@ -253,6 +252,10 @@ class Attachment:
             is_late: Whether a backward pass runs, after which the strategy may change parameters.
         """
         if not self._minibatch.awaits_step:
+            return
+        if not self.replica.optimizers:
+            self._untold_before += 1
+            self._end_minibatch()
             return
         tell = self.strategy.after_update if self._stepped else self.strategy.update_skipped
         self._end_minibatch()
@@ -308,11 +311,7 @@ class Attachment:
             arrived: The one whose next gradient has been added already.
         """
         if self._minibatch.phase is Phase.UNSENT and self._kept.are_changed(arrived):
-            raise ConfigError(
-                f"rank {self.comm.rank}: gradients were changed in job.accumulate before the end of their"
-                " window (clipped, unscaled, set to zero or None); write `if job.sync_gradients:` before what"
-                " changes them, and optimizer.zero_grad(), which waits for the end, to clear them"
-            )
+            raise ConfigError(f"rank {self.comm.rank}: {CHANGED_AMID_WINDOW}")
 
     def cut_outputs(self) -> None:
         """Stop gradients at the model's outputs while this rank's own loss counts nothing."""
@@ -348,7 +347,7 @@ class Attachment:
             who=f"rank {self.comm.rank}",
             before=self._before_step,
             after=self._after_step,
-            mean=self.weights.mean_loss if self.strategy.needs_gradients and self._size > 1 else None,
+            mean=self.weights.mean_loss if self.strategy.needs_gradients and self.comm.size > 1 else None,
         )
         self._handles += [self._steps, self.weights]
         hook = ModuleHook(self._before_forward)
@@ -363,7 +362,7 @@ class Attachment:
             self._goes_on()
 
     def _gradient_hook(self, index: int) -> Callable[[nn.Parameter], None]:
-        lays_flat = self.strategy.needs_gradients and self._size > 1
+        lays_flat = self.strategy.needs_gradients and self.comm.size > 1
         minibatch, later = self._minibatch, self._later_hooks
 
         def hook(parameter: nn.Parameter) -> None:
@@ -426,16 +425,16 @@ class Attachment:
         self._window.backwards = 0
         self._kept.forget()
         self._minibatch.advance(MinibatchEvent.GRADIENTS_REDUCED)
-        is_further, self._minibatch.awaits_step = self._minibatch.awaits_step, bool(self.replica.optimizers)
-        if not self.replica.optimizers:
+        is_further = self._minibatch.awaits_step
+        self._minibatch.awaits_step = bool(self.replica.optimizers) or self._batch is not None
+        if not self._minibatch.awaits_step:
             self._minibatch.advance(MinibatchEvent.MINIBATCH_ENDS)
-            self._before_optimizers += self.has_new_batch
-        if self.replica.buckets and self._size > 1:
+        if self.replica.buckets and self.comm.size > 1:
             for bucket in self.replica.buckets[self._next_bucket :]:
                 self._fill(bucket)
                 self._send(bucket)
         self.strategy.backward_done()
-        if self.replica.buckets and self._size > 1:
+        if self.replica.buckets and self.comm.size > 1:
             self.replica.return_unused()
         connect(self._graphs, self.replica.trained)
         self._graphs = {}
@@ -453,7 +452,7 @@ class Attachment:
     def _send(self, bucket: GradientBucket) -> None:
         self._next_bucket = bucket.index + 1
         if self._next_bucket == len(self.replica.buckets):
-            unweighted = 1.0 / self._size  # a batch without tokens uses parameters, a repeated one does not
+            unweighted = 1.0 / self.comm.size  # a batch without tokens uses them, a repeated one does not
             self.replica.flag_used(unweighted if self.replica.has_samples else 0.0)
         self.strategy.gradient_ready(bucket)
 
@@ -473,10 +472,9 @@ class Attachment:
         for why, is_so in refusals.items():
             if is_so:
                 raise ConfigError(f"rank {self.comm.rank}: {type(optimizer).__name__}.step() {why}")
-        while self._before_optimizers > 1:  # the first steps of an optimizer that prepare did not get
-            self._before_optimizers, self.minibatches = self._before_optimizers - 1, self.minibatches + 1
+        while self._untold_before:
+            self._untold_before -= 1
             self.strategy.update_skipped()
-        self._before_optimizers = 0
         if self._minibatch.phase is Phase.UNSENT:  # fewer passes than declared: reduce now, after clipping
             if not self._has_warned and self.comm.rank == 0 and self.strategy.needs_gradients:
                 warnings.warn(
