@@ -233,9 +233,9 @@ class Run:
             self.sam(batch)
         else:
             self.backward(batch, clears=c["zeroes"] == "between" and clears)
+            self.beside.after()
             if not (ends or is_held):
                 return
-            self.beside.after()
             if ends:
                 self.between()
             left_out = self.left_out()

@@ -5,6 +5,7 @@ of it at that model's next batch. The others exchange the model meanwhile, if th
 by itself; with a second model, this rank would come to the exchange of that one instead. So before an
 exchange the ranks tell each other which model they are at, and those that have left out the step of the one
 whose turn it is end its minibatch then. A job with one model tells nothing: there is only one to exchange.
+With SyncBatchNorm, forward passes are meetings too, and told as well.
 """
 
 from __future__ import annotations
@@ -96,12 +97,8 @@ class Turns:
 
     def before_forward(self, module: nn.Module, _: object) -> None:
         """A model with SyncBatchNorm begins a forward pass, in which all ranks wait for each other."""
-        if module.training:
-            for one in self._attachments:
-                if one.has_new_batch:  # else it may have two passes, of which the first overflowed
-                    one.finish_skipped(meets=True)
-            if self._are_taken:
-                self._agree(None)
+        if module.training and self._are_taken:
+            self._agree(None)
 
     def _note(self, model: int) -> None:
         if model in self._exchanged:
@@ -110,10 +107,9 @@ class Turns:
 
     @property
     def _are_taken(self) -> bool:
-        return (
-            self._comm.size > 1
-            and len(self._attachments) > 1
-            and any(one.strategy.takes_turns for one in self._attachments)
+        has_several = len(self._attachments) > 1
+        return self._comm.size > 1 and any(
+            one.strategy.takes_turns and (has_several or one.weights.is_shared) for one in self._attachments
         )
 
     def _agree(self, model: int | None, *, is_finishing: bool = False) -> None:

@@ -14,8 +14,8 @@ from torch import nn
 
 CHANGED_AMID_WINDOW = (
     "gradients were changed in job.accumulate before the end of their window (clipped, unscaled, set to zero"
-    " or None); write `if job.sync_gradients:` before what changes them, and optimizer.zero_grad(), which waits"
-    " for the end, to clear them"
+    " or None); write `if job.sync_gradients:` before what changes them, and optimizer.zero_grad(), which"
+    " waits for the end, to clear them"
 )
 """What is wrong with half a sum that was clipped, unscaled or dropped, and what mends it."""
 
