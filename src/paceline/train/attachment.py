@@ -73,7 +73,6 @@ class Attachment:
         self._batch: HandedBatch | None = None  # whose weight the coming backward passes have
         self.has_new_batch = False
         """Whether it was given a batch after its gradients were complete."""
-        self._untold_before = 0  # minibatches that ended before an optimizer was known, made after prepare
         self._untold: Callable[[], None] | None = None  # the strategy does not know yet how a minibatch ended
         self._forwards = ForwardPasses(self._is_reached)
         self._only_accumulates = False  # inside `no_sync`
@@ -224,12 +223,12 @@ class Attachment:
     @property
     def awaits_step(self) -> bool:
         """Whether gradients are complete and not all optimizers have stepped."""
-        return self._minibatch.awaits_step and bool(self.replica.optimizers)
+        return self._minibatch.awaits_step
 
     @property
     def told_minibatches(self) -> int:
         """Minibatches that the strategy knows to be finished."""
-        return self.minibatches - self._untold_before - int(self._untold is not None)
+        return self.minibatches - int(self._untold is not None)
 
     @property
     def may_be_finished(self) -> bool:
@@ -252,10 +251,6 @@ class Attachment:
             is_late: Whether a backward pass runs, after which the strategy may change parameters.
         """
         if not self._minibatch.awaits_step:
-            return
-        if not self.replica.optimizers:
-            self._untold_before += 1
-            self._end_minibatch()
             return
         tell = self.strategy.after_update if self._stepped else self.strategy.update_skipped
         self._end_minibatch()
@@ -426,6 +421,7 @@ class Attachment:
         self._kept.forget()
         self._minibatch.advance(MinibatchEvent.GRADIENTS_REDUCED)
         is_further = self._minibatch.awaits_step
+        # Of a loader also without a known optimizer: one may be made, whose first steps are left out.
         self._minibatch.awaits_step = bool(self.replica.optimizers) or self._batch is not None
         if not self._minibatch.awaits_step:
             self._minibatch.advance(MinibatchEvent.MINIBATCH_ENDS)
@@ -472,9 +468,6 @@ class Attachment:
         for why, is_so in refusals.items():
             if is_so:
                 raise ConfigError(f"rank {self.comm.rank}: {type(optimizer).__name__}.step() {why}")
-        while self._untold_before:
-            self._untold_before -= 1
-            self.strategy.update_skipped()
         if self._minibatch.phase is Phase.UNSENT:  # fewer passes than declared: reduce now, after clipping
             if not self._has_warned and self.comm.rank == 0 and self.strategy.needs_gradients:
                 warnings.warn(
