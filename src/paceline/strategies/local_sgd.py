@@ -100,11 +100,11 @@ class LocalSGD(AveragingStrategy):
             optimizer_state.check_count(works[0], totals, len(tensors), self.comm)
         if finishing:
             works[0].wait()
-            if totals[0] == 0:  # no rank trained since the last average
+            if totals[0] == 0 and totals[1] == self.comm.size:  # no rank trained since the last average
                 if are_equal(tensors, self.comm):
-                    return bool(totals[1] == self.comm.size)
+                    return True
                 weight, totals[0] = 1.0, self.comm.size  # what the loop itself has changed since: Lookahead
-        flats = [tensor.contiguous() for tensor in tensors]
+        flats = [tensor.contiguous() if weight else tensor.clone() for tensor in tensors]
         encoded, plain = flats[: len(starts)], flats[len(starts) :]
         # Dividing; with a codec also both differences and the copy of the new start.
         local_work.charge_passes(flats, 1)
@@ -119,6 +119,8 @@ class LocalSGD(AveragingStrategy):
         for work in works:
             work.wait()
         total, num_finishing, _ = totals.tolist()
+        if total == 0:  # ranks that still train, on no samples of their own in this round
+            return False
         if encoded:
             torch._foreach_add_(encoded, starts, alpha=total)
         for tensor, flat in zip(tensors, flats, strict=True):

@@ -215,3 +215,26 @@ def test_first_steps_of_an_optimizer_made_afterwards_that_are_left_out(strategy:
         assert ours[0][:2] == ([6], 6)
         for one in ours:
             assert_equal(one, ours[0], tolerance=0)
+
+
+@pytest.mark.parametrize("strategy", ["local_sgd(period=2)", "diloco(period=2)"])
+def test_passes_with_a_graph_of_a_rank_without_samples_are_one_minibatch(strategy: str) -> None:
+    """Its gradients are zeros, and each pass makes new ones: nobody has cleared them."""
+
+    def loop(job: Job) -> Any:
+        net = model()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        *_, loader = job.prepare(net, optimizer, DataLoader(data(6), 1), strategy=strategy, batch="global")
+        for i, (x, y) in enumerate(loader):
+            functional.cross_entropy(net(x), y).backward(create_graph=True)
+            if i % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        job.synchronize()
+        return [a.minibatches for a in job.attachments], state(net)
+
+    for size in (2, 3):
+        ours = on(size, loop)
+        assert ours[0][0] == [3]
+        for one in ours:
+            assert_equal(one, ours[0], tolerance=0)

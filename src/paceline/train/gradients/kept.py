@@ -91,8 +91,16 @@ class ReducedGradients:
         others = [i for i in range(len(now)) if i != at]
         if any(now[i] != self._marks[i] for i in others):
             return True
+        if _is_sum_new(arrived):
+            return False  # no other one tells, and this one cannot
         before, version = self._marks[at]  # an id may be used again: only asked where no other one tells
         return not (now[at] == (before, version + 1) and before != 0)
+
+
+def _is_sum_new(arrived: nn.Parameter) -> bool:
+    """Whether backward(create_graph=True) runs: what it adds to a gradient makes a new tensor."""
+    gradient = arrived.grad
+    return gradient is not None and (gradient.requires_grad or torch.is_grad_enabled())
 
 
 def _marks(parameters: Sequence[nn.Parameter]) -> list[tuple[int, int]]:
@@ -118,8 +126,8 @@ def _is_same(
     now = parameter.grad
     if before is None:
         return now is None or parameter is arrived
-    if parameter is arrived and now is not None and (now.requires_grad or torch.is_grad_enabled()):
-        return True  # create_graph=True: the sum is a new tensor
+    if parameter is arrived and _is_sum_new(parameter):
+        return True
     if now is not before or parameter is arrived:
         return now is before
     added = None if arrived is None else arrived.grad
