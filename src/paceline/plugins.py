@@ -4,7 +4,7 @@ A file's name is the plug-in's name, as inside the package; a file may define on
 folder stands for all files in it. `load` runs a file and puts what it defines where `registry` finds it, so
 that specs, listings and errors treat it like any other. Jobs take the files along: see `JobOptions.plugins`.
 
-    paceline schedule verify ./swing.py
+    paceline schedule verify ./zigzag.py
     paceline run --plugin my_method.py --strategy 'my_method(period=4)' train.py
 
 Installed distributions use entry points instead; see `registry`.
@@ -73,7 +73,7 @@ def load(path: str, *, moved: bool = False) -> list[str]:
 
 
 def named(text: str) -> str:
-    """`./swing.py(segments=4)` becomes `swing(segments=4)` after loading the file; other names stay."""
+    """`./zigzag.py(segments=4)` becomes `zigzag(segments=4)` after loading the file; other names stay."""
     match = re.fullmatch(r"\s*([^()]+\.py)\s*(\(.*\))?\s*", text, re.DOTALL)
     return text if match is None else load(match[1])[0] + (match[2] or "")
 

@@ -33,7 +33,7 @@ def test_one_worker_takes_the_threads_with_which_it_is_fastest(monkeypatch: pyte
     slow, plain = 3, task.loss
 
     def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.2 if torch.get_num_threads() == slow else 0.2 / torch.get_num_threads())
+        time.sleep(0.6 if torch.get_num_threads() == slow else 0.6 / torch.get_num_threads())
         return plain(outputs, targets)
 
     monkeypatch.setattr(task, "loss", loss)

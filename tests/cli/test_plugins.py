@@ -70,8 +70,8 @@ def command(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_an_algorithm_is_verified_by_its_file(tmp_path: Path) -> None:
-    (tmp_path / "swing.py").write_text(ALGORITHM)
-    done = command("schedule", "verify", "./swing.py", "--ranks", "2..4", folder=tmp_path)
+    (tmp_path / "zigzag.py").write_text(ALGORITHM)
+    done = command("schedule", "verify", "./zigzag.py", "--ranks", "2..4", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "all correct" in done.stdout
 
@@ -90,13 +90,13 @@ def test_each_kind_takes_its_place(tmp_path: Path) -> None:
     from paceline import codecs
     from paceline.strategies.base import staleness_policy, strategy
 
-    for name, text in (("half", POLICY), ("mine", CODEC), ("every_other", example()), ("swing", ALGORITHM)):
+    for name, text in (("half", POLICY), ("mine", CODEC), ("every_other", example()), ("zigzag", ALGORITHM)):
         (tmp_path / f"{name}.py").write_text(text)
-    assert sorted(plugins.load(str(tmp_path))) == ["every_other", "half", "mine", "swing"]
+    assert sorted(plugins.load(str(tmp_path))) == ["every_other", "half", "mine", "zigzag"]
     assert strategy.make("every_other").name == "every_other"
     assert staleness_policy.make("half").scale(1) == 0.5
     assert type(codecs.make("mine")).__name__ == "Mine"
-    assert collectives.build("swing", "all_reduce", 4).num_ranks == 4
+    assert collectives.build("zigzag", "all_reduce", 4).num_ranks == 4
     assert plugins.files() == tuple(sorted(str(p) for p in tmp_path.glob("*.py")))
 
 
@@ -104,9 +104,9 @@ def test_each_kind_takes_its_place(tmp_path: Path) -> None:
     ("name", "text", "reason"),
     [
         ("ring.py", ALGORITHM, "'ring' exists already in paceline.collectives; rename"),
-        ("swing.py", "def build(:\n", r"raised while it was read[\s\S]*SyntaxError"),
-        ("swing.py", "1 / 0\n", r"swing.py\"?, line 1[\s\S]*ZeroDivisionError"),
-        ("swing.py", "", "defines none of the kinds"),
+        ("zigzag.py", "def build(:\n", r"raised while it was read[\s\S]*SyntaxError"),
+        ("zigzag.py", "1 / 0\n", r"zigzag.py\"?, line 1[\s\S]*ZeroDivisionError"),
+        ("zigzag.py", "", "defines none of the kinds"),
         ("two words.py", ALGORITHM, "a file NAME.py expected"),
         ("two.py", CODEC + CODEC.split("\n\n")[1].replace("Mine", "Other"), "one Codec a file expected"),
     ],
@@ -119,7 +119,7 @@ def test_what_is_wrong_with_a_file(name: str, text: str, reason: str, tmp_path: 
 
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
-        plugins.load(str(tmp_path / "swing.py"))
+        plugins.load(str(tmp_path / "zigzag.py"))
 
 
 def test_an_alias_is_a_name_too(tmp_path: Path) -> None:

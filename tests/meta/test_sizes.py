@@ -71,8 +71,11 @@ def test_functions_stay_small() -> None:
 
 
 def test_no_folder_holds_more_than_20_files() -> None:
+    """But those of plug-ins, whose files need not know each other: adding one is all it takes."""
     folders: dict[Path, int] = {}
     for path in CODE:
+        if path.parent in [PACKAGE / room for room in PLUG_INS]:
+            continue
         folders[path.parent] = folders.get(path.parent, 0) + 1
     crowded = {str(f.relative_to(ROOT)): n for f, n in folders.items() if n > 20}
     assert not crowded, f"folders with more than 20 files of code: {crowded}"

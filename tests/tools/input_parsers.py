@@ -314,11 +314,11 @@ PARSERS: tuple[Parser, ...] = (
     Parser(
         "a plug-in's file",
         of("plugins:load"),
-        ("./swing.py", "folder/", "/a/b c.py"),
+        ("./zigzag.py", "folder/", "/a/b c.py"),
         ("plugins:load",),
         rejects_examples=True,
     ),
-    _text("plugins:named", "ring", "ring_chunked(segments=4)", "./swing.py(a=1)", rejects_examples=True),
+    _text("plugins:named", "ring", "ring_chunked(segments=4)", "./zigzag.py(a=1)", rejects_examples=True),
     _text("cli.arguments.schedule:ranks", "1..17", "2,4,8", "1..4,24"),
     _text("cli.arguments.schedule:size", "100MB", "64MiB", "1e8", "100000000"),
     Parser(

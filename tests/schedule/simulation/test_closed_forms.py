@@ -13,8 +13,13 @@ from paceline.schedule.simulation.simulate import simulate
 ALPHA, BETA, GAMMA, S = 1e-4, 1e-9, 0.2e-9, 1e7
 RANKS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 31, 64)
 NO_CLOSED_FORM = {"double_binary_tree"}
-OVERLAPPING = {"double_binary_tree", "ring_chunked"}
-FOLDED = {("halving_doubling", "reduce_scatter"), ("recursive_doubling", "all_reduce")}
+OVERLAPPING = {"double_binary_tree", "ring_chunked", "pat", "bine_tree"}
+FOLDED = {
+    ("halving_doubling", "reduce_scatter"),
+    ("recursive_doubling", "all_reduce"),
+    ("pat", "reduce_scatter"),
+    *(("bine_tree", operation) for operation in ("reduce", "gather", "scatter")),
+}
 
 
 def network(p: int) -> topologies.Topology:
@@ -53,6 +58,13 @@ def test_formulas_of_the_literature(p: int) -> None:
     table = {
         ("ring", "all_reduce"): 2 * (p - 1) * a + 2 * share * b + share * c,
         ("recursive_doubling", "all_reduce"): lg * (a + b + c),
+        ("swing", "all_reduce"): 2 * lg * a + 2 * share * b + share * c,
+        ("bine_tree", "broadcast"): lg * (a + b),
+        ("bine_tree", "scatter"): lg * a + share * b,
+        ("bine_tree", "gather"): lg * a + share * b,
+        ("bine_tree", "reduce"): lg * (a + b + c),
+        ("pat", "all_gather"): lg * a + share * b,
+        ("pat", "reduce_scatter"): lg * a + share * (b + c),
         ("halving_doubling", "all_reduce"): 2 * lg * a + 2 * share * b + share * c,
         ("reduction_tree", "all_reduce"): 2 * lg * (a + b) + lg * c,
         ("bruck", "all_gather"): lg * a + share * b,

@@ -25,7 +25,7 @@ _SAMPLE_RANKS = 128
 def algorithm(text: str, *, channels: int = 1) -> tuple[str, dict[str, Any]]:
     """`ring_chunked(segments=4)` → the algorithm's own name, and its options with `channels` copies.
 
-    `./swing.py(segments=4)` is the algorithm of a user's file.
+    `./zigzag.py(segments=4)` is the algorithm of a user's file.
     """
     from paceline import collectives
 

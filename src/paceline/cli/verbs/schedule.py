@@ -22,7 +22,7 @@ Name = Annotated[
     str,
     typer.Argument(
         metavar="NAME",
-        help="Algorithm, with options if any: ring, 'ring_chunked(segments=4)', or your own ./swing.py.",
+        help="Algorithm, with options if any: ring, 'ring_chunked(segments=4)', or your own ./zigzag.py.",
     ),
 ]
 Operation = Annotated[
