@@ -12,14 +12,14 @@ Ranks: any.   [tested]
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
 
 from paceline.collectives.swing import partners
+from paceline.schedule import rooted
 from paceline.schedule.cost import Cost, No, only
-from paceline.schedule.program import INPUT, OUTPUT, SCRATCH, IntArray, Program, Step, copy, ranks, reduce
+from paceline.schedule.program import IntArray, Program
 
 OPERATIONS = ("broadcast", "reduce", "gather", "scatter")
 
@@ -27,14 +27,9 @@ OPERATIONS = ("broadcast", "reduce", "gather", "scatter")
 def build(operation: str, num_ranks: int, *, root: int = 0) -> Program:
     """Build the program for a rooted operation, with any root."""
     p = num_ranks
-    chunks = p if operation in ("gather", "scatter") else 1
-    make = {"broadcast": _broadcast, "reduce": _reduce, "gather": _gather, "scatter": _scatter}[operation]
-    scratch = 0 if operation == "broadcast" else chunks
-
-    def steps() -> Iterator[Step]:
-        return make(p, root)
-
-    return Program("bine_tree", operation, p, chunks, steps, root, num_scratch=scratch)
+    return rooted.program(
+        "bine_tree", operation, p, root, edges=lambda: edges(p), subtrees=lambda: _subtrees(p)
+    )
 
 
 def _sizes(p: int) -> tuple[int, int, IntArray]:
@@ -44,74 +39,30 @@ def _sizes(p: int) -> tuple[int, int, IntArray]:
     return rounds, core, np.arange(core, p, dtype=np.intp)
 
 
-def edges(p: int) -> list[tuple[int, IntArray, IntArray]]:
-    """For every step of a broadcast: its number s, the senders and their receivers, relative to the root."""
-    rounds, core, _ = _sizes(p)
+def edges(p: int) -> list[tuple[IntArray, IntArray]]:
+    """For every step of a broadcast: the senders and their receivers, relative to the root."""
+    rounds, core, others = _sizes(p)
     found, have = [], np.zeros(1, dtype=np.intp)
     for s in reversed(range(rounds)):
         child = partners(core, s)[have]
-        found.append((s, have, child))
+        found.append((have, child))
         have = np.concatenate([have, child])
-    return found
+    return [*found, (others - core, others)]
 
 
-def _below(p: int, s: int, child: IntArray) -> tuple[IntArray, IntArray]:
-    """Every (position in `child`, rank below it) of those that receive in step s, themselves included."""
-    _, core, _ = _sizes(p)
-    under = child[:, None]
-    for t in reversed(range(s)):
-        under = np.concatenate([under, partners(core, t)[under]], axis=1)
-    under = np.concatenate([under, under + core], axis=1)  # and the ranks that hang on these
-    inside = under < p
-    which = np.broadcast_to(np.arange(len(child))[:, None], under.shape)
-    return which[inside], under[inside]
-
-
-def _broadcast(p: int, root: int) -> Iterator[Step]:
-    _, core, others = _sizes(p)
-    yield copy(root, root, 0, source=INPUT)
-    for _, parent, child in edges(p):
-        yield copy((parent + root) % p, (child + root) % p, 0)
-    yield copy((others - core + root) % p, (others + root) % p, 0)
-
-
-def _reduce(p: int, root: int) -> Iterator[Step]:
-    _, core, others = _sizes(p)
-    yield copy(ranks(p), ranks(p), 0, source=INPUT, into=SCRATCH)
-    yield reduce((others + root) % p, (others - core + root) % p, 0, source=SCRATCH, into=SCRATCH)
-    for _, parent, child in reversed(edges(p)):
-        yield reduce((child + root) % p, (parent + root) % p, 0, source=SCRATCH, into=SCRATCH)
-    yield copy(root, root, 0, source=SCRATCH)
-
-
-def _gather(p: int, root: int) -> Iterator[Step]:
-    me = ranks(p)
-    _, core, others = _sizes(p)
-    yield copy(me, me, 0, to=me, source=INPUT, into=np.where(me == root, OUTPUT, SCRATCH))
-    into = np.where(others == core, OUTPUT, SCRATCH)  # the first hangs on the root
-    yield copy(
-        (others + root) % p, (others - core + root) % p, (others + root) % p, source=SCRATCH, into=into
-    )
-    for s, parent, child in reversed(edges(p)):
-        which, block = _below(p, s, child)
-        into = np.where(parent[which] == 0, OUTPUT, SCRATCH)
-        src, dst = (child[which] + root) % p, (parent[which] + root) % p
-        yield copy(src, dst, (block + root) % p, source=SCRATCH, into=into)
-
-
-def _scatter(p: int, root: int) -> Iterator[Step]:
-    me = ranks(p)
-    _, core, others = _sizes(p)
-    for s, parent, child in edges(p):
-        which, block = _below(p, s, child)
-        source = np.where(parent[which] == 0, INPUT, SCRATCH)
-        src, dst = (parent[which] + root) % p, (child[which] + root) % p
-        yield copy(src, dst, (block + root) % p, source=source, into=SCRATCH)
-    source = np.where(others == core, INPUT, SCRATCH)
-    yield copy(
-        (others - core + root) % p, (others + root) % p, (others + root) % p, source=source, into=SCRATCH
-    )
-    yield copy(me, me, me, to=0, source=np.where(me == root, INPUT, SCRATCH))
+def _subtrees(p: int) -> list[tuple[IntArray, IntArray, IntArray]]:
+    """The same edges, with every rank at or below the receiver."""
+    rounds, core, others = _sizes(p)
+    found = []
+    for s, (parent, child) in zip(reversed(range(rounds)), edges(p), strict=False):
+        below = child[:, None]
+        for t in reversed(range(s)):
+            below = np.concatenate([below, partners(core, t)[below]], axis=1)
+        below = np.concatenate([below, below + core], axis=1)  # and the ranks that hang on these
+        inside = below < p
+        which = np.broadcast_to(np.arange(len(child))[:, None], below.shape)[inside]
+        found.append((parent[which], child[which], below[inside]))
+    return [*found, (others - core, others, others)]
 
 
 def supports(operation: str, num_ranks: int) -> bool | No:
@@ -131,8 +82,5 @@ def cost(operation: str, num_ranks: int, *, root: int = 0) -> Cost:
         return Cost(n, once, Fraction(once), Fraction(n), path_sent=Fraction(n), has_closed_form=not fold)
     if operation == "scatter":
         return Cost(n, n, Fraction(p - 1, p), has_closed_form=not fold)
-    most = int(fold)
-    if rounds:  # the first receiver of a broadcast has half of the tree below it
-        s, _, child = edges(p)[0]
-        most = len(_below(p, s, child)[0])
+    most = len(_subtrees(p)[0][0])  # the first receiver of a scatter has half of the tree below it
     return Cost(n, once, Fraction(most, p), path_sent=Fraction(p - 1, p), has_closed_form=not fold)

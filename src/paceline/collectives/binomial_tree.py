@@ -8,23 +8,13 @@ Ranks: any.   [tested]
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
 
+from paceline.schedule import rooted
 from paceline.schedule.cost import Cost, No, only
-from paceline.schedule.program import (
-    INPUT,
-    OUTPUT,
-    SCRATCH,
-    IntArray,
-    Program,
-    Step,
-    copy,
-    ranks,
-    reduce,
-)
+from paceline.schedule.program import IntArray, Program
 
 OPERATIONS = ("broadcast", "reduce", "gather", "scatter")
 ALIASES = ("binomial",)
@@ -35,69 +25,30 @@ def rounds(num_ranks: int) -> int:
     return (num_ranks - 1).bit_length()
 
 
-def edges(num_ranks: int, k: int) -> IntArray:
-    """Receivers of round k of a broadcast, relative to the root: ranks 2^k … 2^(k+1) − 1.
-
-    Each receives from the rank 2^k below it.
-    """
-    return np.arange(1 << k, min(2 << k, num_ranks), dtype=np.intp)
-
-
 def build(operation: str, num_ranks: int, *, root: int = 0) -> Program:
     """Build the program for a rooted operation, with any root."""
     p = num_ranks
-    chunks = p if operation in ("gather", "scatter") else 1
-    make = {"broadcast": _broadcast, "reduce": _reduce, "gather": _gather, "scatter": _scatter}[operation]
-    scratch = 0 if operation == "broadcast" else chunks
-
-    def steps() -> Iterator[Step]:
-        return make(p, root)
-
-    return Program("binomial_tree", operation, p, chunks, steps, root, num_scratch=scratch)
+    return rooted.program(
+        "binomial_tree", operation, p, root, edges=lambda: edges(p), subtrees=lambda: _subtrees(p)
+    )
 
 
-def _broadcast(p: int, root: int) -> Iterator[Step]:
-    yield copy(root, root, 0, source=INPUT)
-    for k in range(rounds(p)):
-        child = edges(p, k)
-        yield copy((child - (1 << k) + root) % p, (child + root) % p, 0)
+def edges(p: int) -> list[tuple[IntArray, IntArray]]:
+    """In step k of a broadcast ranks 2^k … 2^(k+1) − 1 receive, each from the rank 2^k below it."""
+    children = [np.arange(1 << k, min(2 << k, p), dtype=np.intp) for k in range(rounds(p))]
+    return [(child - (1 << k), child) for k, child in enumerate(children)]
 
 
-def _reduce(p: int, root: int) -> Iterator[Step]:
-    yield copy(ranks(p), ranks(p), 0, source=INPUT, into=SCRATCH)
+def _subtrees(p: int) -> list[tuple[IntArray, IntArray, IntArray]]:
+    """The farthest edges first: below a rank that receives are the ranks up to the next that does."""
+    found = []
     for k in reversed(range(rounds(p))):
-        child = edges(p, k)
-        parent = (child - (1 << k) + root) % p
-        yield reduce((child + root) % p, parent, 0, source=SCRATCH, into=SCRATCH)
-    yield copy(root, root, 0, source=SCRATCH)
-
-
-def _subtrees(p: int, k: int) -> tuple[IntArray, IntArray]:
-    """Every (child, rank of its subtree) of round k, relative to the root; both shape (n,)."""
-    child = np.arange(1 << k, p, 2 << k, dtype=np.intp)
-    below = child[:, None] + np.arange(1 << k)
-    inside = below < p
-    return np.broadcast_to(child[:, None], below.shape)[inside], below[inside]
-
-
-def _gather(p: int, root: int) -> Iterator[Step]:
-    me = ranks(p)
-    yield copy(me, me, 0, to=me, source=INPUT, into=np.where(me == root, OUTPUT, SCRATCH))
-    for k in range(rounds(p)):
-        child, block = _subtrees(p, k)
-        parent = (child - (1 << k) + root) % p
-        into = np.where(parent == root, OUTPUT, SCRATCH)
-        yield copy((child + root) % p, parent, (block + root) % p, source=SCRATCH, into=into)
-
-
-def _scatter(p: int, root: int) -> Iterator[Step]:
-    me = ranks(p)
-    for k in reversed(range(rounds(p))):
-        child, block = _subtrees(p, k)
-        parent = (child - (1 << k) + root) % p
-        source = np.where(parent == root, INPUT, SCRATCH)
-        yield copy(parent, (child + root) % p, (block + root) % p, source=source, into=SCRATCH)
-    yield copy(me, me, me, to=0, source=np.where(me == root, INPUT, SCRATCH))
+        child = np.arange(1 << k, p, 2 << k, dtype=np.intp)
+        below = child[:, None] + np.arange(1 << k)
+        inside = below < p
+        receiver = np.broadcast_to(child[:, None], below.shape)[inside]
+        found.append((receiver - (1 << k), receiver, below[inside]))
+    return found
 
 
 def supports(operation: str, num_ranks: int) -> bool | No:

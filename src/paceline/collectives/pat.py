@@ -8,7 +8,7 @@ top, so that a reduce-scatter needs `aggregation` times lg P blocks of memory in
 more steps.
 
 Source: Jeaugey, PAT, arXiv 2506.20252, 2025; NCCL 2.23.
-Cost: ⌈lg P⌉ steps, or lg A + ⌈P/A⌉ − 1 and fewer with A blocks in a message; (P−1)/P of the bytes per rank.
+Cost: ⌈lg P⌉ steps, or lg A + 2^⌈lg P⌉/A − 1 with A blocks in a message; (P−1)/P of the bytes per rank.
 Ranks: any.   [tested]
 """
 

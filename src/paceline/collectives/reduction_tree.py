@@ -24,12 +24,10 @@ def build(operation: str, num_ranks: int, *, root: int = 0) -> Program:
 
     def steps() -> Iterator[Step]:
         yield copy(ranks(p), ranks(p), 0, source=INPUT)
-        for k in reversed(range(rounds(p))):
-            child = (edges(p, k) + root) % p
-            yield reduce(child, (child - (1 << k)) % p, 0)
-        for k in range(rounds(p)):
-            child = (edges(p, k) + root) % p
-            yield copy((child - (1 << k)) % p, child, 0)
+        for parent, child in reversed(edges(p)):
+            yield reduce((child + root) % p, (parent + root) % p, 0)
+        for parent, child in edges(p):
+            yield copy((parent + root) % p, (child + root) % p, 0)
 
     return Program("reduction_tree", operation, p, 1, steps)
 

@@ -1,7 +1,7 @@
 """Swing: all-reduce between ranks that alternately lie ahead and behind, and so stay near on a ring.
 
 In step s rank r meets r + ρ(s) if it is even and r − ρ(s) if it is odd, with ρ(s) = 1, −1, 3, −5, 11 …: about
-2^s / 3 places away in place of halving-doubling's 2^s / 2. On rings and tori messages cross fewer links.
+2^s · 2/3 places away in place of recursive doubling's 2^s. On rings and tori messages cross fewer links.
 
 Source: De Sensi et al., Swing, NSDI 2024.
 Cost: two shots 2 lg P steps and 2(P−1)/P of the bytes per rank; one shot lg P steps of all the bytes, for

@@ -71,8 +71,7 @@ class Attachment:
         self._window = AccumulationWindow(accumulation_steps)
         self._pass: object = None  # of the batch in hand
         self._batch: HandedBatch | None = None  # whose weight the coming backward passes have
-        self.has_new_batch = False
-        """Whether it was given a batch after its gradients were complete."""
+        self._has_new_batch = False  # since gradients were complete
         self._untold: Callable[[], None] | None = None  # the strategy does not know yet how a minibatch ended
         self._forwards = ForwardPasses(self._is_reached)
         self._only_accumulates = False  # inside `no_sync`
@@ -101,13 +100,13 @@ class Attachment:
             self._drop_cleared()
         window.add(batch.own, batch.every, is_last=batch.is_last)
         self.replica.has_samples = window.own_samples > 0
-        self._batch, self.has_new_batch = batch, True
+        self._batch, self._has_new_batch = batch, True
         self.weights.take(batch, is_alone=self._is_alone)
 
     def take_up(self, batch: HandedBatch, *, trains: bool = False) -> None:
         """The model gets, or a backward pass trains, a batch that perhaps began before another one did."""
         if batch is not self._batch:
-            self._batch, self.has_new_batch = batch, True
+            self._batch, self._has_new_batch = batch, True
             had_samples = self._minibatch.phase is not Phase.IDLE and self.replica.has_samples
             self.replica.has_samples = batch.own > 0 or had_samples
             self._window.is_last_batch = batch.is_last
@@ -207,7 +206,7 @@ class Attachment:
         if not self._minibatch.awaits_step:
             return
         has_left_out = (
-            meets and not self.reduces_gradients and (self.has_new_batch or not self._reduced.are_finite())
+            meets and not self.reduces_gradients and (self._has_new_batch or not self._reduced.are_finite())
         )
         if has_left_out or self._stepped or self._reduced.are_cleared(arrived):
             self.finish_minibatch(is_late=arrived is not None)
@@ -216,7 +215,7 @@ class Attachment:
         """A forward or backward pass begins: the minibatch before it may be one whose steps did not come."""
         if self._minibatch.awaits_step and (
             # Without a batch of a loader: SAM moves the parameters before the second pass of a minibatch.
-            not self._reduced.parameters_moved() if self._batch is None else self.has_new_batch
+            not self._reduced.parameters_moved() if self._batch is None else self._has_new_batch
         ):
             self.finish_skipped(arrived)
 
@@ -434,7 +433,7 @@ class Attachment:
             self.replica.return_unused()
         connect(self._graphs, self.replica.trained)
         self._graphs = {}
-        self.has_new_batch = False
+        self._has_new_batch = False
         self.weights.spend()
         self._reduced.note(self.replica.trained)
         if self.on_gradients is not None:

@@ -90,8 +90,8 @@ class Turns:
         except Mismatch as error:
             if any(one.strategy.takes_turns and one.awaits_step for one in self._attachments):
                 raise Mismatch(
-                    f"{error}. Rank {self._comm.rank} has left out an optimizer.step() that other ranks took:"
-                    f" {_MEND}"
+                    f"{error}. If rank {self._comm.rank} has left out an optimizer.step() that other ranks"
+                    f" took: {_MEND}"
                 ) from error
             raise
 

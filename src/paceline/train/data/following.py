@@ -12,7 +12,7 @@ from paceline.errors import ConfigError
 from paceline.train.data.batch_sizes import BatchSizeOf
 from paceline.train.data.handed_out import LoaderPass, Trainee
 from paceline.train.data.in_hand import BatchesInHand
-from paceline.train.data.loader import BatchBegins, Meeting, ShardedLoader
+from paceline.train.data.loader import BatchBegins, MeetingContext, ShardedLoader
 from paceline.train.data.shard import shard
 from paceline.types import Communicator
 
@@ -52,7 +52,7 @@ class Loaders(Sequence[ShardedLoader]):
         on_batch: BatchBegins,
         on_boundary: Callable[[], None],
         on_dropped: Callable[[int, int], None],
-        meeting: Meeting,
+        meeting: MeetingContext,
     ) -> None:
         self._comm, self._followers = comm, followers
         self.seed = seed

@@ -18,7 +18,7 @@ from paceline.types import Communicator
 
 BatchBegins = Callable[[int, int, bool], object]
 """(samples of this rank, samples of all ranks, whether it is the epoch's last batch); False: no training."""
-Meeting = Callable[[], AbstractContextManager[None]]
+MeetingContext = Callable[[], AbstractContextManager[None]]
 """Makes the context of what all ranks do together."""
 
 
@@ -67,7 +67,7 @@ class ShardedLoader(abc.ABC):
         """Called once, when a batch has been trained."""
         self.progress: Callable[[], object] | None = None
         """Another value whenever something was trained; None: what is handed out is trained."""
-        self.meeting: Meeting = nullcontext
+        self.meeting: MeetingContext = nullcontext
         """Around what the ranks tell each other at a fetch."""
         self.evaluates: Callable[[], bool] | None = None
         """Whether all models that this trains, or else all, are in evaluation mode now."""
